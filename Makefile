@@ -1,0 +1,41 @@
+# Two commands: `make quickstart` and `make test`. Both make .venv if need be, and can be repeated.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# What pip installs first. Any other build: make quickstart TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+CORES := $(shell nproc)
+OUTPUT := outputs/quickstart$(if $(FRESH),-$(shell date +%Y%m%d-%H%M%S))
+SOURCES := src tests examples setup.py
+
+.PHONY: quickstart test style quality FORCE
+
+quickstart: $(VENV)/.installed
+	$(BIN)/accelerate launch --num_cpu_threads_per_process $(CORES) examples/text_to_image/train_disback.py \
+		--output_dir $(OUTPUT) --resume_from_checkpoint latest
+
+# More arguments of pytest: make test ARGS="-m slow"
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+style: $(VENV)/.installed
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+quality: $(VENV)/.installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt $(VENV)/.torch
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(TORCH)
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt -e '.[dev]'
+	touch $@
+
+# Changes when TORCH does.
+$(VENV)/.torch: FORCE
+	@mkdir -p $(VENV)
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@

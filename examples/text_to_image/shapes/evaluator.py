@@ -1,0 +1,68 @@
+"""Judges pictures of the shapes world: the distance to real ones, and whether they show what their caption says."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffusers_disback import Evaluation, FrechetDistance
+
+from .judge import ATTRIBUTES, Judge
+from .world import SCENE_OF_CAPTION, SCENES, pixels
+
+
+HERE = Path(__file__).parent
+MARKER = "world.json"
+NUM_PICTURES = 2000
+REFERENCE_SEED = 77  # a world of its own: neither the judge nor the teacher was trained on it
+
+
+def is_shapes_teacher(name_or_path: str) -> bool:
+    """Whether a folder holds a teacher of the shapes world."""
+    return (Path(name_or_path) / MARKER).is_file()
+
+
+class ShapesEvaluator:
+    """`distance` (Frechet, in the judge's features, to fresh real pictures), and an accuracy per attribute.
+
+    Args:
+        judge (`Judge`): Float32.
+        num_reference (`int`): Real pictures.
+    """
+
+    def __init__(self, judge: Judge, num_reference: int = NUM_PICTURES):
+        self.judge = judge
+        self.frechet = FrechetDistance(judge, torch.from_numpy(pixels(num_reference, REFERENCE_SEED)[0]))
+
+    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        return {**self.frechet(pictures), **self.accuracies(pictures, prompts)}
+
+    @torch.no_grad()
+    def accuracies(self, pictures: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        """The share of pictures in which the judge sees what the caption says, by attribute."""
+        logits = [self.judge.classify(part.float() / 255) for part in pictures.split(100)]
+        accuracies = {}
+        for name, words in ATTRIBUTES.items():
+            seen = torch.cat([part[name] for part in logits]).argmax(1)
+            said = torch.tensor([words.index(getattr(SCENE_OF_CAPTION[prompt], name)) for prompt in prompts])
+            accuracies[f"{name}_accuracy"] = (seen == said).float().mean().item()
+        return accuracies
+
+
+def load_judge(folder: Path = HERE / "judge") -> Judge:
+    """The shipped judge, in float32."""
+    return Judge.from_pretrained(folder, torch_dtype=torch.float32).eval()
+
+
+def shapes_prompts(num: int = NUM_PICTURES, seed: int = 0) -> list[str]:
+    """Captions drawn as the world draws them."""
+    rows = torch.randint(len(SCENES), (num,), generator=torch.Generator().manual_seed(seed))
+    return [str(SCENES[row]) for row in rows.tolist()]
+
+
+def shapes_evaluation(num: int = NUM_PICTURES, seed: int = 0) -> Evaluation:
+    """Fixed prompts and noise, and the judge."""
+    evaluation = Evaluation(shapes_prompts(num, seed), seed)
+    evaluation.evaluators.append(ShapesEvaluator(load_judge()))
+    return evaluation

@@ -1,0 +1,285 @@
+"""Makes the shapes teacher and its judge from scratch: judge, autoencoder, then text encoder and UNet together.
+
+    cd examples/text_to_image && accelerate launch --num_cpu_threads_per_process 2 -m shapes.make_teacher
+
+Every part is resumable: run the same command again and it goes on where it was. `shapes.measure_teacher` measures the
+result and writes its card.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .judge import ATTRIBUTES, Judge
+from .world import CAPTIONS, SCENES, pixels
+
+
+HERE = Path(__file__).parent
+PROMPT_LENGTH = 16
+TEXT_WIDTH = 64
+
+
+def fit(
+    name: str,
+    model: nn.Module,
+    loss_of_step: Callable[[nn.Module, int], Tensor],
+    steps: int,
+    learning_rate: float,
+    work_dir: Path,
+    ema_decay: float,
+    save_every: int = 500,
+) -> nn.Module:
+    """Trains `model` and returns the moving average of its weights. Resumes from `work_dir/name`.
+
+    Data and noise of a step are functions of the step, so a resumed run equals an unbroken one. The curve is kept in
+    `work_dir/name.json`: a row `[step, mean loss, seconds]` every 50 steps.
+    """
+    accelerator = Accelerator()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-4)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=min(200, steps // 10), num_training_steps=steps)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    average.to(accelerator.device)
+    folder, curve_file = work_dir / name, work_dir / f"{name}.json"
+    first, curve, seconds = 0, [], 0.0
+    if curve_file.exists():
+        saved = json.loads(curve_file.read_text())
+        first, curve, seconds = saved["step"], saved["curve"], saved["seconds"]
+        accelerator.load_state(str(folder))
+        average.load_state_dict(load_file(folder / "average.safetensors"), strict=True)
+    started, running = time.monotonic(), 0.0
+    for step in tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=10):
+        loss = loss_of_step(model, step)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        # The average follows at once while it is young.
+        if step < 10 / (1 - ema_decay):
+            average.multi_avg_fn = get_ema_multi_avg_fn(min(ema_decay, (1 + step) / (10 + step)))
+        average.update_parameters(accelerator.unwrap_model(model))
+        running += loss.item() / 50
+        done = step + 1
+        if done % 50 == 0:
+            curve.append([done, round(running, 6), round(seconds + time.monotonic() - started, 1)])
+            running = 0.0
+        if done % save_every == 0 or done == steps:
+            accelerator.save_state(str(folder))
+            save_file({k: v.contiguous() for k, v in average.state_dict().items()}, folder / "average.safetensors")
+            elapsed = seconds + time.monotonic() - started
+            curve_file.write_text(json.dumps({"step": done, "seconds": round(elapsed, 1), "curve": curve}))
+    accelerator.free_memory()
+    return average.module.eval()
+
+
+def fresh_pictures(batch_size: int, part: int, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pictures in 0..1, never drawn before, and their scenes. World seeds from 1,000,000 on are for training."""
+    pictures, scenes = pixels(batch_size, 1_000_000 * part + step)
+    return torch.from_numpy(pictures).to(device).float() / 255, torch.from_numpy(scenes).to(device)
+
+
+def attribute_labels(scenes: Tensor) -> dict[str, Tensor]:
+    """Class indices of each attribute, `[B]` each, from indices into `SCENES`."""
+    words = [SCENES[index] for index in scenes.tolist()]
+    return {
+        name: torch.tensor([classes.index(getattr(scene, name)) for scene in words], device=scenes.device)
+        for name, classes in ATTRIBUTES.items()
+    }
+
+
+def make_judge(steps: int, work_dir: Path) -> Judge:
+    def loss(judge: nn.Module, step: int) -> Tensor:
+        pictures, scenes = fresh_pictures(64, 1, step, judge.device)
+        logits = judge.classify(pictures)
+        return sum(nn.functional.cross_entropy(logits[k], label) for k, label in attribute_labels(scenes).items())
+
+    return fit("judge", Judge(), loss, steps, 2e-3, work_dir, ema_decay=0.99)
+
+
+def make_autoencoder(steps: int, work_dir: Path) -> AutoencoderKL:
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 48, 48),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+    )
+
+    def loss(vae: nn.Module, step: int) -> Tensor:
+        pictures, _ = fresh_pictures(24, 2, step, vae.device)
+        pictures = pictures * 2 - 1
+        posterior = vae.encode(pictures).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
+        rebuilt = vae.decode(posterior.mean + posterior.std * noise.to(pictures.device)).sample
+        difference = rebuilt - pictures
+        return difference.square().mean() + difference.abs().mean() + 1e-6 * posterior.kl().mean()
+
+    return fit("vae", vae, loss, steps, 3e-3, work_dir, ema_decay=0.995)
+
+
+@torch.no_grad()
+def encode_world(vae: AutoencoderKL, num_images: int, work_dir: Path) -> dict[str, Tensor]:
+    """Posterior moments of `num_images` pictures and their scenes; kept in `work_dir/latents.safetensors`."""
+    file = work_dir / "latents.safetensors"
+    if not file.exists():
+        rows = []
+        for step in tqdm(range(num_images // 100), desc="encode", mininterval=10):
+            pictures, scenes = fresh_pictures(100, 3, step, vae.device)
+            posterior = vae.encode(pictures * 2 - 1).latent_dist
+            rows.append((posterior.mean, posterior.std, scenes))
+        mean, std, scenes = (torch.cat(column).cpu().contiguous() for column in zip(*rows, strict=True))
+        save_file({"mean": mean, "std": std, "scenes": scenes}, file)
+    return load_file(file)
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte pair encoding with a vocabulary of its own, in which every word of the captions is one token."""
+    bytes_ = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    bytes_ += [chr(256 + k) for k in range(256 - len(bytes_))]
+    words = sorted({word for caption in CAPTIONS for word in caption.split()}, key=lambda word: (len(word), word))
+    merges, pieces = [], []
+    for word in words:
+        symbols = [*word[:-1], word[-1] + "</w>"]
+        while len(symbols) > 1:
+            merge = (symbols[-2], symbols[-1])
+            if merge not in merges:
+                merges.append(merge)
+                pieces.append("".join(merge))
+            symbols[-2:] = ["".join(merge)]
+    tokens = [*bytes_, *(b + "</w>" for b in bytes_), *pieces, "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=PROMPT_LENGTH)
+
+
+def make_denoiser(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=PROMPT_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 112),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+    return nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
+
+
+def make_teacher(
+    tokenizer: CLIPTokenizer, scheduler: DDPMScheduler, latents: dict[str, Tensor], steps: int, work_dir: Path
+) -> nn.ModuleDict:
+    scale = 1 / latents["mean"].std()
+    tokens = tokenizer(["", *CAPTIONS], padding="max_length", max_length=PROMPT_LENGTH, return_tensors="pt").input_ids
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        device = next(model.parameters()).device
+        generator = torch.Generator().manual_seed(step)
+        rows = torch.randint(len(latents["mean"]), (64,), generator=generator)
+        mean, std, scenes = (latents[key][rows] for key in ("mean", "std", "scenes"))
+        x0 = scale * (mean + std * torch.randn(mean.shape, generator=generator))
+        noise = torch.randn(x0.shape, generator=generator)
+        t = torch.randint(1000, (len(x0),), generator=generator)
+        dropped = torch.rand(len(x0), generator=generator) < 0.1
+        captions = tokens[torch.where(dropped, 0, scenes + 1)].to(device)
+        x_t = scheduler.add_noise(x0, noise, t).to(device)
+        states = model["text_encoder"](captions).last_hidden_state
+        output = model["unet"](x_t, t.to(device), encoder_hidden_states=states).sample
+        return nn.functional.mse_loss(output, noise.to(device))
+
+    return fit("denoiser", make_denoiser(tokenizer), loss, steps, 1e-3, work_dir, ema_decay=0.999)
+
+
+def save_teacher(output_dir: Path, vae, denoiser, tokenizer, scheduler) -> None:
+    """The pipeline's folder in half precision, in the form that older transformers read too.
+
+    transformers 5 writes the text encoder without its `text_model.` prefix and the tokenizer as one file; older ones
+    take the first for random weights, without an error, and cannot read the second.
+    """
+    text_encoder = denoiser["text_encoder"]
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=denoiser["unet"],
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(dtype=torch.float16)
+    shutil.rmtree(output_dir, ignore_errors=True)
+    pipeline.save_pretrained(output_dir)
+    weights = {
+        key if key.startswith("text_model.") else f"text_model.{key}": value.contiguous()
+        for key, value in text_encoder.state_dict().items()
+    }
+    save_file(weights, output_dir / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.backend_tokenizer.model.save(str(output_dir / "tokenizer"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the shapes teacher and its judge.")
+    parser.add_argument("--work_dir", type=Path, default=Path("outputs/shapes_teacher"))
+    parser.add_argument("--output_dir", type=Path, default=HERE)
+    parser.add_argument("--judge_steps", type=int, default=1500)
+    parser.add_argument("--vae_steps", type=int, default=4000)
+    parser.add_argument("--denoiser_steps", type=int, default=7000)
+    parser.add_argument("--num_latents", type=int, default=40000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    arguments.work_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(arguments.seed)
+
+    judge = make_judge(arguments.judge_steps, arguments.work_dir)
+    judge.half().save_pretrained(arguments.output_dir / "judge")
+
+    vae = make_autoencoder(arguments.vae_steps, arguments.work_dir)
+    latents = encode_world(vae, arguments.num_latents, arguments.work_dir)
+    vae.register_to_config(scaling_factor=round((1 / latents["mean"].std()).item(), 5))
+
+    tokenizer = make_tokenizer()
+    scheduler = DDPMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="epsilon",
+        clip_sample=False,  # latents are not confined to [-1, 1]
+        steps_offset=1,
+    )
+    denoiser = make_teacher(tokenizer, scheduler, latents, arguments.denoiser_steps, arguments.work_dir)
+    save_teacher(arguments.output_dir / "teacher", vae, denoiser, tokenizer, scheduler)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+HERE = Path(__file__).parent
+
+version = next(
+    line.split('"')[1]
+    for line in (HERE / "src/diffusers_disback/__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+extras = {
+    "train": ["datasets>=3.0", "peft>=0.17", "tensorboard", "Jinja2", "tqdm"],
+    "eval": ["torchmetrics>=1.4", "matplotlib>=3.8", "scipy"],
+    "bitsandbytes": ["bitsandbytes>=0.46"],
+    "xformers": ["xformers>=0.0.30; platform_system == 'Linux' and platform_machine == 'x86_64'"],
+}
+extras["dev"] = [*extras["train"], *extras["eval"], "pytest>=8", "ruff>=0.6", "build", "twine"]
+
+setup(
+    name="diffusers-disback",
+    version=version,
+    description="One-step text-to-image generators from any diffusers teacher, by distribution backtracking (DisBack).",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    author="The diffusers-disback authors",
+    keywords="diffusion distillation diffusers text-to-image one-step score-distillation",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        "diffusers>=0.40,<0.44",
+        "transformers>=4.57",
+        "accelerate>=1.10",
+        "safetensors>=0.4",
+        "huggingface-hub>=1.23",
+        "numpy",
+    ],
+    extras_require=extras,
+    entry_points={"console_scripts": ["diffusers-disback=diffusers_disback.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,220 @@
+"""Stage 2: the generator is pulled back along the path, from one target to the next, to the teacher."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .batch import Batch
+from .config import TrainingConfig, setting
+from .data import PromptData
+from .families import ModelFamily
+from .generator import OneStepGenerator
+from .path import DegradationPath
+from .trainer import Learner, Stage
+
+
+@dataclass
+class BacktrackingConfig:
+    """The settings of stage 2.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    max_train_steps: int = setting(
+        20000, "Generator updates of stage 2. DisBack, for SDXL: 100,000 steps with one generator update in five."
+    )
+    steps_per_target: int = setting(
+        200,
+        "Generator updates with each of the targets N-1..1; the teacher takes the rest. DisBack, for SDXL: 1,000 "
+        "steps with one generator update in five.",
+    )
+    guidance_scale: float = setting(8.0, "The teacher's classifier-free guidance, w. DMD2 and DisBack, for SDXL: 8.")
+    guidance_schedule: Literal["ramp", "constant"] = setting(
+        "ramp",
+        "Guidance of the targets: ramp grows from 1 at the most degraded target to w at the teacher; constant is w on "
+        "all of them, as in the published code.",
+    )
+    generator_learning_rate: float = setting(5e-7, "Of the generator. DMD2, for SDXL: 5e-7.")
+    fake_score_updates: int = setting(5, "Fake-score updates per generator update. DMD2: five.")
+    use_ema: bool = setting(False, "Keep an average of the student's weights, and publish it.")
+    ema_decay: float = setting(0.999, "Of that average.")
+
+    def __post_init__(self):
+        for name in ("max_train_steps", "steps_per_target", "fake_score_updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} has to be at least 1, but is {getattr(self, name)}.")
+        if self.guidance_scale < 1:
+            raise ValueError(f"--guidance_scale has to be at least 1 (no guidance), but is {self.guidance_scale}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema_decay has to be in [0, 1), but is {self.ema_decay}.")
+
+
+class TargetSchedule:
+    """Step -> node: N-1 first, never up again, every node, the teacher (0) at the end. A pure function of the step.
+
+    Args:
+        num_nodes (`int`): N. With 0 or 1 the teacher is the only target.
+        steps_per_target (`int`): Generator updates with each of N-1..1.
+        steps (`int`): All generator updates.
+
+    Raises:
+        ValueError: If the teacher would get fewer than `steps_per_target`.
+    """
+
+    def __init__(self, num_nodes: int, steps_per_target: int, steps: int):
+        if steps < num_nodes * steps_per_target:
+            raise ValueError(
+                f"--max_train_steps {steps} is less than {num_nodes} targets x --steps_per_target {steps_per_target}: "
+                "the teacher would not get its share."
+            )
+        self.num_nodes = num_nodes
+        self.steps_per_target = steps_per_target
+        self.steps = steps
+
+    def node(self, step: int) -> int:
+        """The target of generator update `step`, counted from 0."""
+        return max(self.num_nodes - 1 - step // self.steps_per_target, 0)
+
+    @property
+    def switches(self) -> list[int]:
+        """The steps at which the target changes."""
+        return [i * self.steps_per_target for i in range(1, self.num_nodes)]
+
+
+def guidance_of_node(node: int, num_nodes: int, config: BacktrackingConfig) -> float:
+    """The guidance of a target: on the ramp, linear from 1 at node N-1 to the teacher's w at node 0.
+
+    Node N, which is no target, has 1: nodes are fitted without guidance.
+    """
+    w = config.guidance_scale
+    if node == 0 or config.guidance_schedule == "constant":
+        return w
+    if num_nodes == 1:
+        return 1.0
+    return max(1.0, 1 + (w - 1) * (num_nodes - 1 - node) / (num_nodes - 1))
+
+
+def nodes_are_guided(config: BacktrackingConfig, num_nodes: int) -> bool:
+    """Whether any recorded node is a target with guidance above 1, so that its unconditional branch is asked."""
+    return any(guidance_of_node(node, num_nodes, config) > 1 for node in range(1, num_nodes))
+
+
+class BacktrackingTrainer(Stage):
+    """DisBack, Algorithm 2: the fake score starts at node N, the targets are N-1, ..., 0.
+
+    Args:
+        config (`TrainingConfig`): What both stages share.
+        backtracking (`BacktrackingConfig`): The settings of this stage.
+        family (`ModelFamily`): The teacher.
+        generator (`nn.Module`): The initial generator's network; it is trained in place.
+        data (`PromptData`): Prompts and their conditions.
+        path (`DegradationPath`): The complete path; or `None`, for none.
+        evaluate (`Callable`, *optional*): Network -> measures; called every `validation_steps` on the main process.
+    """
+
+    name = "backtracking"
+    number = 2
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        backtracking: BacktrackingConfig,
+        family: ModelFamily,
+        generator: nn.Module,
+        data: PromptData,
+        path: DegradationPath | None,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    ):
+        self.backtracking = backtracking
+        self.path = path
+        self.evaluate = evaluate
+        num_nodes = 0 if path is None else len(path)
+        self.schedule = TargetSchedule(num_nodes, backtracking.steps_per_target, backtracking.max_train_steps)
+        fake_score = family.score_model().copy().network
+        if num_nodes:
+            path.load(num_nodes, into=fake_score)
+        updates = backtracking.max_train_steps
+        self.student = Learner(
+            "generator",
+            generator,
+            backtracking.generator_learning_rate,
+            updates,
+            config,
+            backtracking.ema_decay if backtracking.use_ema else None,
+        )
+        self.fake_score = Learner(
+            "fake_score",
+            fake_score,
+            config.fake_score_learning_rate,
+            updates * backtracking.fake_score_updates,
+            config,
+        )
+        super().__init__(
+            config,
+            backtracking,
+            family,
+            data,
+            [self.student, self.fake_score],
+            steps=updates,
+            batches_per_step=backtracking.fake_score_updates,
+        )
+        self.generator = OneStepGenerator(family.score_model(self.student.network), config.conditioning_timestep)
+        target = family.score_model().copy().network.requires_grad_(False).to(self.accelerator.device)
+        precision = {"fp16": torch.float16, "bf16": torch.bfloat16}
+        if self.accelerator.mixed_precision in precision:
+            target.to(precision[self.accelerator.mixed_precision])
+        self.target = family.score_model(target)
+        self.target_node: int | None = None
+
+    def switch_target(self, step: int) -> None:
+        """Makes the scheduled node the target, if it is not the target already."""
+        node = self.schedule.node(step)
+        if node == self.target_node:
+            return
+        if self.path is not None:  # without a path the target is the teacher from the start
+            self.path.load(node, into=self.target.network)
+        self.target_node = node
+        self.target.guidance_scale = guidance_of_node(node, self.schedule.num_nodes, self.backtracking)
+        self.say(
+            f"target of step {step} is node {node} of {self.schedule.num_nodes}"
+            f"{', the teacher' if node == 0 else ''}, with guidance {self.target.guidance_scale:g}"
+        )
+
+    def train_step(self, step: int, batches: list[list[Batch]]) -> dict[str, Tensor]:
+        self.switch_target(step)
+        first, *others = batches
+        samples, generator_loss = self.update_generator(first)
+        fake_score_losses = [self.update_fake_score(first, samples)]
+        for batch in others:
+            fake_score_losses.append(self.update_fake_score(batch, self.samples(batch)))
+        return {"generator_loss": generator_loss, "fake_score_loss": torch.stack(fake_score_losses).mean()}
+
+    def update_generator(self, batches: list[Batch]) -> tuple[list[Tensor], Tensor]:
+        """One update of the generator. Returns the samples that it was made with, detached, and the mean loss."""
+        fake_score = self.family.score_model(self.fake_score.network)
+        samples, losses = [], []
+        for batch in batches:
+            with self.student.accumulate():
+                x0 = self.generator(batch.noise, batch.condition)
+                loss = self.objective.generator_loss(x0, batch, self.target, fake_score)
+                self.student.learn(loss)
+            samples.append(x0.detach())
+            losses.append(loss.detach())
+        return samples, torch.stack(losses).mean()
+
+    def validation_due(self, done: int) -> bool:
+        if self.evaluate is None:
+            return False
+        return done % self.config.validation_steps == 0 or done == self.steps
+
+    def validate(self, done: int) -> dict[str, float]:
+        return {"node": self.schedule.node(max(done - 1, 0)), **self.evaluate(self.student.averaged())}
+
+    def train(self) -> nn.Module:
+        """Stage 2, whole or resumed. Returns the student's network, averaged if an average is kept."""
+        self.run()
+        return self.student.averaged()

@@ -1,0 +1,37 @@
+"""What a training step is given: noise, conditions, and a source of random numbers for each sample."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+
+Condition = dict[str, Tensor]
+"""Keyword arguments of a network, batch first."""
+
+
+@dataclass
+class Batch:
+    """A slice of a global batch. Every sample draws from its own generator, so its draws do not depend on the slicing.
+
+    Args:
+        noise (`Tensor`): The generator's input, standard normal, `[B, C, H, W]`.
+        condition (`Condition`): Of the prompts, batch first.
+        negative (`Condition`): Of the empty prompt, batch first.
+        generators (`list[torch.Generator]`): One per sample, on the CPU.
+    """
+
+    noise: Tensor
+    condition: Condition
+    negative: Condition
+    generators: list[torch.Generator]
+
+    def draw_timesteps(self, low: int, high: int) -> Tensor:
+        """Integer timesteps, uniform on `low..high`, both included, `[B]`."""
+        drawn = [torch.randint(low, high + 1, (), generator=generator) for generator in self.generators]
+        return torch.stack(drawn).to(self.noise.device)
+
+    def draw_noise(self) -> Tensor:
+        """Fresh standard normal noise, shape of `noise`."""
+        return randn_tensor(tuple(self.noise.shape), generator=self.generators, device=self.noise.device)

@@ -1,0 +1,104 @@
+"""The settings that both stages share. Each stage's own are beside it."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with its help on the command line."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainingConfig:
+    """What both stages share. Names and meanings are those of diffusers' text-to-image scripts where these have one.
+
+    Raises:
+        ValueError: If a number is out of its range, or prompts come from two places.
+    """
+
+    # The models
+    pretrained_model_name_or_path: str = setting(
+        None, "The teacher: a folder, or a model on the Hub. The script's own default is the embedded shapes teacher."
+    )
+    revision: str | None = setting(None, "Branch, tag or commit of the teacher on the Hub.")
+    variant: str | None = setting(None, "Variant of the teacher's weights' files, such as fp16.")
+    generator_model_name_or_path: str | None = setting(
+        None, "Start the student from the UNet of this folder or Hub model instead of the teacher's copy."
+    )
+    conditioning_timestep: int = setting(
+        399, 'The timestep at which the student is asked. DMD2, for SDXL: "conditioned at timestep 399".'
+    )
+
+    # The prompts
+    prompts_file: str | None = setting(None, "A text file with one prompt a line.")
+    dataset_name: str | None = setting(None, "A data set on the Hub, or a folder; only its captions are read.")
+    train_data_dir: str | None = setting(None, "An image folder with a metadata.jsonl; only its captions are read.")
+    caption_column: str = setting("text", "The data set's column of captions.")
+    max_train_samples: int | None = setting(None, "Use this many prompts at most, from the top.")
+    resolution: int | None = setting(None, "The pictures' side in pixels; by default what the teacher was made for.")
+    cache_dir: str | None = setting(None, "Where downloaded models and data sets are kept.")
+
+    # The run
+    stage: Literal["all", "record", "backtrack"] = setting(
+        "all", "Record the degradation path, backtrack along one, or both."
+    )
+    degradation_path: str | None = setting(None, "The folder of the path; by default `path` in the output folder.")
+    output_dir: str = setting("disback-model", "Where everything is written.")
+    seed: int = setting(0, "All of a run's randomness follows from it.")
+    resume_from_checkpoint: str | None = setting(
+        None, '"latest", or the folder of a checkpoint of this run: go on from there.'
+    )
+    checkpointing_steps: int = setting(500, "Save what is needed to resume every so many steps.")
+    checkpoints_total_limit: int | None = setting(None, "Keep this many checkpoints of each stage at most.")
+
+    # Optimisation
+    objective: str = setting("dmd", "How the generator learns from two scores: one of OBJECTIVES.")
+    train_batch_size: int = setting(1, "Samples per process and forward pass.")
+    gradient_accumulation_steps: int = setting(1, "Forward passes per update, of each network.")
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: slower, smaller.")
+    fake_score_learning_rate: float = setting(5e-7, "Of the fake score, in both stages. DMD2, for SDXL: 5e-7.")
+    lr_scheduler: str = setting("constant_with_warmup", "As of diffusers.optimization.get_scheduler.")
+    lr_warmup_steps: int = setting(500, "Updates of each network until its learning rate is reached. DMD2: 500.")
+    adam_beta1: float = setting(0.9, "AdamW's first beta.")
+    adam_beta2: float = setting(0.999, "AdamW's second beta.")
+    adam_weight_decay: float = setting(1e-2, "AdamW's weight decay. DMD2: 0.01.")
+    adam_epsilon: float = setting(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = setting(10.0, "Gradients are clipped to this norm. DMD2: 10.")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
+        None, "Precision inside the networks; by default that of `accelerate config`."
+    )
+    allow_tf32: bool = setting(False, "Let Ampere and newer GPUs multiply float32 matrices in TF32.")
+    dataloader_num_workers: int = setting(0, "Processes that draw noise and prompts ahead.")
+
+    # What is seen of it
+    report_to: str = setting("tensorboard", "Any tracker that accelerate knows, all, or none.")
+    logging_dir: str = setting("logs", "Folder of the tracker's files, in the output folder.")
+    logging_steps: int = setting(10, "Log losses every so many steps.")
+    tracker_project_name: str = setting("diffusers-disback", "The project's name at the tracker.")
+    validation_prompts: list[str] = setting([], "Prompts of the sample pictures; by default the first of the data.")
+    num_validation_images: int = setting(4, "Pictures of each validation prompt that are measured.")
+    validation_steps: int = setting(500, "Measure and draw the student every so many generator updates.")
+
+    def __post_init__(self):
+        sources = [name for name in ("prompts_file", "dataset_name", "train_data_dir") if getattr(self, name)]
+        if len(sources) > 1:
+            raise ValueError(
+                f"Prompts come from one place, but {' and '.join('--' + name for name in sources)} are given."
+            )
+        for name in (
+            "checkpointing_steps",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "num_validation_images",
+            "validation_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} has to be at least 1, but is {getattr(self, name)}.")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise ValueError(f"--checkpoints_total_limit has to be at least 1, but is {self.checkpoints_total_limit}.")
+        if self.max_train_samples is not None and self.max_train_samples < 1:
+            raise ValueError(f"--max_train_samples has to be at least 1, but is {self.max_train_samples}.")

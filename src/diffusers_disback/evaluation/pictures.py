@@ -1,0 +1,77 @@
+"""What a run shows: grids of pictures with captions, and curves."""
+
+import textwrap
+from pathlib import Path
+
+from torch import Tensor
+
+
+def picture_grid(rows: dict[str, list[Tensor]], columns: list[str], file: Path, cell_inches: float = 1.3) -> None:
+    """Writes a grid of pictures, a title over each column and a caption left of each row.
+
+    Args:
+        rows (`dict[str, list[Tensor]]`): Caption -> its pictures, RGB in 0..255, `[3, H, W]` uint8, one per column.
+        columns (`list[str]`): Titles.
+        file (`Path`): PNG.
+        cell_inches (`float`): The side of a picture at 100 dots per inch.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        len(rows),
+        len(columns),
+        figsize=(cell_inches * (len(columns) + 1.4), cell_inches * len(rows) + 0.5),
+        squeeze=False,
+    )
+    for row, (caption, pictures) in zip(axes, rows.items(), strict=True):
+        for axis, picture in zip(row, pictures, strict=True):
+            axis.imshow(picture.permute(1, 2, 0).numpy())
+            axis.set_xticks([])
+            axis.set_yticks([])
+        row[0].set_ylabel(textwrap.fill(caption, 18), rotation=0, ha="right", va="center", fontsize=8, labelpad=6)
+    for axis, title in zip(axes[0], columns, strict=True):
+        axis.set_title(title, fontsize=8)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def convergence_plot(
+    curve: list[dict[str, float]], switches: list[int], levels: dict[str, dict[str, float]], file: Path
+) -> None:
+    """Writes the measures over generator updates, one panel for distances and one for shares in 0..1.
+
+    Args:
+        curve (`list[dict]`): Rows with `step` and measures.
+        switches (`list[int]`): Steps at which the target changed.
+        levels (`dict[str, dict[str, float]]`): Horizontal lines: label -> measures, as of the teacher.
+        file (`Path`): PNG.
+    """
+    plt = _pyplot()
+    names = [name for name in curve[0] if name not in ("step", "seconds", "node")]
+    panels = [[n for n in names if n == "distance"], [n for n in names if n != "distance"]]
+    panels = [panel for panel in panels if panel]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(7, 3 * len(panels)), sharex=True, squeeze=False)
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        for colour, name in enumerate(panel):
+            axis.plot([row["step"] for row in curve], [row[name] for row in curve], "o-", ms=3, label=name)
+            for style, (label, level) in zip(("--", ":"), levels.items(), strict=False):
+                if name in level:
+                    axis.axhline(level[name], ls=style, lw=1, color=f"C{colour}", alpha=0.7, label=f"{label}: {name}")
+        for number, step in enumerate(switches):
+            axis.axvline(step, color="0.6", lw=1, label="target switch" if number == 0 else None)
+        if panel == ["distance"]:
+            axis.set_yscale("log")
+        axis.legend(fontsize=7, loc="best")
+    axes[-1, 0].set_xlabel("generator updates")
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

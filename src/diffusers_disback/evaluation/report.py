@@ -1,0 +1,170 @@
+"""What a run found out: measures of teacher, initial student and student, pictures, and `report.json`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from torch import Tensor, nn
+
+from . import Evaluation
+from .drift import DriftEvaluator
+from .pictures import convergence_plot, picture_grid
+
+
+REPORT = "report.json"
+
+
+def many_step_pipeline(teacher: DiffusionPipeline) -> DiffusionPipeline:
+    """The teacher with a deterministic sampler; its components are shared.
+
+    Latents are not confined to [-1, 1], so the sampler must not clip, whatever its default.
+    """
+    scheduler = DDIMScheduler.from_config(
+        teacher.scheduler.config, clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True
+    )
+    pipeline = type(teacher)(**{**teacher.components, "scheduler": scheduler}, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class Report:
+    """Measures pipelines as a run goes on, and writes what it found.
+
+    Args:
+        evaluation (`Evaluation`): Prompts and evaluators; drift from the teacher is added to them.
+        wanted (`list[str]`): Prompts whose pictures are shown.
+        teacher (`DiffusionPipeline`): The teacher's pipeline.
+        guidance_scale (`float`): The teacher's guidance.
+        teacher_steps (`int`): Steps of the teacher's sampler (DDIM).
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        wanted: list[str],
+        teacher: DiffusionPipeline,
+        guidance_scale: float,
+        teacher_steps: int = 25,
+    ):
+        self.evaluation = evaluation
+        self.gallery = Evaluation(wanted, evaluation.seed, evaluation.batch_size)
+        self.guidance_scale = guidance_scale
+        self.teacher_steps = teacher_steps
+        self.teacher = many_step_pipeline(teacher)
+        self.measures: dict[str, dict[str, float]] = {}
+        self.shown: dict[str, Tensor] = {}
+        pictures, seconds = self.draw_teacher(evaluation, guidance_scale)
+        evaluation.evaluators.append(DriftEvaluator(pictures))
+        self._keep("teacher", pictures, seconds, self.draw_teacher(self.gallery, guidance_scale)[0])
+        self.measures["teacher"] |= {"num_inference_steps": teacher_steps, "guidance_scale": guidance_scale}
+
+    def draw_teacher(self, evaluation: Evaluation, guidance_scale: float) -> tuple[Tensor, float]:
+        """The teacher's pictures in many steps, and seconds per picture. Its UNet is on the device just for that."""
+        self.teacher.unet.to(self.teacher.vae.device)
+        drawn = evaluation.draw(self.teacher, num_inference_steps=self.teacher_steps, guidance_scale=guidance_scale)
+        self.teacher.unet.to("cpu")
+        return drawn
+
+    def add_student(self, name: str, pipeline: DiffusionPipeline) -> dict[str, float]:
+        """Measures a one-step pipeline under a name (`initial`, `student`)."""
+        pipeline.set_progress_bar_config(disable=True)
+        pictures, seconds = self.evaluation.draw(pipeline)
+        return self._keep(name, pictures, seconds, self.gallery.draw(pipeline)[0])
+
+    def write_samples(self, file: Path) -> None:
+        """Rows of prompts; columns: teacher in many steps, initial student, student."""
+        titles = {
+            "teacher": f"teacher\n{self.teacher_steps} steps, w={self.guidance_scale:g}",
+            "initial": "initial student\n1 step",
+            "student": "student\n1 step",
+        }
+        columns = [name for name in titles if name in self.shown]
+        rows = {prompt: [self.shown[name][row] for name in columns] for row, prompt in enumerate(self.gallery.prompts)}
+        picture_grid(rows, [titles[name] for name in columns], file)
+
+    def write_convergence(self, curve: list[dict[str, float]], switches: list[int], file: Path) -> None:
+        """The measures over generator updates, with the teacher's as levels."""
+        names = [name for name in curve[0] if not name.startswith("drift")] if "distance" in curve[0] else curve[0]
+        convergence_plot(
+            [{name: row[name] for name in names} for row in curve],
+            switches,
+            {"teacher": self.measures["teacher"]},
+            file,
+        )
+
+    def write_path(
+        self, load_node: Callable[[int, nn.Module], None], nodes: list[tuple[str, float]], file: Path
+    ) -> None:
+        """What each node of the path draws, from the teacher to the last node, and the initial student at the end.
+
+        Args:
+            load_node (`Callable`): `(index, network)`: fills the network with a node's weights.
+            nodes (`list[tuple[str, float]]`): Title and guidance of nodes 0..N.
+            file (`Path`): PNG.
+        """
+        columns = []
+        try:
+            for index, (_, guidance_scale) in enumerate(nodes):
+                load_node(index, self.teacher.unet)
+                columns.append(self.draw_teacher(self.gallery, guidance_scale)[0])
+        finally:
+            load_node(0, self.teacher.unet)
+        titles = [f"{title}\nw={guidance_scale:.3g}" for title, guidance_scale in nodes]
+        columns.append(self.shown["initial"])
+        titles.append("initial student\n1 step")
+        rows = {prompt: [column[row] for column in columns] for row, prompt in enumerate(self.gallery.prompts)}
+        picture_grid(rows, titles, file)
+
+    def write(self, folder: Path, **others: Any) -> dict[str, Any]:
+        """Writes `report.json`: the measures by name, and what else is passed."""
+        report = {**self.measures, **others}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        return report
+
+    def _keep(self, name: str, pictures: Tensor, seconds: float, shown: Tensor) -> dict[str, float]:
+        measures = {key: round(value, 6) for key, value in self.evaluation.measure(pictures).items()}
+        self.measures[name] = {**measures, "seconds_per_image": round(seconds, 6)}
+        self.shown[name] = shown
+        return measures
+
+
+def summary(folder: Path) -> str:
+    """Six lines of figures, from `report.json`."""
+    report = json.loads((folder / REPORT).read_text())
+    lines = []
+    for name in ("teacher", "initial", "student"):
+        if name in report:
+            measures = report[name]
+            shown = [key for key in measures if not key.startswith("drift")] if "distance" in measures else measures
+            figures = ", ".join(f"{key} {measures[key]:.4g}" for key in shown)
+            lines.append(f"{name}: {figures}")
+    for name, stage in report["stages"].items():
+        lines.append(
+            f"{name}: {stage['steps']} steps, {stage['seconds']:.0f} s, peak memory {stage['peak_memory_mb']:.0f} MB"
+        )
+    lines.append(f"see {folder / 'samples.png'}, {folder / REPORT} and the pipeline in {folder}")
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that figures depend on."""
+    import platform
+
+    import accelerate
+    import diffusers
+    import transformers
+
+    from .. import __version__
+
+    return {
+        "python": platform.python_version(),
+        "diffusers_disback": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }

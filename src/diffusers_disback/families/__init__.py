@@ -1,0 +1,60 @@
+"""What differs between diffusers pipelines."""
+
+import os
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..path import ModelReference
+from .stable_diffusion import ModelFamily
+
+
+FAMILIES: dict[str, type[ModelFamily]] = {
+    "stable_diffusion": ModelFamily,
+}
+
+
+def family_of(pipeline: DiffusionPipeline, reference: ModelReference | None = None) -> ModelFamily:
+    """The family of a teacher's pipeline.
+
+    Raises:
+        ValueError: If no family is made for its class, or its denoiser takes more than latents.
+    """
+    for family in FAMILIES.values():
+        if type(pipeline).__name__ in family.pipeline_classes:
+            return family(pipeline, reference)
+    supported = ", ".join(name for family in FAMILIES.values() for name in family.pipeline_classes)
+    raise ValueError(f"The teacher is a {type(pipeline).__name__}; supported are {supported}.")
+
+
+def load_family(reference: ModelReference, cache_dir: str | None = None) -> ModelFamily:
+    """Loads a teacher's pipeline in float32, safetensors only.
+
+    Args:
+        reference (`ModelReference`): A folder, or a model on the Hub.
+        cache_dir (`str`, *optional*): Where downloads are kept.
+
+    Raises:
+        ValueError: If there is no such teacher, or it is of no supported family.
+    """
+    name = reference.name_or_path
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "model_index.json")):
+        raise ValueError(f"{name} has no model_index.json: it is no diffusers pipeline's folder.")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            name,
+            revision=reference.revision,
+            variant=reference.variant,
+            cache_dir=cache_dir,
+            dtype=torch.float32,
+            use_safetensors=True,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"The teacher {name!r} cannot be loaded: it is neither a folder with a diffusers pipeline in safetensors "
+            f"nor such a model on the Hub (revision {reference.revision}, variant {reference.variant}). {error}"
+        ) from error
+    return family_of(pipeline, reference)
+
+
+__all__ = ["FAMILIES", "ModelFamily", "family_of", "load_family"]

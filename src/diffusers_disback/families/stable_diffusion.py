@@ -1,0 +1,107 @@
+"""Stable Diffusion 1.x: one text encoder, a UNet, latents of an 8x autoencoder. Also the base of other families."""
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from ..batch import Condition
+from ..noise_schedule import NoiseSchedule
+from ..path import ModelReference
+from ..score_model import ScoreModel, call_network
+
+
+class ModelFamily:
+    """A teacher's pipeline, seen as what distillation needs of it.
+
+    Args:
+        pipeline (`DiffusionPipeline`): The teacher's.
+        reference (`ModelReference`, *optional*): Where it came from.
+
+    Raises:
+        ValueError: If the denoiser takes more than the autoencoder's latents, as for inpainting.
+    """
+
+    pipeline_classes: tuple[str, ...] = ("StableDiffusionPipeline",)
+
+    def __init__(self, pipeline: DiffusionPipeline, reference: ModelReference | None = None):
+        channels, latent_channels = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+        if channels != latent_channels:
+            raise ValueError(
+                f"The teacher's UNet takes {channels} channels, but its autoencoder makes {latent_channels}: it is a "
+                "model for inpainting, depth or editing, not for text-to-image."
+            )
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        self.pipeline = pipeline
+        self.reference = reference
+        self.schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
+
+    @property
+    def network(self) -> nn.Module:
+        """The teacher's denoiser."""
+        return self.pipeline.unet
+
+    def initial_generator(
+        self, start: ModelReference | None = None, resolution: int | None = None, cache_dir: str | None = None
+    ) -> nn.Module:
+        """The network that the student starts from: the teacher's copy, or the UNet of another model.
+
+        Args:
+            start (`ModelReference`, *optional*): The other model.
+            resolution (`int`, *optional*): That the student is made for, in pixels; by default the teacher's.
+            cache_dir (`str`, *optional*): Where downloads are kept.
+
+        Raises:
+            ValueError: If the other model's UNet does not take the teacher's latents and conditions.
+        """
+        if start is None:
+            network = self.score_model().copy().network
+        else:
+            network = start.load_network(type(self.network), cache_dir)
+        for name in ("in_channels", "out_channels", "cross_attention_dim"):
+            was, is_ = self.network.config[name], network.config[name]
+            if was != is_:
+                raise ValueError(
+                    f"The student's start {start.name_or_path!r} has {name} {is_}, the teacher has {was}: it works on "
+                    "other latents or other conditions."
+                )
+        network.register_to_config(sample_size=self.latent_shape(resolution)[-1])
+        return network
+
+    def to(self, device: torch.device) -> "ModelFamily":
+        """Moves all but the denoiser, of which training holds copies of its own."""
+        for component in self.pipeline.components.values():
+            if isinstance(component, nn.Module) and component is not self.network:
+                component.to(device)
+        return self
+
+    def resolution(self, resolution: int | None = None) -> int:
+        """The side of the pictures in pixels; by default that which the teacher was made for."""
+        return resolution or self.network.config.sample_size * self.pipeline.vae_scale_factor
+
+    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
+        """`(C, H, W)` of the latents of a square picture.
+
+        Raises:
+            ValueError: If the autoencoder's stride does not divide the resolution.
+        """
+        stride, resolution = self.pipeline.vae_scale_factor, self.resolution(resolution)
+        if resolution % stride:
+            raise ValueError(f"resolution={resolution} is not divisible by {stride}, the autoencoder's stride.")
+        return self.pipeline.vae.config.latent_channels, resolution // stride, resolution // stride
+
+    def score_model(self, network: nn.Module | None = None) -> ScoreModel:
+        """The way to ask a network of this family; by default the teacher's own."""
+        return ScoreModel(self.network if network is None else network, self.schedule, self.call)
+
+    def call(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The network's output, `[B, C, H, W]`."""
+        return call_network(network, x_t, t, condition)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Condition:
+        """The condition of prompts, batch first, on the text encoder's device."""
+        device = self.pipeline.text_encoder.device
+        prompt_embeds, _ = self.pipeline.encode_prompt(prompts, device, 1, False)
+        return {"encoder_hidden_states": prompt_embeds}

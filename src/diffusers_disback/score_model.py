@@ -1,0 +1,88 @@
+"""A network, what its timesteps mean, and the way to call it."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .batch import Condition
+from .noise_schedule import NoiseSchedule
+
+
+def call_network(network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """A diffusers denoiser's output, `[B, C, H, W]`."""
+    return network(x_t, timestep=t, return_dict=False, **condition)[0]
+
+
+class ScoreModel:
+    """Asks a network for x0, for the score, and for its denoising loss.
+
+    Not a module: it wraps the *prepared* network, so every call passes the wrapper's `forward`. The same class serves
+    teacher, target, fake score and generator.
+
+    Args:
+        network (`nn.Module`): A diffusers denoiser, possibly wrapped for distributed training.
+        schedule (`NoiseSchedule`): What its timesteps and its output mean.
+        call (`Callable`): `(network, x_t, t, condition) -> output`.
+        guidance_scale (`float`): Classifier-free guidance of `denoise`; 1 means none.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor] = call_network,
+        guidance_scale: float = 1.0,
+    ):
+        self.network = network
+        self.schedule = schedule
+        self.call = call
+        self.guidance_scale = guidance_scale
+
+    def copy(self) -> "ScoreModel":
+        """The same model with weights of its own, unguided."""
+        return ScoreModel(copy.deepcopy(self.network), self.schedule, self.call)
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The network's own output in float32, `[B, C, H, W]`; the network computes in its own precision."""
+        dtype = next(self.network.parameters()).dtype
+        condition = {key: value.to(dtype) if value.is_floating_point() else value for key, value in condition.items()}
+        return self.call(self.network, x_t.to(dtype), t, condition).float()
+
+    def denoise(self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition | None = None) -> Tensor:
+        """E[x0 | x_t], guided away from `negative` by `guidance_scale`.
+
+        Args:
+            x_t (`Tensor`): Noisy latents, `[B, C, H, W]`.
+            t (`Tensor`): Integer diffusers timesteps, `[B]`.
+            condition (`Condition`): Keyword arguments of the network, batch first.
+            negative (`Condition`, *optional*): Those of the empty prompt; needed if `guidance_scale` is not 1.
+
+        Returns:
+            `Tensor`: `[B, C, H, W]`, float32.
+        """
+        if self.guidance_scale == 1:
+            output = self.predict(x_t, t, condition)
+        else:
+            if negative is None:
+                raise ValueError(f"guidance_scale={self.guidance_scale} needs the condition of the empty prompt.")
+            both = {key: torch.cat([negative[key], condition[key]]) for key in condition}
+            without, with_ = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+            # Classifier-free guidance (Ho and Salimans, 2022, Eq. 6), in diffusers' convention: 1 means none.
+            output = without + self.guidance_scale * (with_ - without)
+        return self.schedule.x0_of_output(output, x_t, t)
+
+    def score(self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition | None = None) -> Tensor:
+        """The gradient of log p(x_t | condition), `[B, C, H, W]`. Arguments as of `denoise`."""
+        return self.schedule.score_of_x0(self.denoise(x_t, t, condition, negative), x_t, t)
+
+    def denoising_loss(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Denoising score matching on `x0` (DisBack, Eqs. 5 and 7), a scalar.
+
+        The mean squared error of the network's own output, unweighted: the loss that latent diffusion teachers were
+        trained with. Unguided, whatever `guidance_scale` is.
+        """
+        x_t = self.schedule.diffuse(x0, noise, t)
+        output = self.predict(x_t, t, condition)
+        return nn.functional.mse_loss(output, self.schedule.regression_target(x0, noise, t))

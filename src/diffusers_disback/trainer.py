@@ -1,0 +1,361 @@
+"""What the two stages share: trained networks, and the resumable loop."""
+
+import json
+import resource
+import shutil
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .batch import Batch
+from .config import TrainingConfig
+from .data import Draw, PromptBatches, PromptData
+from .families import ModelFamily
+from .generator import OneStepGenerator
+from .objectives import OBJECTIVES
+from .run_folder import RunFolder, flat
+
+
+class Learner:
+    """A network that is trained: its own accelerator, optimiser, learning rate schedule and average.
+
+    Each has an accelerator of its own because FSDP2 and DeepSpeed take one model each.
+
+    Args:
+        name (`str`): Its folder in a checkpoint.
+        network (`nn.Module`): In float32; modes and gradients are set here.
+        learning_rate (`float`): Of AdamW.
+        updates (`int`): How many there will be, for the learning rate's schedule.
+        config (`TrainingConfig`): Optimisation and precision.
+        ema_decay (`float`, *optional*): Keeps an exponential moving average of the weights.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        learning_rate: float,
+        updates: int,
+        config: TrainingConfig,
+        ema_decay: float | None = None,
+    ):
+        self.name = name
+        self.max_grad_norm = config.max_grad_norm
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision=config.mixed_precision,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir))
+            ),
+            # A learning rate step per update, whatever the number of processes.
+            step_scheduler_with_optimizer=False,
+        )
+        # Evaluation mode, so that no dropout draws from global random state; gradients flow all the same.
+        network.requires_grad_(True).eval()
+        if config.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        optimizer = torch.optim.AdamW(
+            network.parameters(),
+            lr=learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+        )
+        schedule = get_scheduler(
+            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=updates
+        )
+        self.network, self.optimizer, self.lr_schedule = self.accelerator.prepare(network, optimizer, schedule)
+        self.ema: EMAModel | None = None
+        if ema_decay is not None:
+            own = self.unwrapped()
+            self.ema = EMAModel(own.parameters(), decay=ema_decay, model_cls=type(own), model_config=own.config)
+
+    def unwrapped(self) -> nn.Module:
+        """The network as diffusers knows it."""
+        return self.accelerator.unwrap_model(self.network)
+
+    def learn(self, loss: Tensor) -> None:
+        """The backward pass, and with the last accumulated gradient an update. Call it under `accumulate`."""
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            self.accelerator.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+            self.optimizer.step()
+            self.lr_schedule.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.ema is not None:
+                self.ema.step(self.unwrapped().parameters())
+
+    def accumulate(self):
+        """A context for one slice of a batch."""
+        return self.accelerator.accumulate(self.network)
+
+    def averaged(self) -> nn.Module:
+        """The network with its averaged weights, if an average is kept: a copy; otherwise the network itself."""
+        network = self.unwrapped()
+        if self.ema is None:
+            return network
+        average = type(network).from_config(network.config).to(network.device).requires_grad_(False).eval()
+        self.ema.copy_to(average.parameters())
+        return average
+
+    def save(self, folder: Path) -> None:
+        """Writes all state. To be called on every process."""
+        self.accelerator.save_state(str(folder / self.name))
+        if self.ema is not None and self.accelerator.is_main_process:
+            self.ema.save_pretrained(folder / f"{self.name}_ema")
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote."""
+        self.accelerator.load_state(str(folder / self.name))
+        if self.ema is not None:
+            saved = EMAModel.from_pretrained(folder / f"{self.name}_ema", self.ema.model_cls)
+            self.ema.load_state_dict(saved.state_dict())
+            self.ema.to(self.accelerator.device)
+
+
+class Stage(ABC):
+    """A resumable loop. Stage 1 is stage 2 without an update of the generator.
+
+    One step takes `batches_per_step` global batches, which are functions of the step: a resumed run equals an unbroken
+    one, bit for bit.
+
+    Args:
+        config (`TrainingConfig`): What both stages share.
+        own (`DegradationConfig` or `BacktrackingConfig`): The stage's own settings.
+        family (`ModelFamily`): The teacher.
+        data (`PromptData`): Prompts and their conditions.
+        learners (`list[Learner]`): The trained networks.
+        steps (`int`): Steps of the stage.
+        batches_per_step (`int`): Global batches of a step.
+        proportion_empty_prompts (`float`): Share of samples whose prompt is dropped.
+    """
+
+    name: str
+    number: int
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        own: Any,
+        family: ModelFamily,
+        data: PromptData,
+        learners: list[Learner],
+        steps: int,
+        batches_per_step: int,
+        proportion_empty_prompts: float = 0.0,
+    ):
+        self.config = config
+        self.settings = flat(config, own)
+        self.family = family
+        self.data = data
+        self.learners = learners
+        self.accelerator = learners[0].accelerator
+        self.steps = steps
+        self.batches_per_step = batches_per_step
+        self.objective = OBJECTIVES[config.objective]()
+        self.folder = RunFolder(config.output_dir)
+        self.batches = PromptBatches(
+            data.prompts,
+            family.latent_shape(config.resolution),
+            config.seed,
+            self.number,
+            config.train_batch_size,
+            config.gradient_accumulation_steps,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            proportion_empty_prompts,
+        )
+        self.seconds = 0.0
+        self.peak_memory_mb = 0.0
+        self.curve: list[dict[str, float]] = []
+        self._first_bad_step: dict[str, Tensor] = {}
+        self._totals: dict[str, Tensor] = {}
+        self._counted = 0
+
+    # What a stage is ---------------------------------------------------------------------------------------------
+
+    generator: OneStepGenerator
+    fake_score: Learner
+
+    @abstractmethod
+    def train_step(self, step: int, batches: list[list[Batch]]) -> dict[str, Tensor]:
+        """One step on `batches_per_step` global batches of slices. Returns losses, on their device."""
+
+    def after_step(self, done: int) -> None:  # noqa: B027
+        """What happens after `done` steps, before anything is logged or saved."""
+
+    def validate(self, done: int) -> dict[str, float]:
+        """Measures of the student after `done` steps."""
+        return {}
+
+    def validation_due(self, done: int) -> bool:
+        return False
+
+    def state(self) -> dict[str, Any]:
+        """What a stage adds to a checkpoint's `stage.json`."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Takes back what `state` gave."""
+
+    # What both do ------------------------------------------------------------------------------------------------
+
+    def update_fake_score(self, batches: list[Batch], samples: list[Tensor]) -> Tensor:
+        """One denoising-score-matching update on detached samples. Returns the mean loss."""
+        losses = []
+        for batch, x0 in zip(batches, samples, strict=True):
+            with self.fake_score.accumulate():
+                fake_score = self.family.score_model(self.fake_score.network)
+                loss = self.objective.fake_score_loss(x0, batch, fake_score)
+                self.fake_score.learn(loss)
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def samples(self, batches: list[Batch]) -> list[Tensor]:
+        """The generator's samples, without a graph."""
+        return [self.generator(batch.noise, batch.condition) for batch in batches]
+
+    def resume(self) -> int:
+        """Goes on from a checkpoint, if that was asked for and there is one. Returns the steps done."""
+        checkpoint = self.folder.checkpoint_to_resume(self.name, self.config.resume_from_checkpoint)
+        if checkpoint is None:
+            return 0
+        state = json.loads((checkpoint / "stage.json").read_text())
+        if state["step"] > self.steps:
+            raise ValueError(f"{checkpoint} is at step {state['step']}, beyond the {self.steps} steps asked for.")
+        for learner in self.learners:
+            learner.load(checkpoint)
+        self.seconds, self.peak_memory_mb, self.curve = state["seconds"], state["peak_memory_mb"], state["curve"]
+        self.load_state(state)
+        self.say(f"going on from {checkpoint}")
+        return state["step"]
+
+    def run(self) -> None:
+        """All steps, from the start or from a checkpoint."""
+        first = self.resume()
+        if self.accelerator.is_main_process:
+            self.folder.claim(self.name, self.settings)
+        tracked = {k: v for k, v in self.settings.items() if isinstance(v, (int, float, str, bool))}
+        self.accelerator.init_trackers(self.config.tracker_project_name, tracked)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        numbers = range(first * self.batches_per_step, self.steps * self.batches_per_step)
+        loader = iter(self.batches.loader(numbers, self.config.dataloader_num_workers))
+        bar = tqdm(
+            total=self.steps,
+            initial=first,
+            desc=self.name,
+            unit="step",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        if first == 0 and self.validation_due(0):
+            self._validate(0)
+        started = time.monotonic()
+        for step in range(first, self.steps):
+            done = step + 1
+            draws = [next(loader) for _ in range(self.batches_per_step)]
+            losses = self.train_step(step, [[self._batch(draw) for draw in slices] for slices in draws])
+            self._watch(step, losses)
+            self.after_step(done)
+            bar.update()
+            if done % self.config.logging_steps == 0 or done == self.steps:
+                self._log(done, bar)
+            if self.validation_due(done) or done % self.config.checkpointing_steps == 0 or done == self.steps:
+                self.seconds += time.monotonic() - started
+                if self.validation_due(done):
+                    self._validate(done)
+                if done % self.config.checkpointing_steps == 0 or done == self.steps:
+                    self._save(done)
+                started = time.monotonic()
+        bar.close()
+        self.check_finite()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def say(self, what: str) -> None:
+        """Prints a line above the progress bar, on the main process."""
+        if self.accelerator.is_main_process:
+            tqdm.write(f"{self.name}: {what}")
+
+    def summary(self) -> dict[str, float]:
+        """Steps, seconds (evaluation and saving apart) and the peak of memory in MB."""
+        return {
+            "steps": self.steps,
+            "seconds": round(self.seconds, 2),
+            "peak_memory_mb": round(max(self.peak_memory_mb, peak_memory_mb()), 1),
+        }
+
+    def check_finite(self) -> None:
+        """Stops the run if a loss was not finite on any process since the last look.
+
+        Raises:
+            FloatingPointError: With the loss's name and its first bad step.
+        """
+        for name, first in self._first_bad_step.items():
+            steps = self.accelerator.gather(first.reshape(1))
+            bad = steps[steps >= 0]
+            if len(bad):
+                raise FloatingPointError(
+                    f"{self.name}: {name} was not finite at step {int(bad.min())}. Nothing was saved after it. Lower "
+                    "the learning rate, or use bf16 instead of fp16; then resume from the last checkpoint."
+                )
+
+    def _batch(self, draw: Draw) -> Batch:
+        return self.data.batch(draw, self.accelerator.device)
+
+    def _watch(self, step: int, losses: dict[str, Tensor]) -> None:
+        """Adds up losses and notes the first bad step, without waiting for the device."""
+        for name, loss in losses.items():
+            first = self._first_bad_step.setdefault(name, torch.full_like(loss, -1.0))
+            self._first_bad_step[name] = torch.where((first < 0) & ~torch.isfinite(loss), float(step), first)
+            self._totals[name] = self._totals.get(name, 0) + loss
+        self._counted += 1
+
+    def _log(self, done: int, bar: tqdm) -> None:
+        self.check_finite()
+        means = {name: (total / self._counted).item() for name, total in self._totals.items()}
+        self._totals, self._counted = {}, 0
+        rates = {f"{learner.name}_lr": learner.lr_schedule.get_last_lr()[0] for learner in self.learners}
+        bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
+        self.accelerator.log({f"{self.name}/{k}": v for k, v in (means | rates).items()}, step=done)
+
+    def _validate(self, done: int) -> None:
+        self.check_finite()
+        if self.accelerator.is_main_process:
+            measures = self.validate(done)
+            self.curve.append({"step": done, "seconds": round(self.seconds, 2), **measures})
+            self.accelerator.log({f"{self.name}/{k}": v for k, v in measures.items()}, step=done)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, done: int) -> None:
+        self.check_finite()
+        draft = self.folder.draft_of_checkpoint(self.name, done)
+        if self.accelerator.is_main_process:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        for learner in self.learners:
+            learner.save(draft)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            state = {"step": done, **self.summary(), "curve": self.curve, **self.state()}
+            self.folder.finish_checkpoint(self.name, done, state, self.config.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+
+def peak_memory_mb() -> float:
+    """The peak of allocated GPU memory since the stage began, or of the process's resident memory, in MB (10^6 bytes)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

@@ -1,0 +1,76 @@
+"""Both stages at tiny size, as functions of their settings."""
+
+from pathlib import Path
+
+import tiny
+import torch
+
+from diffusers_disback.backtracking import BacktrackingConfig, BacktrackingTrainer
+from diffusers_disback.config import TrainingConfig
+from diffusers_disback.data import PromptData
+from diffusers_disback.degradation import DegradationConfig, DegradationRecorder
+from diffusers_disback.families import family_of
+from diffusers_disback.path import DegradationPath, ModelReference, fingerprint
+
+
+def training(output_dir: Path, **changes) -> TrainingConfig:
+    return TrainingConfig(
+        **{
+            "output_dir": str(output_dir),
+            "train_batch_size": 2,
+            "fake_score_learning_rate": 1e-3,
+            "lr_warmup_steps": 0,
+            "report_to": "none",
+            "checkpointing_steps": 2,
+            "logging_steps": 1,
+            **changes,
+        }
+    )
+
+
+def recorder(config, teacher_folder, steps=4, nodes=2, **changes) -> DegradationRecorder:
+    reference = ModelReference(str(teacher_folder))
+    family = family_of(tiny.pipeline(), reference)
+    generator = family.initial_generator()
+    folder = Path(config.output_dir, "path")
+    if (folder / "path.json").exists():
+        path = DegradationPath.from_pretrained(folder, reference)
+    else:
+        start = {"name_or_path": None, "sha256": fingerprint(generator), "conditioning_timestep": 399}
+        path = DegradationPath.create(folder, reference, fingerprint(family.network), start, {})
+    degradation = DegradationConfig(degradation_steps=steps, num_path_nodes=nodes, **changes)
+    return DegradationRecorder(config, degradation, family, generator, PromptData(tiny.PROMPTS, family.encode), path)
+
+
+def record(config, teacher_folder, **changes) -> DegradationPath:
+    stage = recorder(config, teacher_folder, **changes)
+    stage.record()
+    return stage.path
+
+
+def trainer(config, path, evaluate=None, **changes) -> BacktrackingTrainer:
+    family = family_of(tiny.pipeline())
+    backtracking = BacktrackingConfig(
+        **{
+            "max_train_steps": 4,
+            "steps_per_target": 1,
+            "guidance_scale": 3.0,
+            "generator_learning_rate": 1e-3,
+            "fake_score_updates": 2,
+            **changes,
+        }
+    )
+    data = PromptData(tiny.PROMPTS, family.encode)
+    return BacktrackingTrainer(config, backtracking, family, family.initial_generator(), data, path, evaluate)
+
+
+def weights(network) -> dict[str, torch.Tensor]:
+    return {key: value.detach().clone() for key, value in network.state_dict().items()}
+
+
+def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], atol: float) -> bool:
+    return one.keys() == two.keys() and all(torch.allclose(one[key], two[key], atol=atol) for key in one)

@@ -1,0 +1,315 @@
+"""What both stages promise: exact resumption, the right networks moving, the path walked back node by node."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from stages import close, equal, record, recorder, trainer, training, weights
+
+from diffusers_disback.backtracking import BacktrackingConfig, TargetSchedule, guidance_of_node, nodes_are_guided
+from diffusers_disback.config import TrainingConfig
+from diffusers_disback.degradation import DegradationConfig
+from diffusers_disback.objectives import OBJECTIVES
+from diffusers_disback.path import DegradationPath
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory, teacher_folder):
+    """A path of four nodes."""
+    return record(training(tmp_path_factory.mktemp("recorded")), teacher_folder, steps=4, nodes=4)
+
+
+def node(path, index):
+    network = tiny.unet(seed=9)
+    path.load(index, into=network)
+    return weights(network)
+
+
+# Stage 1 -------------------------------------------------------------------------------------------------------------
+
+
+def test_node_steps_end_with_the_last():
+    assert DegradationConfig(degradation_steps=100, num_path_nodes=4).node_steps == [25, 50, 75, 100]
+    assert DegradationConfig(degradation_steps=7, num_path_nodes=3).node_steps == [2, 5, 7]
+    assert DegradationConfig(degradation_steps=7, num_path_nodes=7).node_steps == list(range(1, 8))
+    assert DegradationConfig(num_path_nodes=0).node_steps == []
+    with pytest.raises(ValueError, match="--num_path_nodes 8 is more than --degradation_steps 7"):
+        DegradationConfig(degradation_steps=7, num_path_nodes=8)
+
+
+def test_recording_moves_the_fake_score_and_nothing_else(tmp_path, teacher_folder):
+    stage = recorder(training(tmp_path), teacher_folder)
+    generator, teacher = weights(stage.generator.model.network), weights(stage.family.network)
+    stage.record()
+    fake_score = weights(stage.fake_score.unwrapped())
+    assert all(not torch.equal(fake_score[key], teacher[key]) for key in teacher), "every parameter moved"
+    assert equal(weights(stage.generator.model.network), generator) and equal(weights(stage.family.network), teacher)
+    assert not any(parameter.requires_grad for parameter in stage.generator.model.network.parameters())
+    assert equal(node(stage.path, len(stage.path)), fake_score), "the last node is where the walk ended"
+    assert stage.path.complete and stage.path.manifest["cost"]["steps"] == 4
+
+
+def test_recording_approaches_the_generator(tmp_path, teacher_folder):
+    """The denoising loss on the generator's samples falls from node to node."""
+    config = training(tmp_path, train_batch_size=8)
+    path = record(config, teacher_folder, steps=60, nodes=3)
+    losses = [entry["loss"] for entry in path.nodes]
+    assert losses[0] > losses[1] > losses[2]
+
+
+# Stage 2: the schedule -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "num_nodes, steps_per_target, steps", [(0, 3, 5), (1, 3, 5), (4, 3, 12), (4, 3, 40), (9, 1, 9)]
+)
+def test_the_schedule_visits_every_node_and_ends_on_the_teacher(num_nodes, steps_per_target, steps):
+    schedule = TargetSchedule(num_nodes, steps_per_target, steps)
+    nodes = [schedule.node(step) for step in range(steps)]
+    assert nodes[0] == max(num_nodes - 1, 0) and nodes[-1] == 0
+    assert nodes == sorted(nodes, reverse=True), "it never goes back up"
+    assert set(nodes) == set(range(max(num_nodes, 1)))
+    assert all(nodes.count(i) == steps_per_target for i in range(1, num_nodes))
+    assert schedule.switches == [step for step in range(1, steps) if nodes[step] != nodes[step - 1]]
+
+
+def test_the_teacher_gets_its_share():
+    TargetSchedule(4, 3, 12)
+    with pytest.raises(ValueError, match="--max_train_steps 11 is less than 4 targets x --steps_per_target 3"):
+        TargetSchedule(4, 3, 11)
+
+
+def test_guidance_grows_from_one_to_the_teachers():
+    config = BacktrackingConfig(guidance_scale=7.0)
+    assert [guidance_of_node(i, 4, config) for i in (4, 3, 2, 1, 0)] == [1, 1, 3, 5, 7]
+    assert guidance_of_node(0, 1, config) == guidance_of_node(0, 0, config) == 7
+    constant = BacktrackingConfig(guidance_scale=7.0, guidance_schedule="constant")
+    assert [guidance_of_node(i, 4, constant) for i in (3, 2, 1, 0)] == [7, 7, 7, 7]
+
+
+def test_prompts_are_dropped_only_for_nodes_with_guidance():
+    ramp, constant = (BacktrackingConfig(guidance_scale=7.0, guidance_schedule=s) for s in ("ramp", "constant"))
+    assert [nodes_are_guided(ramp, n) for n in (0, 1, 2, 3)] == [False, False, False, True]
+    assert [nodes_are_guided(constant, n) for n in (0, 1, 2, 3)] == [False, False, True, True]
+    assert not nodes_are_guided(BacktrackingConfig(guidance_scale=1.0), 10)
+
+
+# Stage 2: the training -----------------------------------------------------------------------------------------------
+
+
+def test_backtracking_walks_the_path(tmp_path, path):
+    """The fake score starts as node N; each target equals its node on disk; the last is the teacher."""
+    stage = trainer(training(tmp_path), path, max_train_steps=6, steps_per_target=1)
+    assert equal(weights(stage.fake_score.unwrapped()), node(path, 4))
+    visited, step_of = [], stage.train_step
+
+    def watched(step, batches):
+        losses = step_of(step, batches)
+        assert equal(weights(stage.target.network), node(path, stage.target_node))
+        visited.append((stage.target_node, stage.target.guidance_scale))
+        return losses
+
+    stage.train_step = watched
+    stage.train()
+    assert [i for i, _ in visited] == [3, 2, 1, 0, 0, 0]
+    assert [g for _, g in visited] == pytest.approx([1, 1 + 2 / 3, 1 + 4 / 3, 3, 3, 3])
+    assert equal(weights(stage.target.network), weights(tiny.pipeline().unet)), "the last target is the teacher"
+
+
+def test_nodes_differ_from_each_other_and_from_the_teacher(path):
+    nodes = [node(path, i) for i in range(5)]
+    assert all(not equal(nodes[i], nodes[j]) for i in range(5) for j in range(i))
+
+
+def test_without_a_path_the_fake_score_starts_as_the_teacher(tmp_path):
+    stage = trainer(training(tmp_path), None)
+    teacher = weights(tiny.pipeline().unet)
+    assert equal(weights(stage.fake_score.unwrapped()), teacher)
+    stage.train()
+    assert equal(weights(stage.target.network), teacher) and stage.target.guidance_scale == 3
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_backtracking_moves_the_student_and_the_fake_score_and_nothing_else(tmp_path, path, objective):
+    stage = trainer(training(tmp_path, objective=objective), path)
+    before = [weights(network) for network in (stage.student.unwrapped(), stage.fake_score.unwrapped())]
+    teacher = weights(stage.family.network)
+    student = stage.train()
+    for was, network in zip(before, (student, stage.fake_score.unwrapped()), strict=True):
+        assert all(not torch.equal(was[key], value) for key, value in network.state_dict().items())
+    assert equal(weights(stage.family.network), teacher)
+    assert all(parameter.grad is None for parameter in stage.target.network.parameters())
+
+
+def test_fake_score_updates_are_counted(tmp_path, path):
+    counts = {"generator": 0, "fake_score": 0}
+    stage = trainer(training(tmp_path), path, max_train_steps=4, fake_score_updates=3)
+    for learner in stage.learners:
+        learner.optimizer.optimizer.register_step_post_hook(
+            lambda *_, name=learner.name: counts.update({name: counts[name] + 1})
+        )
+    stage.train()
+    assert counts == {"generator": 4, "fake_score": 12}
+
+
+def test_the_average_is_published(tmp_path, path):
+    plain = weights(trainer(training(tmp_path / "plain"), path).train())
+    stage = trainer(training(tmp_path / "average"), path, use_ema=True, ema_decay=0.5)
+    averaged = weights(stage.train())
+    assert equal(weights(stage.student.unwrapped()), plain), "averaging does not change the training"
+    assert all(not torch.equal(averaged[key], plain[key]) for key in plain)
+
+
+# Both: seeds, resumption, accumulation -------------------------------------------------------------------------------
+
+
+def test_one_seed_gives_identical_weights(tmp_path, teacher_folder):
+    results = []
+    for name, seed in [("one", 3), ("two", 3), ("other", 4)]:
+        config = training(tmp_path / name, seed=seed)
+        path = record(config, teacher_folder)
+        torch.manual_seed(len(results))  # global random state does not matter
+        results.append((node(path, 2), weights(trainer(config, path, steps_per_target=2).train())))
+    assert all(equal(a, b) for a, b in zip(results[0], results[1], strict=True))
+    assert not any(equal(a, b) for a, b in zip(results[0], results[2], strict=True))
+
+
+def test_stage_1_resumed_equals_stage_1_unbroken(tmp_path, teacher_folder):
+    unbroken = record(training(tmp_path / "unbroken"), teacher_folder)
+    config = training(tmp_path / "broken")
+    stage = recorder(config, teacher_folder)
+    step_of = stage.train_step
+
+    def interrupted(step, batches):
+        if step == 3:
+            raise KeyboardInterrupt
+        return step_of(step, batches)
+
+    stage.train_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        stage.record()
+    resumed = record(training(tmp_path / "broken", resume_from_checkpoint="latest"), teacher_folder)
+    assert len(resumed) == len(unbroken) == 2
+    for i in (1, 2):
+        assert equal(node(resumed, i), node(unbroken, i))
+        assert resumed.nodes[i - 1] == unbroken.nodes[i - 1]
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_stage_2_resumed_equals_stage_2_unbroken(tmp_path, path, use_ema):
+    """The break falls into the second target's turn."""
+    arguments = {"use_ema": use_ema, "max_train_steps": 8, "steps_per_target": 2}
+    unbroken = trainer(training(tmp_path / "unbroken"), path, **arguments)
+    expected = weights(unbroken.train())
+    broken = trainer(training(tmp_path / "broken", checkpointing_steps=3), path, **arguments)
+    step_of = broken.train_step
+
+    def interrupted(step, batches):
+        if step == 5:
+            raise KeyboardInterrupt
+        return step_of(step, batches)
+
+    broken.train_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    resumed = trainer(
+        training(tmp_path / "broken", checkpointing_steps=3, resume_from_checkpoint="latest"), path, **arguments
+    )
+    assert equal(weights(resumed.train()), expected)
+    assert equal(weights(resumed.fake_score.unwrapped()), weights(unbroken.fake_score.unwrapped()))
+    assert resumed.target_node == 0
+
+
+def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path, teacher_folder):
+    results = []
+    for name, size, slices in [("whole", 4, 1), ("sliced", 2, 2), ("single", 1, 4)]:
+        config = training(tmp_path / name, train_batch_size=size, gradient_accumulation_steps=slices)
+        path = record(config, teacher_folder)
+        results.append((node(path, 2), weights(trainer(config, path, steps_per_target=2).train())))
+    for other in results[1:]:
+        assert all(close(a, b, 2e-4) for a, b in zip(results[0], other, strict=True))
+    config = training(tmp_path / "smaller", train_batch_size=2)
+    path = record(config, teacher_folder)
+    assert not close(node(path, 2), results[0][0], 2e-4), "and the batch size does matter"
+
+
+def test_gradient_checkpointing_changes_no_gradient(tmp_path, path):
+    results = []
+    for name, checkpointing in [("plain", False), ("checkpointed", True)]:
+        stage = trainer(training(tmp_path / name, gradient_checkpointing=checkpointing), path)
+        assert stage.student.unwrapped().is_gradient_checkpointing == checkpointing
+        assert stage.fake_score.unwrapped().is_gradient_checkpointing == checkpointing
+        results.append(weights(stage.train()))
+    assert close(*results, 1e-6)
+
+
+# Checkpoints and failures --------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_are_limited_and_whole(tmp_path, path):
+    config = training(tmp_path, checkpointing_steps=1, checkpoints_total_limit=2)
+    stage = trainer(config, path)
+    stage.train()
+    folder = tmp_path / "checkpoints" / "backtracking"
+    assert sorted(f.name for f in folder.iterdir()) == ["checkpoint-000003", "checkpoint-000004", "settings.json"]
+    state = json.loads((folder / "checkpoint-000004" / "stage.json").read_text())
+    assert state["step"] == 4 and state["seconds"] > 0 and state["peak_memory_mb"] > 100
+
+
+def test_a_draft_of_a_checkpoint_does_not_count(tmp_path, path):
+    config = training(tmp_path)
+    stage = trainer(config, path)
+    stage.train()
+    folder = tmp_path / "checkpoints" / "backtracking"
+    shutil.copytree(folder / "checkpoint-000004", folder / "checkpoint-000009")
+    (folder / "checkpoint-000009" / "stage.json").unlink()
+    assert stage.folder.checkpoint_to_resume("backtracking", "latest").name == "checkpoint-000004"
+
+
+@pytest.mark.parametrize("stage_name", ["degradation", "backtracking"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_nothing_is_saved_after_it(
+    tmp_path, teacher_folder, path, stage_name
+):
+    config = training(tmp_path, checkpointing_steps=1, logging_steps=100, fake_score_learning_rate=1e-3)
+    stage = recorder(config, teacher_folder) if stage_name == "degradation" else trainer(config, path)
+    step_of = stage.train_step
+
+    def poisoned(step, batches):
+        if step == 2:
+            next(stage.fake_score.unwrapped().parameters()).data.fill_(float("nan"))
+        return step_of(step, batches)
+
+    stage.train_step = poisoned
+    with pytest.raises(FloatingPointError, match=f"{stage_name}: .*_loss was not finite at step 2"):
+        stage.run()
+    saved = sorted(f.name for f in Path(tmp_path, "checkpoints", stage_name).glob("checkpoint-*"))
+    assert saved == ["checkpoint-000001", "checkpoint-000002"]
+    if stage_name == "degradation":
+        assert len(DegradationPath.from_pretrained(tmp_path / "path")) == 1
+
+
+def test_a_nan_between_two_logs_is_found_at_the_end(tmp_path, path):
+    config = training(tmp_path, checkpointing_steps=100, logging_steps=100)
+    stage = trainer(config, path)
+    step_of = stage.train_step
+    stage.train_step = lambda step, batches: {
+        k: v * (float("nan") if step == 1 else 1) for k, v in step_of(step, batches).items()
+    }
+    with pytest.raises(FloatingPointError, match="was not finite at step 1"):
+        stage.run()
+
+
+def test_numbers_out_of_range_are_refused():
+    for name in ("train_batch_size", "checkpointing_steps", "gradient_accumulation_steps", "checkpoints_total_limit"):
+        with pytest.raises(ValueError, match=f"--{name} has to be at least 1, but is 0"):
+            TrainingConfig(**{name: 0})
+    for changes, message in [
+        ({"max_train_steps": 0}, "--max_train_steps has to be at least 1"),
+        ({"guidance_scale": 0.5}, "--guidance_scale has to be at least 1"),
+        ({"ema_decay": 1.0}, "--ema_decay has to be in"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            BacktrackingConfig(**changes)

@@ -1,0 +1,91 @@
+"""Tiny real components with random weights: a Stable Diffusion of half a megabyte."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from shapes.make_teacher import make_tokenizer
+
+
+WIDTH = 32
+PROMPTS = ["a red circle on a navy background", "a blue star on a white background", "an orange square"]
+
+
+def scheduler(prediction_type: str = "epsilon", **config) -> DDPMScheduler:
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        **{"clip_sample": False, "steps_offset": 1, **config},
+    )
+
+
+def unet(seed: int = 0, **config) -> UNet2DConditionModel:
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        **{
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "block_out_channels": (8, 16),
+            "layers_per_block": 1,
+            "cross_attention_dim": WIDTH,
+            "attention_head_dim": 2,
+            "norm_num_groups": 4,
+            **config,
+        }
+    )
+
+
+def pipeline(prediction_type: str = "epsilon", seed: int = 0, **unet_config) -> StableDiffusionPipeline:
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet(seed, **unet_config).eval(),
+        scheduler=scheduler(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_teacher(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    pipeline(prediction_type, seed).save_pretrained(folder)
+    return folder
+
+
+def write_prompts(folder: Path) -> Path:
+    file = folder / "prompts.txt"
+    file.write_text("\n".join(PROMPTS) + "\n")
+    return file
