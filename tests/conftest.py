@@ -1,10 +1,12 @@
-"""One thread per process (two that spin on two cores are far slower), and a fresh accelerate state for each test."""
+"""One thread per process (two that spin on two cores are far slower), the CPU even where there is a GPU (tests compare
+bit for bit), and a fresh accelerate state for each test."""
 
 import os
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest  # noqa: E402

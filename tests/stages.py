@@ -10,7 +10,8 @@ from diffusers_disback.config import TrainingConfig
 from diffusers_disback.data import PromptData
 from diffusers_disback.degradation import DegradationConfig, DegradationRecorder
 from diffusers_disback.families import family_of
-from diffusers_disback.path import DegradationPath, ModelReference, fingerprint
+from diffusers_disback.model_reference import ModelReference, fingerprint
+from diffusers_disback.path import DegradationPath
 
 
 def training(output_dir: Path, **changes) -> TrainingConfig:
@@ -43,9 +44,7 @@ def recorder(config, teacher_folder, steps=4, nodes=2, **changes) -> Degradation
 
 
 def record(config, teacher_folder, **changes) -> DegradationPath:
-    stage = recorder(config, teacher_folder, **changes)
-    stage.record()
-    return stage.path
+    return recorder(config, teacher_folder, **changes).record()
 
 
 def trainer(config, path, evaluate=None, **changes) -> BacktrackingTrainer:

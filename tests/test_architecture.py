@@ -12,18 +12,20 @@ import diffusers_disback
 
 SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
-    {"noise_schedule", "pipeline", "batch", "config"},
-    {"score_model"},
+    {"noise_schedule", "pipeline", "batch"},
+    {"score_model", "model_reference"},
     {"generator", "path", "data"},
     {"families", "objectives"},
-    {"run_folder"},
+    {"config"},
+    {"run_folder", "learner"},
     {"trainer"},
     {"degradation", "backtracking", "evaluation", "hub"},
+    {"run"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 DOORS = {
-    "accelerate": {"trainer.py", "evaluation/report.py"},
+    "accelerate": {"learner.py", "trainer.py", "run.py", "evaluation/report.py"},
     "torchmetrics": {"evaluation/distance.py"},
     "matplotlib": {"evaluation/pictures.py"},
     "huggingface_hub": {"hub.py"},

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from diffusers_disback.config import TrainingConfig
-from diffusers_disback.data import PromptBatches, PromptData, PromptFile, load_prompts
+from diffusers_disback.data import PromptBatches, PromptData, PromptFile
+from diffusers_disback.run import load_prompts
 
 
 PROMPTS = [f"prompt {i}" for i in range(50)]

@@ -7,7 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from diffusers_disback.path import DegradationPath, ModelReference, fingerprint
+from diffusers_disback.model_reference import ModelReference, fingerprint
+from diffusers_disback.path import DegradationPath
 
 
 START = {"name_or_path": None, "sha256": "0" * 64, "conditioning_timestep": 399}
@@ -61,7 +62,7 @@ def test_steps_grow(path):
 
 
 def test_a_resumed_recording_forgets_what_came_after(path):
-    path.forget_after(100)
+    path.begin(100)
     assert len(path) == 1 and not path.complete
     assert sorted(f.name for f in path.folder.iterdir()) == ["degradation-000100", "path.json"]
     path.append(tiny.unet(seed=5), step=200, loss=0.5)
@@ -145,6 +146,13 @@ def test_a_half_written_node_is_no_node(path):
     network = tiny.unet()
     path.load(3, into=network)
     assert weights_equal(network, tiny.unet(seed=3))
+
+
+def test_verifying_reads_every_node(path):
+    path.verify()
+    flip(node_file(path))
+    with pytest.raises(ValueError, match="node 1 is damaged"):
+        path.verify()
 
 
 def test_folders_that_hold_no_readable_path(path, tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 from diffusers_disback.families import family_of
 from diffusers_disback.generator import OneStepGenerator, to_pipeline
 from diffusers_disback.hub import save_student
-from diffusers_disback.path import ModelReference
+from diffusers_disback.model_reference import ModelReference
 from diffusers_disback.pipeline import DisBackOneStepPipeline
 
 
@@ -148,14 +148,15 @@ def test_embeddings_in_place_of_a_prompt(pipe):
         pipe(PROMPT, prompt_embeds=embeds)
 
 
-def test_clip_skip_matters(pipe, folder):
-    stock = StableDiffusionPipeline.from_pretrained(folder)
-    if hasattr(pipe.text_encoder, "text_model"):
-        assert torch.equal(draw(pipe, clip_skip=1), draw(stock, clip_skip=1, **STOCK))
-        assert not torch.equal(draw(pipe, clip_skip=1), draw(pipe))
-    else:  # diffusers 0.42 asks for an attribute that transformers 5 no longer has
-        with pytest.raises(AttributeError, match="text_model"):
-            draw(stock, clip_skip=1, **STOCK)
+def test_clip_skip_leaves_out_the_last_layer(pipe):
+    tokens = pipe.tokenizer(PROMPT, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        states = pipe.text_encoder(tokens, output_hidden_states=True).hidden_states
+        (norm,) = (m for name, m in pipe.text_encoder.named_modules() if name.endswith("final_layer_norm"))
+        assert torch.equal(draw(pipe, clip_skip=1), draw(pipe, None, prompt_embeds=norm(states[-2])))
+        assert torch.equal(draw(pipe, clip_skip=0), draw(pipe)), "nothing skipped"
+    assert not torch.equal(draw(pipe, clip_skip=1), draw(pipe))
+    assert len(pipe(tiny.PROMPTS, num_images_per_prompt=2, clip_skip=1, output_type="pt").images) == 6
 
 
 def test_callback(pipe):
@@ -204,7 +205,9 @@ def test_memory_savers_change_nothing_much(pipe):
     before = draw(pipe)
     pipe.enable_attention_slicing()
     pipe.vae.enable_slicing()
+    pipe.vae.enable_tiling()
     assert torch.allclose(draw(pipe), before, atol=1e-5)
+    assert pipe.vae.use_slicing and pipe.vae.use_tiling
 
 
 def test_dtype_and_device(pipe):

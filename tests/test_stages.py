@@ -43,13 +43,16 @@ def test_node_steps_end_with_the_last():
 def test_recording_moves_the_fake_score_and_nothing_else(tmp_path, teacher_folder):
     stage = recorder(training(tmp_path), teacher_folder)
     generator, teacher = weights(stage.generator.model.network), weights(stage.family.network)
-    stage.record()
+    stage.run()
     fake_score = weights(stage.fake_score.unwrapped())
     assert all(not torch.equal(fake_score[key], teacher[key]) for key in teacher), "every parameter moved"
     assert equal(weights(stage.generator.model.network), generator) and equal(weights(stage.family.network), teacher)
     assert not any(parameter.requires_grad for parameter in stage.generator.model.network.parameters())
     assert equal(node(stage.path, len(stage.path)), fake_score), "the last node is where the walk ended"
-    assert stage.path.complete and stage.path.manifest["cost"]["steps"] == 4
+    assert not stage.path.complete
+    path = stage.record()
+    assert path.complete and path.manifest["cost"]["steps"] == 4
+    assert stage.fake_score.network is None, "its memory is free for stage 2"
 
 
 def test_recording_approaches_the_generator(tmp_path, teacher_folder):
@@ -255,6 +258,7 @@ def test_checkpoints_are_limited_and_whole(tmp_path, path):
     stage.train()
     folder = tmp_path / "checkpoints" / "backtracking"
     assert sorted(f.name for f in folder.iterdir()) == ["checkpoint-000003", "checkpoint-000004", "settings.json"]
+    assert not list(folder.glob("*/*/model_1*")), "a network's folder holds that network alone"
     state = json.loads((folder / "checkpoint-000004" / "stage.json").read_text())
     assert state["step"] == 4 and state["seconds"] > 0 and state["peak_memory_mb"] > 100
 
@@ -300,6 +304,51 @@ def test_a_nan_between_two_logs_is_found_at_the_end(tmp_path, path):
     }
     with pytest.raises(FloatingPointError, match="was not finite at step 1"):
         stage.run()
+
+
+def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path, path):
+    """The losses of that step are fine; the update makes the weights NaN."""
+    stage = trainer(training(tmp_path, checkpointing_steps=1, logging_steps=100), path, fake_score_updates=1)
+    learn = stage.fake_score.learn
+
+    def poisoned(loss):
+        if stage.student.optimizer.state_dict()["state"][0]["step"] == 2:
+            loss = loss + next(stage.fake_score.network.parameters()).sum() * float("nan")
+        learn(loss)
+
+    stage.fake_score.learn = poisoned
+    with pytest.raises(FloatingPointError, match="fake_score_gradient_norm was not finite at step 1"):
+        stage.run()
+    saved = sorted(f.name for f in Path(tmp_path, "checkpoints", "backtracking").glob("checkpoint-*"))
+    assert saved == ["checkpoint-000001"]
+
+
+def test_a_checkpoint_is_not_gone_on_from_along_another_path(tmp_path, path, teacher_folder):
+    trainer(training(tmp_path), path).train()
+    other = record(training(tmp_path / "other", seed=5), teacher_folder, steps=4, nodes=4)
+    stage = trainer(training(tmp_path, resume_from_checkpoint="latest"), other)
+    with pytest.raises(ValueError, match="cannot be gone on from: path was"):
+        stage.train()
+
+
+def test_a_recording_whose_nodes_are_gone_is_not_gone_on_with(tmp_path, teacher_folder):
+    record(training(tmp_path), teacher_folder)
+    shutil.rmtree(tmp_path / "path")
+    with pytest.raises(ValueError, match=r"has the nodes of steps \[\], but at step 4 this recording had \[2, 4\]"):
+        record(training(tmp_path, resume_from_checkpoint="latest"), teacher_folder)
+
+
+def test_frozen_networks_compute_in_the_trained_ones_precision(tmp_path, path):
+    """Equal weights give equal outputs: target and fake score differ by what they learnt, never by rounding."""
+    stage = trainer(training(tmp_path, mixed_precision="bf16"), None)
+    x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([100, 900])
+    condition = stage.data.conditions(tiny.PROMPTS[:2])
+    fake_score = stage.family.score_model(stage.fake_score.network)
+    with torch.no_grad():
+        outputs = [model.predict(x_t, t, condition) for model in (stage.target, fake_score)]
+        exact = stage.family.score_model().predict(x_t, t, condition)
+    assert torch.equal(*outputs) and not torch.equal(outputs[0], exact)
+    assert stage.target.network.dtype == torch.float32
 
 
 def test_numbers_out_of_range_are_refused():

@@ -1,19 +1,18 @@
 #!/usr/bin/env python
 """Distils a diffusers text-to-image teacher into a one-step generator with DisBack (arXiv 2408.15991).
 
-    accelerate launch train_disback.py                       # the embedded shapes teacher, a few minutes on a CPU
+    accelerate launch train_disback.py                       # the embedded shapes teacher, minutes on a CPU
     accelerate launch train_disback.py --pretrained_model_name_or_path <teacher> --prompts_file prompts.txt
 
 `README.md` beside this file explains the flags.
 """
 
-import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
+import diffusers
 import torch
-from accelerate import PartialState
+import transformers
 from accelerate.utils import set_seed
 from diffusers.utils import check_min_version
 from transformers import HfArgumentParser
@@ -22,24 +21,26 @@ from diffusers_disback import (
     BacktrackingConfig,
     BacktrackingTrainer,
     DegradationConfig,
-    DegradationPath,
     DegradationRecorder,
-    Evaluation,
-    ModelFamily,
     ModelReference,
     PromptData,
-    TargetSchedule,
     TrainingConfig,
     load_family,
 )
-from diffusers_disback.backtracking import guidance_of_node, nodes_are_guided
-from diffusers_disback.data import load_prompts
-from diffusers_disback.evaluation.report import REPORT, Report, summary, versions
+from diffusers_disback.backtracking import nodes_are_guided
+from diffusers_disback.evaluation.report import Report, summary
 from diffusers_disback.generator import to_pipeline
-from diffusers_disback.hub import save_student, write_model_card
-from diffusers_disback.objectives import OBJECTIVES
-from diffusers_disback.path import fingerprint
-from diffusers_disback.run_folder import FREE_SETTINGS, RunFolder, flat
+from diffusers_disback.hub import save_student
+from diffusers_disback.run import (
+    check_settings,
+    is_finished,
+    load_prompts,
+    open_path,
+    picture_evaluation,
+    validation_prompts,
+    write_results,
+)
+from diffusers_disback.trainer import process_state
 from shapes.evaluator import is_shapes_teacher, shapes_evaluation
 
 
@@ -51,7 +52,8 @@ SHAPES = Path(__file__).parent / "shapes"
 def parse(arguments: list[str]) -> tuple[TrainingConfig, DegradationConfig, BacktrackingConfig]:
     """The settings. Without a teacher, the embedded one with the settings of `shapes/quickstart.args`."""
     embedded = not any(a.split("=")[0] == "--pretrained_model_name_or_path" for a in arguments)
-    parser = HfArgumentParser((TrainingConfig, DegradationConfig, BacktrackingConfig), description=__doc__)
+    configs = (TrainingConfig, DegradationConfig, BacktrackingConfig)
+    parser = HfArgumentParser(configs, description=__doc__, allow_abbrev=False)
     training, degradation, backtracking = parser.parse_args_into_dataclasses(
         arguments, args_filename=SHAPES / "quickstart.args" if embedded else None, look_for_args_file=False
     )
@@ -59,159 +61,60 @@ def parse(arguments: list[str]) -> tuple[TrainingConfig, DegradationConfig, Back
         training.pretrained_model_name_or_path = str(SHAPES / "teacher")
         if not (training.prompts_file or training.dataset_name or training.train_data_dir):
             training.prompts_file = str(SHAPES / "prompts.txt")
-    if training.objective not in OBJECTIVES:
-        raise ValueError(f"--objective {training.objective!r} is none of {', '.join(OBJECTIVES)}.")
     if not nodes_are_guided(backtracking, degradation.num_path_nodes):
         degradation.proportion_empty_prompts = 0.0
     return training, degradation, backtracking
 
 
 def main(arguments: list[str]) -> None:
-    training, degradation, backtracking = parse(arguments)
-    folder = Path(training.output_dir)
-    if training.resume_from_checkpoint == "latest" and (folder / REPORT).exists():
+    training, degradation, backtracking = configs = parse(arguments)
+    folder, timestep = Path(training.output_dir), training.conditioning_timestep
+    check_settings(configs)
+    if training.resume_from_checkpoint == "latest" and is_finished(configs):
         print(f"The run in {folder} is finished.\n{summary(folder)}")
         return
-    check_settings(training, degradation, backtracking)
+    state = process_state()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     set_seed(training.seed)
     torch.backends.cuda.matmul.allow_tf32 = training.allow_tf32
 
-    # The teacher, the prompts, and the student's start.
+    # The teacher, the prompts, the student's start, and what will be measured.
     reference = ModelReference(training.pretrained_model_name_or_path, training.revision, training.variant)
-    teacher = load_family(reference, training.cache_dir)
-    teacher.schedule.check_timestep(training.conditioning_timestep)
-    start = training.generator_model_name_or_path and ModelReference(training.generator_model_name_or_path)
-    generator = teacher.initial_generator(start, training.resolution, training.cache_dir)
-    path = open_path(training, degradation, teacher, generator)
+    teacher = load_family(reference, training.cache_dir).to(state.device)
+    teacher.schedule.check_timestep(timestep)
     prompts = load_prompts(training)
-    teacher.to(PartialState().device)
+    start = training.generator_model_name_or_path and ModelReference(training.generator_model_name_or_path)
+    generator = teacher.initial_generator(start, training.resolution, training.cache_dir).to(state.device)
+    path = open_path(configs, teacher, generator, state)
     data = PromptData(prompts, teacher.encode)
-    report = begin_report(training, backtracking, teacher, generator, prompts)
+    report = initial = None
+    if state.is_main_process:
+        wanted = validation_prompts(training, prompts)
+        shapes = is_shapes_teacher(reference.name_or_path)
+        evaluation = shapes_evaluation() if shapes else picture_evaluation(training, wanted)
+        report = Report(evaluation, wanted, teacher.pipeline, backtracking.guidance_scale)
+        initial = report.add_student("initial", to_pipeline(generator, timestep, teacher.pipeline))
+    state.wait_for_everyone()
 
     # Stage 1: the fake score walks from the teacher to the initial generator; its footprints are the path.
     if path is not None and not path.complete:
-        DegradationRecorder(training, degradation, teacher, generator, data, path).record()
+        path = DegradationRecorder(training, degradation, teacher, generator, data, path).record()
 
     # Stage 2: the generator is pulled back along the path, from node N-1 to the teacher.
     trainer = None
     if training.stage != "record":
 
         def measure(network: torch.nn.Module) -> dict[str, float]:
-            return report.add_student(
-                "student", to_pipeline(network, training.conditioning_timestep, teacher.pipeline)
-            )
+            return report.add_student("student", to_pipeline(network, timestep, teacher.pipeline))
 
-        trainer = BacktrackingTrainer(training, backtracking, teacher, generator, data, path, measure)
+        trainer = BacktrackingTrainer(training, backtracking, teacher, generator, data, path, measure, initial)
         student = trainer.train()
         if report:
-            pipeline = to_pipeline(student, training.conditioning_timestep, teacher.pipeline)
-            save_student(pipeline, reference, folder, training.cache_dir)
+            save_student(to_pipeline(student, timestep, teacher.pipeline), reference, folder, training.cache_dir)
 
     if report:
-        write_results(report, path, trainer, (training, degradation, backtracking), arguments)
-
-
-def check_settings(training: TrainingConfig, degradation: DegradationConfig, backtracking: BacktrackingConfig) -> None:
-    """What can be seen before anything is loaded: step counts that do not fit, and results that are another run's."""
-    folder = RunFolder(training.output_dir)
-    resume = training.resume_from_checkpoint
-    if training.stage != "backtrack":
-        folder.check("degradation", flat(training, degradation), resume)
-    if training.stage != "record":
-        folder.check("backtracking", flat(training, backtracking), resume)
-        if training.stage == "all":
-            TargetSchedule(degradation.num_path_nodes, backtracking.steps_per_target, backtracking.max_train_steps)
-    elif degradation.num_path_nodes == 0:
-        raise ValueError("--stage record with --num_path_nodes 0 has nothing to do.")
-
-
-def open_path(
-    training: TrainingConfig, degradation: DegradationConfig, teacher: ModelFamily, generator: torch.nn.Module
-) -> DegradationPath | None:
-    """The path to record or to go back along; `None` if there is to be none."""
-    folder = Path(training.degradation_path or Path(training.output_dir, "path"))
-    start = {
-        "name_or_path": training.generator_model_name_or_path,
-        "sha256": fingerprint(generator),
-        "conditioning_timestep": training.conditioning_timestep,
-    }
-    recording = {k: v for k, v in flat(training, degradation).items() if k not in FREE_SETTINGS}
-    own, recorded = fingerprint(teacher.network), (folder / "path.json").exists()
-    if training.stage == "backtrack" or recorded:
-        path = DegradationPath.from_pretrained(folder, teacher.reference)
-        path.check(own, start)
-        if not path.complete and (training.stage == "backtrack" or not training.resume_from_checkpoint):
-            raise ValueError(
-                f"The path in {folder} is unfinished: {len(path)} nodes are recorded. Finish it with the command that "
-                "began it and --resume_from_checkpoint latest."
-            )
-        return path
-    if degradation.num_path_nodes == 0:
-        return None
-    if PartialState().is_main_process:
-        DegradationPath.create(folder, teacher.reference, own, start, recording)
-    PartialState().wait_for_everyone()
-    return DegradationPath.from_pretrained(folder, teacher.reference)
-
-
-def begin_report(
-    training: TrainingConfig,
-    backtracking: BacktrackingConfig,
-    teacher: ModelFamily,
-    generator: torch.nn.Module,
-    prompts: Sequence[str],
-) -> Report | None:
-    """Teacher and initial student, measured; on the main process."""
-    count = min(6, len(prompts))
-    wanted = training.validation_prompts or [prompts[i * len(prompts) // count] for i in range(count)]
-    wanted = list(dict.fromkeys(wanted))
-    report = None
-    if PartialState().is_main_process:
-        if is_shapes_teacher(training.pretrained_model_name_or_path):
-            evaluation = shapes_evaluation(seed=training.seed)
-        else:
-            repeated = [prompt for prompt in wanted for _ in range(training.num_validation_images)]
-            evaluation = Evaluation(repeated, training.seed, training.train_batch_size)
-        report = Report(evaluation, wanted, teacher.pipeline, backtracking.guidance_scale)
-        report.add_student("initial", to_pipeline(generator, training.conditioning_timestep, teacher.pipeline))
-    PartialState().wait_for_everyone()
-    return report
-
-
-def write_results(
-    report: Report,
-    path: DegradationPath | None,
-    trainer: BacktrackingTrainer | None,
-    configs: tuple[TrainingConfig, DegradationConfig, BacktrackingConfig],
-    arguments: list[str],
-) -> None:
-    """Report, pictures and model card, and a summary on the screen."""
-    training, _, backtracking = configs
-    folder, stages, others = Path(training.output_dir), {}, {}
-    report.write_samples(folder / "samples.png")
-    if path is not None:
-        stages["degradation"] = path.manifest["cost"]
-        scales = [guidance_of_node(i, len(path), backtracking) for i in range(len(path) + 1)]
-        titles = ["teacher", *(f"node {i}, step {node['step']}" for i, node in enumerate(path.nodes, 1))]
-        nodes = list(zip(titles, scales, strict=True))
-        report.write_path(lambda i, network: path.load(i, network), nodes, folder / "path.png")
-    if trainer is not None:
-        stages["backtracking"] = trainer.summary()
-        others["curve"] = trainer.curve
-        report.write_convergence(trainer.curve, trainer.schedule.switches, folder / "convergence.png")
-    command = shlex.join(["accelerate", "launch", "examples/text_to_image/train_disback.py", *arguments])
-    content = report.write(
-        folder,
-        stages=stages,
-        seed=training.seed,
-        versions=versions(),
-        settings=flat(*configs),
-        command=command,
-        **others,
-    )
-    if trainer is not None:
-        write_model_card(folder, content, report.gallery.prompts[0], trainer.family.resolution(training.resolution))
-    print(summary(folder))
+        print(write_results(report, path, trainer, configs, "examples/text_to_image/train_disback.py", arguments))
 
 
 if __name__ == "__main__":

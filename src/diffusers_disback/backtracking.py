@@ -1,8 +1,10 @@
 """Stage 2: the generator is pulled back along the path, from one target to the next, to the teacher."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,9 @@ from .config import TrainingConfig, setting
 from .data import PromptData
 from .families import ModelFamily
 from .generator import OneStepGenerator
+from .learner import Learner
 from .path import DegradationPath
-from .trainer import Learner, Stage
+from .trainer import Stage
 
 
 @dataclass
@@ -113,7 +116,9 @@ class BacktrackingTrainer(Stage):
         generator (`nn.Module`): The initial generator's network; it is trained in place.
         data (`PromptData`): Prompts and their conditions.
         path (`DegradationPath`): The complete path; or `None`, for none.
-        evaluate (`Callable`, *optional*): Network -> measures; called every `validation_steps` on the main process.
+        evaluate (`Callable`, *optional*): Network -> measures; called every `validation_steps` and at the end, on the
+            main process.
+        initial_measures (`dict`, *optional*): What it gave of the initial generator: the curve's first row.
     """
 
     name = "backtracking"
@@ -128,10 +133,12 @@ class BacktrackingTrainer(Stage):
         data: PromptData,
         path: DegradationPath | None,
         evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+        initial_measures: dict[str, float] | None = None,
     ):
         self.backtracking = backtracking
         self.path = path
         self.evaluate = evaluate
+        self.validates = evaluate is not None
         num_nodes = 0 if path is None else len(path)
         self.schedule = TargetSchedule(num_nodes, backtracking.steps_per_target, backtracking.max_train_steps)
         fake_score = family.score_model().copy().network
@@ -164,18 +171,19 @@ class BacktrackingTrainer(Stage):
         )
         self.generator = OneStepGenerator(family.score_model(self.student.network), config.conditioning_timestep)
         target = family.score_model().copy().network.requires_grad_(False).to(self.accelerator.device)
-        precision = {"fp16": torch.float16, "bf16": torch.bfloat16}
-        if self.accelerator.mixed_precision in precision:
-            target.to(precision[self.accelerator.mixed_precision])
-        self.target = family.score_model(target)
+        self.target = self.frozen(target)
         self.target_node: int | None = None
+        if initial_measures is not None:
+            self.curve.append({"step": 0, "seconds": 0.0, "node": self.schedule.node(0), **initial_measures})
 
     def switch_target(self, step: int) -> None:
         """Makes the scheduled node the target, if it is not the target already."""
         node = self.schedule.node(step)
         if node == self.target_node:
             return
-        if self.path is not None:  # without a path the target is the teacher from the start
+        if node == 0:
+            self.target.network.load_state_dict(self.family.network.state_dict(), strict=True)
+        else:
             self.path.load(node, into=self.target.network)
         self.target_node = node
         self.target.guidance_scale = guidance_of_node(node, self.schedule.num_nodes, self.backtracking)
@@ -206,13 +214,13 @@ class BacktrackingTrainer(Stage):
             losses.append(loss.detach())
         return samples, torch.stack(losses).mean()
 
-    def validation_due(self, done: int) -> bool:
-        if self.evaluate is None:
-            return False
-        return done % self.config.validation_steps == 0 or done == self.steps
-
     def validate(self, done: int) -> dict[str, float]:
-        return {"node": self.schedule.node(max(done - 1, 0)), **self.evaluate(self.student.averaged())}
+        return {"node": self.schedule.node(done - 1), **self.evaluate(self.student.averaged())}
+
+    def identity(self) -> dict[str, Any]:
+        hashes = [] if self.path is None else [node["files"] for node in self.path.nodes]
+        digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+        return {**super().identity(), "path": digest[:16]}
 
     def train(self) -> nn.Module:
         """Stage 2, whole or resumed. Returns the student's network, averaged if an average is kept."""

@@ -3,6 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from diffusers.optimization import SchedulerType
+
+from .objectives import OBJECTIVES
+
 
 def setting(default: Any, help: str) -> Any:
     """A dataclass field with its help on the command line."""
@@ -16,7 +20,7 @@ class TrainingConfig:
     """What both stages share. Names and meanings are those of diffusers' text-to-image scripts where these have one.
 
     Raises:
-        ValueError: If a number is out of its range, or prompts come from two places.
+        ValueError: If a number is out of its range, a name is unknown, or prompts come from two places.
     """
 
     # The models
@@ -55,7 +59,7 @@ class TrainingConfig:
     checkpoints_total_limit: int | None = setting(None, "Keep this many checkpoints of each stage at most.")
 
     # Optimisation
-    objective: str = setting("dmd", "How the generator learns from two scores: one of OBJECTIVES.")
+    objective: str = setting("dmd", f"How the generator learns from two scores: {', '.join(OBJECTIVES)}.")
     train_batch_size: int = setting(1, "Samples per process and forward pass.")
     gradient_accumulation_steps: int = setting(1, "Forward passes per update, of each network.")
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: slower, smaller.")
@@ -79,7 +83,9 @@ class TrainingConfig:
     logging_steps: int = setting(10, "Log losses every so many steps.")
     tracker_project_name: str = setting("diffusers-disback", "The project's name at the tracker.")
     validation_prompts: list[str] = setting([], "Prompts of the sample pictures; by default the first of the data.")
-    num_validation_images: int = setting(4, "Pictures of each validation prompt that are measured.")
+    num_validation_images: int = setting(
+        4, "Pictures of each validation prompt that are measured. (The shapes teacher is measured on 2,000 others.)"
+    )
     validation_steps: int = setting(500, "Measure and draw the student every so many generator updates.")
 
     def __post_init__(self):
@@ -98,6 +104,9 @@ class TrainingConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} has to be at least 1, but is {getattr(self, name)}.")
+        for name, known in (("objective", list(OBJECTIVES)), ("lr_scheduler", [kind.value for kind in SchedulerType])):
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)!r} is none of {', '.join(known)}.")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             raise ValueError(f"--checkpoints_total_limit has to be at least 1, but is {self.checkpoints_total_limit}.")
         if self.max_train_samples is not None and self.max_train_samples < 1:

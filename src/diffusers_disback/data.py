@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .batch import Batch, Condition
-from .config import TrainingConfig
 
 
 class PromptFile(Sequence[str]):
@@ -86,21 +85,6 @@ def dataset_prompts(
     if len(rows) == 0:
         raise ValueError("The data set is empty; it needs one prompt per row.")
     return rows[caption_column]
-
-
-def load_prompts(config: TrainingConfig) -> Sequence[str]:
-    """The prompts that the settings name: a file, a data set, or an image folder.
-
-    Raises:
-        ValueError: If they name none, or it cannot be read.
-    """
-    if config.prompts_file is not None:
-        return PromptFile(config.prompts_file, config.max_train_samples)
-    if config.dataset_name is None and config.train_data_dir is None:
-        raise ValueError("There are no prompts: pass --prompts_file, --dataset_name or --train_data_dir.")
-    return dataset_prompts(
-        config.caption_column, config.dataset_name, config.train_data_dir, config.cache_dir, config.max_train_samples
-    )
 
 
 class PromptData:

@@ -11,8 +11,9 @@ from .config import TrainingConfig, setting
 from .data import PromptData
 from .families import ModelFamily
 from .generator import OneStepGenerator
+from .learner import Learner
 from .path import DegradationPath
-from .trainer import Learner, Stage
+from .trainer import Stage
 
 
 @dataclass
@@ -100,7 +101,7 @@ class DegradationRecorder(Stage):
             proportion_empty_prompts=degradation.proportion_empty_prompts,
         )
         self.generator = OneStepGenerator(
-            family.score_model(generator.requires_grad_(False).to(self.accelerator.device)),
+            self.frozen(generator.requires_grad_(False).to(self.accelerator.device)),
             config.conditioning_timestep,
         )
         self._loss_since_node = torch.zeros((), device=self.accelerator.device)
@@ -121,19 +122,28 @@ class DegradationRecorder(Stage):
         self.accelerator.wait_for_everyone()
         self._loss_since_node = torch.zeros_like(self._loss_since_node)
 
-    def record(self) -> None:
-        """Stage 1, whole or resumed. Afterwards the path is complete."""
+    def record(self) -> DegradationPath:
+        """Stage 1, whole or resumed. Returns the complete path; the fake score's memory is free again."""
         self.run()
         if self.accelerator.is_main_process:
             self.path.finish(self.summary())
         self.accelerator.wait_for_everyone()
         self.path.reread()
+        self.fake_score.release()
+        return self.path
 
     def resume(self) -> int:
         done = super().resume()
         if self.accelerator.is_main_process:
-            self.path.forget_after(done)
+            self.path.begin(done)
         self.accelerator.wait_for_everyone()
+        self.path.reread()
+        expected = [step for step in self.node_steps if step <= done]
+        if [node["step"] for node in self.path.nodes] != expected:
+            raise ValueError(
+                f"{self.path.folder} has the nodes of steps {[node['step'] for node in self.path.nodes]}, but at step "
+                f"{done} this recording had {expected}. Record the path again, in another --output_dir."
+            )
         return done
 
     def state(self) -> dict[str, Any]:

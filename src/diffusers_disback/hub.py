@@ -1,5 +1,6 @@
 """What leaves the house: the student's folder in a form that others load, and its model card."""
 
+import json
 import os
 import re
 import shutil
@@ -8,7 +9,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from .path import ModelReference
+from .model_reference import ModelReference
+from .path import write_json
 from .pipeline import DisBackOneStepPipeline
 
 
@@ -45,6 +47,7 @@ def save_student(
     for name, component in pipeline.components.items():
         if name not in _OWN and component is not None:
             _copy_component(Path(source, name), folder / name, teacher.variant)
+            _declare_dtype(folder / name / "config.json", str(pipeline.unet.dtype).split(".")[-1])
     pipeline.save_config(folder)
 
 
@@ -64,6 +67,15 @@ def _copy_component(source: Path, target: Path, variant: str | None) -> None:
                 shutil.copyfile(file, target / name)
 
 
+def _declare_dtype(file: Path, dtype: str) -> None:
+    """Makes a transformers model load in the UNet's precision, in whichever it is stored: by default transformers 5
+    takes what the config declares, diffusers takes float32, and the two would not fit together."""
+    config = json.loads(file.read_text()) if file.exists() else {}
+    if "model_type" in config:
+        config[next((key for key in ("dtype", "torch_dtype") if key in config), "torch_dtype")] = dtype
+        write_json(file, config)
+
+
 _CARD = """---
 {{ card_data }}
 ---
@@ -81,8 +93,8 @@ diffusers-disback {{ versions.diffusers_disback }}. One evaluation of the UNet m
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{{ repo }}")
-image = pipe("{{ prompt }}", num_inference_steps=1, guidance_scale=0).images[0]
+pipe = DiffusionPipeline.from_pretrained({{ repo }})
+image = pipe({{ prompt }}, num_inference_steps=1, guidance_scale=0).images[0]
 ```
 
 With diffusers-disback installed there are no such arguments to get wrong:
@@ -90,8 +102,8 @@ With diffusers-disback installed there are no such arguments to get wrong:
 ```python
 from diffusers_disback import DisBackOneStepPipeline
 
-pipe = DisBackOneStepPipeline.from_pretrained("{{ repo }}")
-image = pipe("{{ prompt }}").images[0]
+pipe = DisBackOneStepPipeline.from_pretrained({{ repo }})
+image = pipe({{ prompt }}).images[0]
 ```
 
 ## Figures
@@ -116,7 +128,7 @@ Settings:
 
 {{ settings }}
 
-Versions: {{ versions_line }}.
+Machine: {{ machine }}. Versions: {{ versions_line }}.
 
 ## Limits
 
@@ -151,7 +163,7 @@ def write_model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     teacher = report["settings"]["pretrained_model_name_or_path"]
-    measured = {name: report[name] for name in ("teacher", "initial", "student") if name in report}
+    measured = {name: report[name] for name in ("floor", "teacher", "initial", "student") if name in report}
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
@@ -163,18 +175,27 @@ def write_model_card(
         template_str=_CARD,
         title=folder.resolve().name,
         teacher=teacher,
-        repo=folder.as_posix(),
-        prompt=prompt,
+        repo=json.dumps(folder.as_posix()),
+        prompt=json.dumps(prompt, ensure_ascii=False),
         figures=_table(measured),
         stages=_table(report["stages"]),
         path_picture=(folder / "path.png").exists(),
         command=report["command"],
         settings="\n".join(f"- `{name}`: {value!r}" for name, value in report["settings"].items()),
+        machine=", ".join(f"{name} {value}" for name, value in report["machine"].items()),
         versions=report["versions"],
         versions_line=", ".join(f"{name} {value}" for name, value in report["versions"].items()),
         resolution=resolution,
     )
     card.save(folder / "README.md")
+
+
+def licence_of(name_or_path: str) -> str | None:
+    """The licence that a local model's card declares, as a Hub identifier."""
+    from huggingface_hub import metadata_load
+
+    card = Path(name_or_path, "README.md")
+    return (metadata_load(card) or {}).get("license") if card.is_file() else None
 
 
 def _table(rows: dict[str, dict[str, float]]) -> str:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from .model_reference import ModelReference, fill
+
 
 FORMAT_VERSION = 1
 MANIFEST = "path.json"
 _FOLDER = re.compile(r"degradation-\d{6,}")
-
-
-def fingerprint(network: nn.Module) -> str:
-    """A SHA-256 of a network's weights: names, types, shapes and bytes. Equal for equal weights, wherever stored."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -33,68 +26,6 @@ def write_json(file: Path, content: Any) -> None:
     draft = file.with_name(file.name + ".draft")
     draft.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(draft, file)
-
-
-@dataclass(frozen=True)
-class ModelReference:
-    """Where a model lies: a folder, or a model on the Hub.
-
-    Args:
-        name_or_path (`str`): A folder, or a Hub id.
-        revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        variant (`str`, *optional*): Of the weights' files, such as `fp16`.
-    """
-
-    name_or_path: str
-    revision: str | None = None
-    variant: str | None = None
-
-    def load_network(self, network_class: type[nn.Module], cache_dir: str | None = None) -> nn.Module:
-        """The model's `unet` in float32.
-
-        Raises:
-            ValueError: If it cannot be read, or its weights do not fit its own config in anything.
-        """
-        try:
-            network, info = network_class.from_pretrained(
-                self.name_or_path,
-                subfolder="unet",
-                revision=self.revision,
-                variant=self.variant,
-                cache_dir=cache_dir,
-                torch_dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except OSError as error:
-            raise ValueError(f"The UNet of {self.name_or_path!r} cannot be loaded. {error}") from error
-        wrong = {kind: keys for kind, keys in info.items() if keys}
-        if wrong:
-            raise ValueError(f"The UNet of {self.name_or_path!r} does not fit its own config: {wrong}.")
-        return network
-
-    def load_into(self, network: nn.Module, cache_dir: str | None = None) -> None:
-        """Fills a network with the model's `unet` weights.
-
-        Raises:
-            ValueError: If names or shapes differ in anything; the network is then as it was.
-        """
-        loaded = self.load_network(type(network), cache_dir)
-        _fill(network, loaded.state_dict(), f"the UNet of {self.name_or_path!r}")
-
-
-def _fill(network: nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:
-    """Copies weights into a network, if names and shapes agree in everything."""
-    own = network.state_dict()
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
-    if missing or unexpected or shapes:
-        raise ValueError(
-            f"{what} does not fit: {len(missing)} tensors missing, {len(unexpected)} unexpected, {len(shapes)} of "
-            f"another shape (the first: {[*missing[:1], *unexpected[:1], *sorted(shapes)[:1]]}). It belongs to another "
-            "architecture."
-        )
-    network.load_state_dict(weights, strict=True)
 
 
 class DegradationPath:
@@ -123,7 +54,7 @@ class DegradationPath:
         generator: dict[str, Any],
         recording: dict[str, Any],
     ) -> "DegradationPath":
-        """An empty path in a new folder.
+        """An empty path; its folder is written by `begin`, or with the first node.
 
         Args:
             folder (`str` or `Path`): Must not hold a path yet.
@@ -135,7 +66,6 @@ class DegradationPath:
         folder = Path(folder)
         if (folder / MANIFEST).exists():
             raise ValueError(f"{folder} holds a degradation path already; choose another folder, or remove it.")
-        folder.mkdir(parents=True, exist_ok=True)
         manifest = {
             "format_version": FORMAT_VERSION,
             "teacher": {**asdict(teacher), "sha256": teacher_sha256},
@@ -144,9 +74,7 @@ class DegradationPath:
             "complete": False,
             "nodes": [],
         }
-        path = cls(folder, manifest, teacher)
-        path._write()
-        return path
+        return cls(folder, manifest, teacher)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, teacher: ModelReference | None = None) -> "DegradationPath":
@@ -230,8 +158,8 @@ class DegradationPath:
         self.manifest["complete"], self.manifest["cost"] = True, cost
         self._write()
 
-    def forget_after(self, step: int) -> None:
-        """Drops the nodes recorded after a step, for a recording that is resumed there."""
+    def begin(self, step: int = 0) -> None:
+        """Writes the manifest, and drops the nodes recorded after a step, for a recording that is resumed there."""
         kept = [node for node in self.nodes if node["step"] <= step]
         dropped = self.nodes[len(kept) :]
         self.manifest["nodes"], self.manifest["complete"] = kept, False
@@ -239,34 +167,33 @@ class DegradationPath:
         for node in dropped:
             shutil.rmtree(self.folder / node["name"])
 
-    def load(self, index: int, into: nn.Module, cache_dir: str | None = None) -> None:
+    def load(self, index: int, into: nn.Module) -> None:
         """Fills a network with a node's weights: an exact fit, or an error and the network as it was.
 
         Args:
             index (`int`): 0 (the teacher) to N.
             into (`nn.Module`): A network of the teacher's architecture, unwrapped.
-            cache_dir (`str`, *optional*): Where a teacher from the Hub is kept.
 
         Raises:
             IndexError: If the path has no such node.
             ValueError: If files are missing, damaged, or of another architecture.
         """
         if index == 0:
-            self.teacher.load_into(into, cache_dir)
+            self.teacher.load_into(into)
         else:
-            _fill(into, self.read(index), f"node {index} ({self.node_folder(index)})")
+            fill(into, self.read(index), f"node {index} ({self.node_folder(index)})")
 
     def read(self, index: int) -> dict[str, torch.Tensor]:
         """The weights of node 1..N, as on disk, after a check of every file's hash."""
-        folder, node, weights = self.node_folder(index) / "unet", self.nodes[index - 1], {}
-        for name, sha256 in node["files"].items():
-            file = folder / name
-            if not file.is_file():
-                raise ValueError(f"node {index} is incomplete: {file} is missing. Record the path again.")
-            if _sha256(file) != sha256:
-                raise ValueError(f"node {index} is damaged: {file} is not what was recorded (SHA-256 differs).")
+        weights = {}
+        for file in self._files(index):
             weights.update(load_file(file))
         return weights
+
+    def verify(self) -> None:
+        """Raises a `ValueError` if a file of any node is missing or not what was recorded."""
+        for index in range(1, len(self) + 1):
+            self._files(index)
 
     def check(self, teacher_sha256: str, generator: dict[str, Any]) -> None:
         """Raises a `ValueError` if the path was recorded from another teacher or another start, naming which."""
@@ -284,7 +211,19 @@ class DegradationPath:
                     f"one's is {is_}. Record a path for this start with stage 1."
                 )
 
+    def _files(self, index: int) -> list[Path]:
+        """The files of a node's weights, checked."""
+        folder, hashes = self.node_folder(index) / "unet", self.nodes[index - 1]["files"]
+        for name, sha256 in hashes.items():
+            file = folder / name
+            if not file.is_file():
+                raise ValueError(f"node {index} is incomplete: {file} is missing. Record the path again.")
+            if _sha256(file) != sha256:
+                raise ValueError(f"node {index} is damaged: {file} is not what was recorded (SHA-256 differs).")
+        return [folder / name for name in hashes]
+
     def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / MANIFEST, self.manifest)
 
 

@@ -139,6 +139,22 @@ class DisBackOneStepPipeline(
         if unknown:
             raise ValueError(f"{sorted(unknown)} are no callback inputs; there are {self._callback_tensor_inputs}.")
 
+    def encode_skipping(self, prompt: str | list[str], clip_skip: int, device: torch.device) -> torch.Tensor:
+        """Text embeddings without the encoder's last `clip_skip` layers, `[B, tokens, width]`.
+
+        Here because the stock `encode_prompt` of diffusers 0.42 asks for an attribute that transformers 5 has no more.
+        """
+        tokens = self.tokenizer(
+            self.maybe_convert_prompt(prompt, self.tokenizer),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        states = self.text_encoder(tokens.input_ids.to(device), output_hidden_states=True)
+        norms = [module for name, module in self.text_encoder.named_modules() if name.endswith("final_layer_norm")]
+        return norms[0](states.hidden_states[-(clip_skip + 1)])
+
     def prepare_latents(self, shape, dtype, device, generator, latents):
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators were passed for a batch of {shape[0]}.")
@@ -218,6 +234,8 @@ class DisBackOneStepPipeline(
                 f"{self.scheduler.config.num_train_timesteps}, which is not its last: it is no one-step scheduler. "
                 "Load the one that was saved with the student."
             )
+        if clip_skip is not None and prompt_embeds is None:
+            prompt_embeds = self.encode_skipping(prompt, clip_skip, device)
         prompt_embeds, _ = self.encode_prompt(
             prompt,
             device,
@@ -225,7 +243,6 @@ class DisBackOneStepPipeline(
             False,
             prompt_embeds=prompt_embeds,
             lora_scale=(cross_attention_kwargs or {}).get("scale"),
-            clip_skip=clip_skip,
         )
         shape = (
             len(prompt_embeds),

@@ -16,7 +16,7 @@ FREE_SETTINGS = {
     *("dataloader_num_workers", "report_to", "logging_dir", "logging_steps", "tracker_project_name"),
     *("validation_prompts", "num_validation_images", "validation_steps"),
 }
-_RESULTS = {"degradation": ("path/path.json",), "backtracking": ("model_index.json", "report.json")}
+_RESULTS = {"degradation": ("path/path.json",), "backtracking": ("model_index.json",)}
 
 
 class RunFolder:
@@ -82,9 +82,12 @@ class RunFolder:
         if resume == "latest":
             return (self.checkpoints(stage) or [None])[-1]
         folder = Path(resume)
-        if not (folder / "stage.json").exists():
+        if (
+            not (folder / "stage.json").exists()
+            or folder.resolve().parents[1] != self.stage_folder(stage).resolve().parent
+        ):
             raise ValueError(
-                f"{resume} is no checkpoint: it has no stage.json. This run has "
+                f"{resume} is no checkpoint of this run. It has "
                 f"{', '.join(str(f) for f in self.checkpoints(stage)) or 'none'}."
             )
         return folder if folder.resolve().parent.name == stage else None

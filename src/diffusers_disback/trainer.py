@@ -1,18 +1,16 @@
-"""What the two stages share: trained networks, and the resumable loop."""
+"""What the two stages share: the resumable loop."""
 
 import json
 import resource
 import shutil
+import sys
 import time
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -21,106 +19,10 @@ from .config import TrainingConfig
 from .data import Draw, PromptBatches, PromptData
 from .families import ModelFamily
 from .generator import OneStepGenerator
+from .learner import Learner
 from .objectives import OBJECTIVES
 from .run_folder import RunFolder, flat
-
-
-class Learner:
-    """A network that is trained: its own accelerator, optimiser, learning rate schedule and average.
-
-    Each has an accelerator of its own because FSDP2 and DeepSpeed take one model each.
-
-    Args:
-        name (`str`): Its folder in a checkpoint.
-        network (`nn.Module`): In float32; modes and gradients are set here.
-        learning_rate (`float`): Of AdamW.
-        updates (`int`): How many there will be, for the learning rate's schedule.
-        config (`TrainingConfig`): Optimisation and precision.
-        ema_decay (`float`, *optional*): Keeps an exponential moving average of the weights.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        network: nn.Module,
-        learning_rate: float,
-        updates: int,
-        config: TrainingConfig,
-        ema_decay: float | None = None,
-    ):
-        self.name = name
-        self.max_grad_norm = config.max_grad_norm
-        self.accelerator = Accelerator(
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            mixed_precision=config.mixed_precision,
-            log_with=None if config.report_to == "none" else config.report_to,
-            project_config=ProjectConfiguration(
-                project_dir=config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir))
-            ),
-            # A learning rate step per update, whatever the number of processes.
-            step_scheduler_with_optimizer=False,
-        )
-        # Evaluation mode, so that no dropout draws from global random state; gradients flow all the same.
-        network.requires_grad_(True).eval()
-        if config.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-        optimizer = torch.optim.AdamW(
-            network.parameters(),
-            lr=learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-        )
-        schedule = get_scheduler(
-            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=updates
-        )
-        self.network, self.optimizer, self.lr_schedule = self.accelerator.prepare(network, optimizer, schedule)
-        self.ema: EMAModel | None = None
-        if ema_decay is not None:
-            own = self.unwrapped()
-            self.ema = EMAModel(own.parameters(), decay=ema_decay, model_cls=type(own), model_config=own.config)
-
-    def unwrapped(self) -> nn.Module:
-        """The network as diffusers knows it."""
-        return self.accelerator.unwrap_model(self.network)
-
-    def learn(self, loss: Tensor) -> None:
-        """The backward pass, and with the last accumulated gradient an update. Call it under `accumulate`."""
-        self.accelerator.backward(loss)
-        if self.accelerator.sync_gradients:
-            self.accelerator.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
-            self.optimizer.step()
-            self.lr_schedule.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.ema is not None:
-                self.ema.step(self.unwrapped().parameters())
-
-    def accumulate(self):
-        """A context for one slice of a batch."""
-        return self.accelerator.accumulate(self.network)
-
-    def averaged(self) -> nn.Module:
-        """The network with its averaged weights, if an average is kept: a copy; otherwise the network itself."""
-        network = self.unwrapped()
-        if self.ema is None:
-            return network
-        average = type(network).from_config(network.config).to(network.device).requires_grad_(False).eval()
-        self.ema.copy_to(average.parameters())
-        return average
-
-    def save(self, folder: Path) -> None:
-        """Writes all state. To be called on every process."""
-        self.accelerator.save_state(str(folder / self.name))
-        if self.ema is not None and self.accelerator.is_main_process:
-            self.ema.save_pretrained(folder / f"{self.name}_ema")
-
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
-        self.accelerator.load_state(str(folder / self.name))
-        if self.ema is not None:
-            saved = EMAModel.from_pretrained(folder / f"{self.name}_ema", self.ema.model_cls)
-            self.ema.load_state_dict(saved.state_dict())
-            self.ema.to(self.accelerator.device)
+from .score_model import ScoreModel
 
 
 class Stage(ABC):
@@ -194,12 +96,15 @@ class Stage(ABC):
     def after_step(self, done: int) -> None:  # noqa: B027
         """What happens after `done` steps, before anything is logged or saved."""
 
+    validates = False
+
     def validate(self, done: int) -> dict[str, float]:
-        """Measures of the student after `done` steps."""
+        """Measures of the student after `done` steps; asked on the main process, if `validates`."""
         return {}
 
-    def validation_due(self, done: int) -> bool:
-        return False
+    def identity(self) -> dict[str, Any]:
+        """What, besides the settings, has to be the same for a checkpoint to be gone on from."""
+        return {"num_processes": self.accelerator.num_processes}
 
     def state(self) -> dict[str, Any]:
         """What a stage adds to a checkpoint's `stage.json`."""
@@ -209,6 +114,19 @@ class Stage(ABC):
         """Takes back what `state` gave."""
 
     # What both do ------------------------------------------------------------------------------------------------
+
+    def frozen(self, network: nn.Module) -> ScoreModel:
+        """A frozen network in float32 that computes in the trained ones' precision, operation for operation: equal
+        weights give equal outputs, so that what two scores differ by is never rounding."""
+        model = self.family.score_model(network)
+        call = model.call
+
+        def call_in_precision(network, x_t, t, condition):
+            with self.accelerator.autocast():
+                return call(network, x_t, t, condition)
+
+        model.call = call_in_precision
+        return model
 
     def update_fake_score(self, batches: list[Batch], samples: list[Tensor]) -> Tensor:
         """One denoising-score-matching update on detached samples. Returns the mean loss."""
@@ -232,6 +150,12 @@ class Stage(ABC):
         if checkpoint is None:
             return 0
         state = json.loads((checkpoint / "stage.json").read_text())
+        changed = {
+            k: (state["identity"].get(k), v) for k, v in self.identity().items() if state["identity"].get(k) != v
+        }
+        if changed:
+            what = "; ".join(f"{name} was {was}, is {is_}" for name, (was, is_) in changed.items())
+            raise ValueError(f"{checkpoint} cannot be gone on from: {what}.")
         if state["step"] > self.steps:
             raise ValueError(f"{checkpoint} is at step {state['step']}, beyond the {self.steps} steps asked for.")
         for learner in self.learners:
@@ -243,12 +167,12 @@ class Stage(ABC):
 
     def run(self) -> None:
         """All steps, from the start or from a checkpoint."""
-        first = self.resume()
         if self.accelerator.is_main_process:
             self.folder.claim(self.name, self.settings)
+        first = self.resume()
         tracked = {k: v for k, v in self.settings.items() if isinstance(v, (int, float, str, bool))}
         self.accelerator.init_trackers(self.config.tracker_project_name, tracked)
-        if torch.cuda.is_available():
+        if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         numbers = range(first * self.batches_per_step, self.steps * self.batches_per_step)
         loader = iter(self.batches.loader(numbers, self.config.dataloader_num_workers))
@@ -259,48 +183,51 @@ class Stage(ABC):
             unit="step",
             disable=not self.accelerator.is_local_main_process,
         )
-        if first == 0 and self.validation_due(0):
-            self._validate(0)
         started = time.monotonic()
         for step in range(first, self.steps):
             done = step + 1
             draws = [next(loader) for _ in range(self.batches_per_step)]
             losses = self.train_step(step, [[self._batch(draw) for draw in slices] for slices in draws])
-            self._watch(step, losses)
+            norms = {f"{learner.name}_gradient_norm": learner.gradient_norm for learner in self.learners}
+            self._watch(step, losses | norms)
             self.after_step(done)
             bar.update()
             if done % self.config.logging_steps == 0 or done == self.steps:
                 self._log(done, bar)
-            if self.validation_due(done) or done % self.config.checkpointing_steps == 0 or done == self.steps:
+            saves = done % self.config.checkpointing_steps == 0 or done == self.steps
+            validates = self.validates and done % self.config.validation_steps == 0 and done < self.steps
+            if saves or validates:
                 self.seconds += time.monotonic() - started
-                if self.validation_due(done):
+                if validates:
                     self._validate(done)
-                if done % self.config.checkpointing_steps == 0 or done == self.steps:
+                if saves:
                     self._save(done)
                 started = time.monotonic()
         bar.close()
         self.check_finite()
+        if self.validates:
+            self._validate(self.steps)
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
     def say(self, what: str) -> None:
         """Prints a line above the progress bar, on the main process."""
         if self.accelerator.is_main_process:
-            tqdm.write(f"{self.name}: {what}")
+            tqdm.write(f"{self.name}: {what}", file=sys.stderr)
 
     def summary(self) -> dict[str, float]:
         """Steps, seconds (evaluation and saving apart) and the peak of memory in MB."""
         return {
             "steps": self.steps,
             "seconds": round(self.seconds, 2),
-            "peak_memory_mb": round(max(self.peak_memory_mb, peak_memory_mb()), 1),
+            "peak_memory_mb": round(max(self.peak_memory_mb, peak_memory_mb(self.accelerator.device)), 1),
         }
 
     def check_finite(self) -> None:
-        """Stops the run if a loss was not finite on any process since the last look.
+        """Stops the run if a loss or a gradient was not finite on any process since the last look.
 
         Raises:
-            FloatingPointError: With the loss's name and its first bad step.
+            FloatingPointError: With its name and its first bad step.
         """
         for name, first in self._first_bad_step.items():
             steps = self.accelerator.gather(first.reshape(1))
@@ -327,7 +254,7 @@ class Stage(ABC):
         means = {name: (total / self._counted).item() for name, total in self._totals.items()}
         self._totals, self._counted = {}, 0
         rates = {f"{learner.name}_lr": learner.lr_schedule.get_last_lr()[0] for learner in self.learners}
-        bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
+        bar.set_postfix({name: f"{value:.4g}" for name, value in means.items() if name.endswith("loss")})
         self.accelerator.log({f"{self.name}/{k}": v for k, v in (means | rates).items()}, step=done)
 
     def _validate(self, done: int) -> None:
@@ -349,13 +276,18 @@ class Stage(ABC):
             learner.save(draft)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            state = {"step": done, **self.summary(), "curve": self.curve, **self.state()}
+            state = {"step": done, "identity": self.identity(), **self.summary(), "curve": self.curve, **self.state()}
             self.folder.finish_checkpoint(self.name, done, state, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
 
-def peak_memory_mb() -> float:
+def process_state() -> PartialState:
+    """This process among the others, as `accelerate launch` set them up. To be called before any Accelerator is made."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def peak_memory_mb(device: torch.device) -> float:
     """The peak of allocated GPU memory since the stage began, or of the process's resident memory, in MB (10^6 bytes)."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

@@ -15,7 +15,8 @@ from .world import SCENE_OF_CAPTION, SCENES, pixels
 HERE = Path(__file__).parent
 MARKER = "world.json"
 NUM_PICTURES = 2000
-REFERENCE_SEED = 77  # a world of its own: neither the judge nor the teacher was trained on it
+REFERENCE_SEED = 77  # worlds of their own: neither the judge nor the teacher was trained on them
+HELD_OUT_SEED = 88
 
 
 def is_shapes_teacher(name_or_path: str) -> bool:
@@ -61,8 +62,16 @@ def shapes_prompts(num: int = NUM_PICTURES, seed: int = 0) -> list[str]:
     return [str(SCENES[row]) for row in rows.tolist()]
 
 
-def shapes_evaluation(num: int = NUM_PICTURES, seed: int = 0) -> Evaluation:
-    """Fixed prompts and noise, and the judge."""
-    evaluation = Evaluation(shapes_prompts(num, seed), seed)
-    evaluation.evaluators.append(ShapesEvaluator(load_judge()))
+def held_out(num: int = NUM_PICTURES) -> tuple[Tensor, list[str]]:
+    """Real pictures that nothing was trained on or is measured against, and their captions."""
+    pictures, scenes = pixels(num, HELD_OUT_SEED)
+    return torch.from_numpy(pictures), [str(SCENES[index]) for index in scenes]
+
+
+def shapes_evaluation(num: int = NUM_PICTURES) -> Evaluation:
+    """Prompts and noise that are always the same, and the judge; its `floor` is what real pictures score."""
+    evaluation = Evaluation(shapes_prompts(num))
+    judge = ShapesEvaluator(load_judge())
+    evaluation.evaluators.append(judge)
+    evaluation.references["floor"] = judge(*held_out())
     return evaluation

@@ -2,6 +2,8 @@
 
     cd examples/text_to_image && accelerate launch --num_cpu_threads_per_process 2 -m shapes.make_teacher
 
+The judge and the autoencoder are made from shapes at any tilt, the teacher from the world's own.
+
 Every part is resumable: run the same command again and it goes on where it was. `shapes.measure_teacher` measures the
 result and writes its card.
 """
@@ -24,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .judge import ATTRIBUTES, Judge
-from .world import CAPTIONS, SCENES, pixels
+from .world import ANY_TILT, CAPTIONS, MAX_TILT, SCENES, pixels
 
 
 HERE = Path(__file__).parent
@@ -86,9 +88,11 @@ def fit(
     return average.module.eval()
 
 
-def fresh_pictures(batch_size: int, part: int, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def fresh_pictures(
+    batch_size: int, part: int, step: int, device: torch.device, max_tilt: float
+) -> tuple[Tensor, Tensor]:
     """Pictures in 0..1, never drawn before, and their scenes. World seeds from 1,000,000 on are for training."""
-    pictures, scenes = pixels(batch_size, 1_000_000 * part + step)
+    pictures, scenes = pixels(batch_size, 1_000_000 * part + step, max_tilt)
     return torch.from_numpy(pictures).to(device).float() / 255, torch.from_numpy(scenes).to(device)
 
 
@@ -103,7 +107,7 @@ def attribute_labels(scenes: Tensor) -> dict[str, Tensor]:
 
 def make_judge(steps: int, work_dir: Path) -> Judge:
     def loss(judge: nn.Module, step: int) -> Tensor:
-        pictures, scenes = fresh_pictures(64, 1, step, judge.device)
+        pictures, scenes = fresh_pictures(64, 1, step, judge.device, ANY_TILT)
         logits = judge.classify(pictures)
         return sum(nn.functional.cross_entropy(logits[k], label) for k, label in attribute_labels(scenes).items())
 
@@ -122,7 +126,7 @@ def make_autoencoder(steps: int, work_dir: Path) -> AutoencoderKL:
     )
 
     def loss(vae: nn.Module, step: int) -> Tensor:
-        pictures, _ = fresh_pictures(24, 2, step, vae.device)
+        pictures, _ = fresh_pictures(24, 2, step, vae.device, ANY_TILT)
         pictures = pictures * 2 - 1
         posterior = vae.encode(pictures).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
@@ -140,7 +144,7 @@ def encode_world(vae: AutoencoderKL, num_images: int, work_dir: Path) -> dict[st
     if not file.exists():
         rows = []
         for step in tqdm(range(num_images // 100), desc="encode", mininterval=10):
-            pictures, scenes = fresh_pictures(100, 3, step, vae.device)
+            pictures, scenes = fresh_pictures(100, 3, step, vae.device, MAX_TILT)
             posterior = vae.encode(pictures * 2 - 1).latent_dist
             rows.append((posterior.mean, posterior.std, scenes))
         mean, std, scenes = (torch.cat(column).cpu().contiguous() for column in zip(*rows, strict=True))
@@ -244,6 +248,10 @@ def save_teacher(output_dir: Path, vae, denoiser, tokenizer, scheduler) -> None:
         for key, value in text_encoder.state_dict().items()
     }
     save_file(weights, output_dir / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    # By default transformers 5 loads what the config declares, and diffusers float32: the two have to agree.
+    config_file = output_dir / "text_encoder" / "config.json"
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    (output_dir / "world.json").write_text('{"world": "shapes"}\n')
     tokenizer.backend_tokenizer.model.save(str(output_dir / "tokenizer"))
 
 
@@ -253,7 +261,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=HERE)
     parser.add_argument("--judge_steps", type=int, default=1500)
     parser.add_argument("--vae_steps", type=int, default=4000)
-    parser.add_argument("--denoiser_steps", type=int, default=7000)
+    parser.add_argument("--denoiser_steps", type=int, default=6000)
     parser.add_argument("--num_latents", type=int, default=40000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -19,6 +19,8 @@ from PIL import Image, ImageDraw
 
 RESOLUTION = 64
 OVERSAMPLING = 4
+MAX_TILT = math.radians(20)
+ANY_TILT = math.pi
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {
@@ -61,16 +63,17 @@ def _polygon(shape: str) -> list[tuple[float, float]]:
         turns, radii = [k / 10 for k in range(10)], [1.0, 0.42] * 5
     else:
         corners = {"triangle": 3, "square": 4}[shape]
-        turns, radii = [k / corners for k in range(corners)], [1.0] * corners
+        first = {"triangle": 0, "square": 1 / 8}[shape]
+        turns, radii = [first + k / corners for k in range(corners)], [1.0] * corners
     return [(r * math.sin(math.tau * a), -r * math.cos(math.tau * a)) for a, r in zip(turns, radii, strict=True)]
 
 
-def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """An anti-aliased RGB picture of the scene, with jittered place, size, tilt and tones."""
+def draw(scene: Scene, rng: np.random.Generator, max_tilt: float = MAX_TILT) -> Image.Image:
+    """An anti-aliased RGB picture of the scene, with jittered place, size, tilt (in radians) and tones."""
     side = RESOLUTION * OVERSAMPLING
     radius = rng.uniform(0.24, 0.36) * side
     x, y = rng.uniform(radius + 2, side - radius - 2, size=2)
-    tilt = rng.uniform(0, math.tau)
+    tilt = rng.uniform(-max_tilt, max_tilt)
     colour, background = (
         tuple(int(v) for v in np.clip(np.array(tone) + rng.integers(-8, 9, size=3), 0, 255))
         for tone in (COLOURS[scene.colour], BACKGROUNDS[scene.background])
@@ -90,15 +93,15 @@ def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
     return picture.resize((RESOLUTION, RESOLUTION), Image.Resampling.BOX)
 
 
-def example(index: int, seed: int) -> tuple[Image.Image, Scene]:
+def example(index: int, seed: int, max_tilt: float = MAX_TILT) -> tuple[Image.Image, Scene]:
     """Picture `index` of world `seed`, and what it shows."""
     rng = np.random.default_rng([seed, index])
     scene = SCENES[rng.integers(len(SCENES))]
-    return draw(scene, rng), scene
+    return draw(scene, rng, max_tilt), scene
 
 
-def pixels(num_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `num_images` pictures of world `seed`.
+def pixels(num_images: int, seed: int, max_tilt: float = MAX_TILT) -> tuple[np.ndarray, np.ndarray]:
+    """The first `num_images` pictures of world `seed`, tilted by `max_tilt` radians at most.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: Pixels in 0..255, `[N, 3, 64, 64]` uint8, and the index of each picture's
@@ -107,7 +110,7 @@ def pixels(num_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     pictures = np.empty((num_images, 3, RESOLUTION, RESOLUTION), np.uint8)
     scenes = np.empty(num_images, np.int64)
     for index in range(num_images):
-        picture, scene = example(index, seed)
+        picture, scene = example(index, seed, max_tilt)
         pictures[index] = np.asarray(picture).transpose(2, 0, 1)
         scenes[index] = SCENES.index(scene)
     return pictures, scenes

@@ -32,6 +32,10 @@ class Evaluation:
         prompts (`list[str]`): One picture each.
         seed (`int`): Of the noise.
         batch_size (`int`): Pictures drawn at once.
+
+    Attributes:
+        evaluators (`list[Evaluator]`): What measures the pictures.
+        references (`dict`): Measures to set beside those of pipelines, by name, such as the `floor` of a distance.
     """
 
     def __init__(self, prompts: list[str], seed: int = 0, batch_size: int = 50):
@@ -39,6 +43,7 @@ class Evaluation:
         self.seed = seed
         self.batch_size = batch_size
         self.evaluators: list[Evaluator] = []
+        self.references: dict[str, dict[str, float]] = {}
 
     def draw(self, pipeline: DiffusionPipeline, **arguments: Any) -> tuple[Tensor, float]:
         """Pictures, `[N, 3, H, W]` uint8 on the CPU, and the seconds that one took.

@@ -27,9 +27,11 @@ def picture_grid(rows: dict[str, list[Tensor]], columns: list[str], file: Path, 
             axis.imshow(picture.permute(1, 2, 0).numpy())
             axis.set_xticks([])
             axis.set_yticks([])
-        row[0].set_ylabel(textwrap.fill(caption, 18), rotation=0, ha="right", va="center", fontsize=8, labelpad=6)
+        row[0].set_ylabel(
+            textwrap.fill(caption, 18), rotation=0, ha="right", va="center", fontsize=8, labelpad=6, parse_math=False
+        )
     for axis, title in zip(axes[0], columns, strict=True):
-        axis.set_title(title, fontsize=8)
+        axis.set_title(title, fontsize=8, parse_math=False)
     figure.tight_layout(pad=0.4)
     figure.savefig(file, dpi=100)
     plt.close(figure)

@@ -1,5 +1,6 @@
 """What a run found out: measures of teacher, initial student and student, pictures, and `report.json`."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +19,15 @@ REPORT = "report.json"
 
 
 def many_step_pipeline(teacher: DiffusionPipeline) -> DiffusionPipeline:
-    """The teacher with a deterministic sampler; its components are shared.
+    """The teacher with a deterministic sampler and without its safety checker; its components are shared.
 
     Latents are not confined to [-1, 1], so the sampler must not clip, whatever its default.
     """
     scheduler = DDIMScheduler.from_config(
         teacher.scheduler.config, clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True
     )
-    pipeline = type(teacher)(**{**teacher.components, "scheduler": scheduler}, requires_safety_checker=False)
+    components = {**teacher.components, "scheduler": scheduler, "safety_checker": None}
+    pipeline = type(teacher)(**components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -54,7 +56,7 @@ class Report:
         self.guidance_scale = guidance_scale
         self.teacher_steps = teacher_steps
         self.teacher = many_step_pipeline(teacher)
-        self.measures: dict[str, dict[str, float]] = {}
+        self.measures: dict[str, dict[str, float]] = dict(evaluation.references)
         self.shown: dict[str, Tensor] = {}
         pictures, seconds = self.draw_teacher(evaluation, guidance_scale)
         evaluation.evaluators.append(DriftEvaluator(pictures))
@@ -69,8 +71,9 @@ class Report:
         return drawn
 
     def add_student(self, name: str, pipeline: DiffusionPipeline) -> dict[str, float]:
-        """Measures a one-step pipeline under a name (`initial`, `student`)."""
+        """Measures a one-step pipeline under a name (`initial`, `student`); its safety checker is taken off."""
         pipeline.set_progress_bar_config(disable=True)
+        pipeline.safety_checker = None
         pictures, seconds = self.evaluation.draw(pipeline)
         return self._keep(name, pictures, seconds, self.gallery.draw(pipeline)[0])
 
@@ -102,18 +105,18 @@ class Report:
 
         Args:
             load_node (`Callable`): `(index, network)`: fills the network with a node's weights.
-            nodes (`list[tuple[str, float]]`): Title and guidance of nodes 0..N.
+            nodes (`list[tuple[str, float]]`): Title and guidance of nodes 1..N.
             file (`Path`): PNG.
         """
-        columns = []
-        try:
-            for index, (_, guidance_scale) in enumerate(nodes):
-                load_node(index, self.teacher.unet)
-                columns.append(self.draw_teacher(self.gallery, guidance_scale)[0])
-        finally:
-            load_node(0, self.teacher.unet)
-        titles = [f"{title}\nw={guidance_scale:.3g}" for title, guidance_scale in nodes]
+        teacher = self.teacher.unet
+        columns = [self.shown["teacher"]]
+        self.teacher.unet = copy.deepcopy(teacher)
+        for index, (_, guidance_scale) in enumerate(nodes, 1):
+            load_node(index, self.teacher.unet)
+            columns.append(self.draw_teacher(self.gallery, guidance_scale)[0])
+        self.teacher.unet = teacher
         columns.append(self.shown["initial"])
+        titles = [f"{title}\nw={scale:.3g}" for title, scale in [("teacher", self.guidance_scale), *nodes]]
         titles.append("initial student\n1 step")
         rows = {prompt: [column[row] for column in columns] for row, prompt in enumerate(self.gallery.prompts)}
         picture_grid(rows, titles, file)
@@ -132,9 +135,15 @@ class Report:
         return measures
 
 
+def read_report(folder: Path) -> dict[str, Any]:
+    """The content of a folder's `report.json`; empty if there is none."""
+    file = folder / REPORT
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def summary(folder: Path) -> str:
     """Six lines of figures, from `report.json`."""
-    report = json.loads((folder / REPORT).read_text())
+    report = read_report(folder)
     lines = []
     for name in ("teacher", "initial", "student"):
         if name in report:

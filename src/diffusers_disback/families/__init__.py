@@ -5,7 +5,7 @@ import os
 import torch
 from diffusers import DiffusionPipeline
 
-from ..path import ModelReference
+from ..model_reference import ModelReference
 from .stable_diffusion import ModelFamily
 
 

@@ -5,8 +5,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..batch import Condition
+from ..model_reference import ModelReference
 from ..noise_schedule import NoiseSchedule
-from ..path import ModelReference
 from ..score_model import ScoreModel, call_network
 
 

@@ -1,0 +1,182 @@
+"""What a run needs besides its two stages: whose results are here, which path, and what is written at the end."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from .backtracking import BacktrackingConfig, BacktrackingTrainer, TargetSchedule, guidance_of_node
+from .config import TrainingConfig
+from .data import PromptFile, dataset_prompts
+from .degradation import DegradationConfig
+from .evaluation import Evaluation
+from .evaluation.report import Report, read_report, summary, versions
+from .families import ModelFamily
+from .hub import licence_of, write_model_card
+from .model_reference import fingerprint
+from .path import MANIFEST, DegradationPath
+from .run_folder import FREE_SETTINGS, RunFolder, flat
+
+
+Configs = tuple[TrainingConfig, DegradationConfig, BacktrackingConfig]
+
+
+def path_folder(training: TrainingConfig) -> Path:
+    return Path(training.degradation_path or Path(training.output_dir, "path"))
+
+
+def check_settings(configs: Configs) -> None:
+    """What can be seen before anything is loaded: step counts that do not fit, and results that are another run's.
+
+    Raises:
+        ValueError: With what, where and what to do instead.
+    """
+    training, degradation, backtracking = configs
+    folder, resume = RunFolder(training.output_dir), training.resume_from_checkpoint
+    stages = {"degradation": degradation, "backtracking": backtracking}
+    if training.stage != "all":
+        stages.pop("backtracking" if training.stage == "record" else "degradation")
+    for name, own in stages.items():
+        folder.check(name, flat(training, own), resume)
+        folder.checkpoint_to_resume(name, resume)
+    if training.stage == "record" and degradation.num_path_nodes == 0:
+        raise ValueError("--stage record with --num_path_nodes 0 has nothing to do.")
+    if training.stage == "all" and not (path_folder(training) / MANIFEST).exists():
+        TargetSchedule(degradation.num_path_nodes, backtracking.steps_per_target, backtracking.max_train_steps)
+
+
+def is_finished(configs: Configs) -> bool:
+    """Whether a run has written the report of all the steps that are asked for."""
+    training, degradation, backtracking = configs
+    stages = read_report(Path(training.output_dir)).get("stages", {})
+    if training.stage == "record":
+        return stages.get("degradation", {}).get("steps") == degradation.degradation_steps
+    return stages.get("backtracking", {}).get("steps") == backtracking.max_train_steps
+
+
+def open_path(
+    configs: Configs, teacher: ModelFamily, generator: torch.nn.Module, state: PartialState
+) -> DegradationPath | None:
+    """The path to record or to go back along; `None` if there is to be none.
+
+    Raises:
+        ValueError: If the path that is there is of another teacher, another start or another recording, is damaged, or
+            has too many nodes for the steps of stage 2.
+    """
+    training, degradation, backtracking = configs
+    folder, resume = path_folder(training), training.resume_from_checkpoint
+    start = {
+        "name_or_path": training.generator_model_name_or_path,
+        "sha256": fingerprint(generator),
+        "conditioning_timestep": training.conditioning_timestep,
+    }
+    recording = {k: v for k, v in flat(training, degradation).items() if k not in FREE_SETTINGS}
+    own, recorded = fingerprint(teacher.network), (folder / MANIFEST).exists()
+    state.wait_for_everyone()  # all have looked before one writes
+    if not recorded and training.stage != "backtrack":
+        if degradation.num_path_nodes == 0:
+            return None
+        return DegradationPath.create(folder, teacher.reference, own, start, recording)
+    path = DegradationPath.from_pretrained(folder, teacher.reference)
+    path.check(own, start)
+    if path.complete:
+        if state.is_main_process:
+            path.verify()
+        if training.stage != "record":
+            TargetSchedule(len(path), backtracking.steps_per_target, backtracking.max_train_steps)
+        state.print(f"The path in {folder} is complete: its {len(path)} nodes are used as they are.")
+    else:
+        ours = (RunFolder(training.output_dir).stage_folder("degradation") / "settings.json").exists()
+        if training.stage == "backtrack" or not resume or not ours or path.manifest["recording"] != recording:
+            raise ValueError(
+                f"The path in {folder} is unfinished: {len(path)} nodes are recorded. Finish it with the command that "
+                "began it and --resume_from_checkpoint latest."
+            )
+    return path
+
+
+def load_prompts(config: TrainingConfig) -> Sequence[str]:
+    """The prompts that the settings name: a file, a data set, or an image folder.
+
+    Raises:
+        ValueError: If they name none, or it cannot be read.
+    """
+    if config.prompts_file is not None:
+        return PromptFile(config.prompts_file, config.max_train_samples)
+    if config.dataset_name is None and config.train_data_dir is None:
+        raise ValueError("There are no prompts: pass --prompts_file, --dataset_name or --train_data_dir.")
+    return dataset_prompts(
+        config.caption_column, config.dataset_name, config.train_data_dir, config.cache_dir, config.max_train_samples
+    )
+
+
+def validation_prompts(training: TrainingConfig, prompts: Sequence[str]) -> list[str]:
+    """The prompts of the sample pictures: those asked for, or six from all over the data."""
+    last = len(prompts) - 1
+    return list(dict.fromkeys(training.validation_prompts or [prompts[i * last // 5] for i in range(6)]))
+
+
+def picture_evaluation(training: TrainingConfig, wanted: list[str]) -> Evaluation:
+    """The evaluation of any teacher: some pictures of each validation prompt."""
+    repeated = [prompt for prompt in wanted for _ in range(training.num_validation_images)]
+    return Evaluation(repeated, batch_size=training.train_batch_size)
+
+
+def write_results(
+    report: Report,
+    path: DegradationPath | None,
+    trainer: BacktrackingTrainer | None,
+    configs: Configs,
+    script: str,
+    arguments: list[str],
+) -> str:
+    """Writes report, pictures and model card. Returns a summary.
+
+    Args:
+        report (`Report`): With what was measured.
+        path (`DegradationPath`, *optional*): The complete path.
+        trainer (`BacktrackingTrainer`, *optional*): Of stage 2, if it was run.
+        configs (`Configs`): All settings.
+        script (`str`): The training script.
+        arguments (`list[str]`): Its command line.
+    """
+    training, _, backtracking = configs
+    folder, state = Path(training.output_dir), PartialState()
+    stages: dict[str, Any] = {}
+    report.write_samples(folder / "samples.png")
+    if path is not None:
+        stages["degradation"] = path.manifest["cost"]
+        titles = [f"node {i}, step {node['step']}" for i, node in enumerate(path.nodes, 1)]
+        scales = [guidance_of_node(i, len(path), backtracking) for i in range(1, len(path) + 1)]
+        report.write_path(path.load, list(zip(titles, scales, strict=True)), folder / "path.png")
+    content = {
+        "stages": stages,
+        "seed": training.seed,
+        "versions": versions(),
+        "machine": {"device": device_name(state.device), "num_processes": state.num_processes},
+        "settings": flat(*configs),
+    }
+    if trainer is not None:
+        precision = trainer.accelerator.mixed_precision
+        stages["backtracking"] = trainer.summary()
+        content |= {"curve": trainer.curve, "switches": trainer.schedule.switches}
+        content["machine"]["mixed_precision"] = precision
+        report.write_convergence(trainer.curve, trainer.schedule.switches, folder / "convergence.png")
+        launch = ["accelerate", "launch", "--num_processes", str(state.num_processes), "--mixed_precision", precision]
+        content["command"] = shlex.join([*launch, script, *arguments])
+    written = report.write(folder, **content)
+    if trainer is not None:
+        resolution = trainer.family.resolution(training.resolution)
+        licence = licence_of(training.pretrained_model_name_or_path)
+        write_model_card(folder, written, report.gallery.prompts[0], resolution, licence)
+    return summary(folder)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the number of threads on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

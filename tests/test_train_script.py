@@ -1,0 +1,543 @@
+"""The training script, as a user runs it. In-process where it can be: a process costs five seconds of imports."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import train_disback
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from diffusers_disback import DegradationPath, DisBackOneStepPipeline, TrainingConfig
+from diffusers_disback.run import picture_evaluation
+
+
+SCRIPT = Path(train_disback.__file__)
+
+
+def arguments(folder: Path, teacher: Path, prompts: Path, /, **changes) -> list[str]:
+    """The command line of a tiny run; `None` leaves a flag out, a list gives it several values."""
+    flags = {
+        "pretrained_model_name_or_path": teacher,
+        "prompts_file": prompts,
+        "output_dir": folder,
+        "degradation_steps": 4,
+        "num_path_nodes": 2,
+        "max_train_steps": 4,
+        "steps_per_target": 2,
+        "fake_score_updates": 1,
+        "train_batch_size": 2,
+        "fake_score_learning_rate": 1e-3,
+        "generator_learning_rate": 1e-3,
+        "lr_warmup_steps": 0,
+        "num_validation_images": 1,
+        "report_to": "none",
+        **changes,
+    }
+    line = []
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            line += [f"--{name}", *map(str, values)]
+    return line
+
+
+@pytest.fixture
+def run(tmp_path, teacher_folder, prompts_file):
+    """Runs the script; returns the output folder."""
+
+    def run(name="run", **changes) -> Path:
+        train_disback.main(arguments(tmp_path / name, teacher_folder, prompts_file, **changes))
+        return tmp_path / name
+
+    return run
+
+
+def student(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def equal(one, two) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_what_a_run_leaves(run, capsys):
+    folder = run(report_to="tensorboard", validation_steps=2, validation_prompts=tiny.PROMPTS[:2])
+    files = {str(file.relative_to(folder)) for file in folder.rglob("*")}
+    assert {"model_index.json", "pipeline.py", "README.md", "report.json", "samples.png", "convergence.png"} <= files
+    assert {
+        "path.png",
+        "path/path.json",
+        "path/degradation-000002/unet/config.json",
+        "logs/diffusers-disback",
+    } <= files
+    report = json.loads((folder / "report.json").read_text())
+    assert report["stages"]["degradation"]["steps"] == report["stages"]["backtracking"]["steps"] == 4
+    for name in ("teacher", "initial", "student"):
+        assert {"drift_mean", "drift_std", "drift_saturation", "seconds_per_image"} <= report[name].keys()
+    assert report["teacher"]["drift_mean"] == 0 < report["student"]["drift_mean"]
+    assert [row["step"] for row in report["curve"]] == [0, 2, 4]
+    assert report["seed"] == 0 and report["versions"]["torch"] == torch.__version__
+    assert len(capsys.readouterr().out.strip().splitlines()) == 6
+    pipe = DisBackOneStepPipeline.from_pretrained(folder)
+    stock = DiffusionPipeline.from_pretrained(folder)
+    latents = torch.randn(1, 4, 8, 8)
+    one = pipe(tiny.PROMPTS[0], latents=latents, output_type="pt").images
+    two = stock(tiny.PROMPTS[0], latents=latents, output_type="pt", num_inference_steps=1, guidance_scale=0).images
+    assert torch.equal(one, two)
+
+
+def test_the_snippets_of_the_card_run(run, monkeypatch):
+    folder = run()
+    snippets = (folder / "README.md").read_text().split("```python")[1:]
+    assert len(snippets) == 2
+    for snippet in snippets:
+        scope = {}
+        exec(snippet.split("```")[0], scope)
+        assert scope["image"].size == (16, 16)
+
+
+def test_the_stages_apart_equal_the_stages_together(run, tmp_path):
+    together = run("together")
+    recorded = run("recorded", stage="record")
+    assert not (recorded / "model_index.json").exists() and (recorded / "path.png").exists()
+    assert json.loads((recorded / "report.json").read_text())["stages"].keys() == {"degradation"}
+    apart = run("apart", stage="backtrack", degradation_path=recorded / "path")
+    assert equal(student(apart), student(together))
+    same_folder = run("recorded2", stage="record", degradation_path=tmp_path / "elsewhere")
+    assert not (same_folder / "path").exists() and len(DegradationPath.from_pretrained(tmp_path / "elsewhere")) == 2
+    replayed = run("replayed", degradation_path=tmp_path / "elsewhere")
+    assert equal(student(replayed), student(together)), "a complete path is replayed, not recorded again"
+    in_place = run("recorded", stage="backtrack")
+    assert equal(student(in_place), student(together))
+
+
+def test_a_finished_run_prints_its_summary_again(run, capsys):
+    folder = run()
+    before = student(folder)
+    capsys.readouterr()
+    run(resume_from_checkpoint="latest")
+    out = capsys.readouterr().out
+    assert "is finished" in out and "backtracking: 4 steps" in out
+    assert equal(student(folder), before)
+
+
+@pytest.mark.parametrize("where", ["first", "second"])
+def test_an_interrupted_run_goes_on_and_ends_the_same(run, monkeypatch, where):
+    from diffusers_disback.backtracking import BacktrackingTrainer
+    from diffusers_disback.degradation import DegradationRecorder
+
+    whole = run("whole", checkpointing_steps=1)
+    stage = DegradationRecorder if where == "first" else BacktrackingTrainer
+    train_step = stage.train_step
+
+    def interrupted(self, step, batches):
+        if step == 3:
+            raise KeyboardInterrupt
+        return train_step(self, step, batches)
+
+    monkeypatch.setattr(stage, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("broken", checkpointing_steps=1)
+    monkeypatch.undo()
+    broken = run("broken", checkpointing_steps=1, resume_from_checkpoint="latest")
+    assert equal(student(broken), student(whole))
+    assert (
+        json.loads((broken / "report.json").read_text()).keys()
+        == json.loads((whole / "report.json").read_text()).keys()
+    )
+
+
+def test_a_run_that_ended_before_its_report_measures_its_student(run):
+    folder = run()
+    report = json.loads((folder / "report.json").read_text())
+    for name in ("report.json", "model_index.json", "README.md", "samples.png"):
+        (folder / name).unlink()
+    run(resume_from_checkpoint="latest")
+    again = json.loads((folder / "report.json").read_text())
+    assert again["student"]["drift_mean"] == report["student"]["drift_mean"] and (folder / "samples.png").exists()
+    assert [row["step"] for row in again["curve"]] == [0, 4]
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(run):
+    run(checkpointing_steps=2)
+    longer = run(max_train_steps=6, checkpointing_steps=2, resume_from_checkpoint="latest")
+    assert equal(student(longer), student(run("whole", max_train_steps=6)))
+
+
+def test_resuming_from_a_named_checkpoint(run):
+    whole = run("whole", checkpointing_steps=1)
+    (whole / "report.json").unlink()
+    again = run(
+        "whole",
+        checkpointing_steps=1,
+        resume_from_checkpoint=whole / "checkpoints" / "backtracking" / "checkpoint-000002",
+    )
+    assert equal(student(again), student(run("other")))
+
+
+# Every flag does something ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"conditioning_timestep": 249},
+        {"guidance_scale": 1.0},
+        {"guidance_schedule": "constant"},
+        {"num_path_nodes": 1},
+        {"num_path_nodes": 0},
+        {"degradation_steps": 6},
+        {"steps_per_target": 1},
+        {"max_train_steps": 5},
+        {"fake_score_updates": 2},
+        {"objective": "diff_instruct"},
+        {"generator_learning_rate": 2e-3},
+        {"fake_score_learning_rate": 2e-3},
+        {"lr_warmup_steps": 2},
+        {"lr_scheduler": "cosine"},
+        {"train_batch_size": 1},
+        {"gradient_accumulation_steps": 2},
+        {"adam_beta1": 0.5},
+        {"adam_beta2": 0.9},
+        {"adam_weight_decay": 0.5},
+        {"adam_epsilon": 1e-2},
+        {"max_grad_norm": 1e-8},
+        {"use_ema": True},
+        {"use_ema": True, "ema_decay": 0.1},
+        {"max_train_samples": 1},
+        {"resolution": 32},
+        {"mixed_precision": "bf16"},
+    ],
+    ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
+)
+def test_the_flag_changes_the_student(run, baseline, changes):
+    other = student(run(**changes))
+    assert other.keys() == baseline.keys() and not equal(other, baseline)
+    assert all(torch.isfinite(value).all() for value in other.values())
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory, teacher_folder, prompts_file):
+    folder = tmp_path_factory.mktemp("baseline")
+    train_disback.main(arguments(folder / "run", teacher_folder, prompts_file))
+    return student(folder / "run")
+
+
+def test_an_average_differs_by_its_decay(run):
+    assert not equal(student(run("a", use_ema=True)), student(run("b", use_ema=True, ema_decay=0.1)))
+
+
+def test_dropped_prompts_matter_where_a_node_is_guided(run):
+    three = {"num_path_nodes": 3, "max_train_steps": 6, "degradation_steps": 12}
+    dropped, kept = run("a", **three, proportion_empty_prompts=0.5), run("b", **three, proportion_empty_prompts=0.0)
+    assert not equal(student(dropped), student(kept))
+    two = {"num_path_nodes": 2, "degradation_steps": 12}
+    assert equal(
+        student(run("c", **two, proportion_empty_prompts=0.5)), student(run("d", **two, proportion_empty_prompts=0.0))
+    )
+
+
+def test_the_resolution_is_the_students_own(run):
+    pipe = DisBackOneStepPipeline.from_pretrained(run(resolution=32))
+    assert pipe(tiny.PROMPTS[0]).images[0].size == (32, 32)
+
+
+@pytest.mark.parametrize("flag", ["gradient_checkpointing", "dataloader_num_workers"])
+def test_flags_that_change_no_result(run, baseline, flag, monkeypatch):
+    from diffusers_disback.data import PromptBatches
+
+    seen, loader = [], PromptBatches.loader
+
+    def spy(self, batches, num_workers):
+        seen.append(num_workers)
+        return loader(self, batches, num_workers)
+
+    monkeypatch.setattr(PromptBatches, "loader", spy)
+    value = 1 if flag == "dataloader_num_workers" else True
+    other = student(run(**{flag: value}))
+    assert all(torch.allclose(other[key], baseline[key], atol=1e-5) for key in baseline)
+    assert seen == ([1, 1] if flag == "dataloader_num_workers" else [0, 0])
+
+
+def test_tf32_reaches_torch(run):
+    try:
+        run(allow_tf32=True)
+        assert torch.backends.cuda.matmul.allow_tf32
+        run("other")
+        assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_checkpoints_and_logs_as_asked(run):
+    folder = run(
+        checkpointing_steps=1,
+        checkpoints_total_limit=1,
+        report_to="tensorboard",
+        logging_dir="elsewhere",
+        logging_steps=2,
+        tracker_project_name="mine",
+    )
+    assert [f.name for f in (folder / "checkpoints" / "degradation").glob("checkpoint-*")] == ["checkpoint-000004"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scalars = {}
+    for file in (folder / "elsewhere" / "mine").glob("events*"):
+        events = EventAccumulator(str(file)).Reload()
+        scalars |= {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert scalars["degradation/fake_score_loss"] == scalars["backtracking/generator_loss"] == [2, 4]
+    assert "backtracking/generator_lr" in scalars and "backtracking/drift_mean" in scalars
+
+
+def test_another_start(run, baseline, tmp_path):
+    tiny.pipeline(seed=5).save_pretrained(tmp_path / "start")
+    folder = run(generator_model_name_or_path=tmp_path / "start", generator_learning_rate=0.0, adam_weight_decay=0.0)
+    assert equal(student(folder), dict(tiny.unet(seed=5).state_dict()))
+
+
+def test_prompts_of_a_data_set(run, tmp_path):
+    from shapes.world import write_image_folder
+
+    write_image_folder(tmp_path / "images", 4)
+    folder = run(prompts_file=None, train_data_dir=tmp_path / "images", cache_dir=tmp_path / "cache")
+    assert (folder / "model_index.json").exists() and (tmp_path / "cache").exists()
+    run("b", prompts_file=None, dataset_name=tmp_path / "images", caption_column="text", cache_dir=tmp_path / "cache")
+
+
+def test_a_variant_is_read_and_its_name_is_dropped(run, tmp_path):
+    tiny.pipeline().to(dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    folder = run(pretrained_model_name_or_path=tmp_path / "half", variant="fp16")
+    assert not list(folder.rglob("*fp16*"))
+    DisBackOneStepPipeline.from_pretrained(folder)(tiny.PROMPTS[0])
+
+
+def test_validation_as_asked(run):
+    prompts = ["a red circle", 'a "$5 #1" and $6% sign_']
+    folder = run(validation_prompts=prompts, num_validation_images=3, validation_steps=3)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["settings"]["validation_prompts"] == prompts
+    assert [row["step"] for row in report["curve"]] == [0, 3, 4]
+    evaluation = picture_evaluation(TrainingConfig(num_validation_images=3), prompts)
+    assert evaluation.prompts == [prompts[0]] * 3 + [prompts[1]] * 3
+    more = json.loads((run("more", validation_prompts=prompts) / "report.json").read_text())
+    assert more["student"]["drift_mean"] != report["student"]["drift_mean"], "another number of pictures is measured"
+
+
+def test_revision_and_cache_reach_the_library(run, monkeypatch, tmp_path):
+    calls, load = [], DiffusionPipeline.from_pretrained.__func__
+
+    def spy(cls, name, **arguments):
+        calls.append(arguments)
+        return load(cls, name, **arguments)
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(spy))
+    run(revision="v1", cache_dir=tmp_path / "cache")
+    assert calls[0]["revision"] == "v1" and calls[0]["cache_dir"] == str(tmp_path / "cache")
+
+
+def test_the_report_says_how_it_was_run(run):
+    report = json.loads((run() / "report.json").read_text())
+    assert report["command"].startswith("accelerate launch --num_processes 1 --mixed_precision no examples/")
+    assert report["machine"] == {"device": "CPU, 1 threads", "num_processes": 1, "mixed_precision": "no"}
+
+
+def test_abbreviated_flags_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="not used by the HfArgumentParser: .'--pretrained_model'"):
+        train_disback.main(["--pretrained_model", "x", "--output_dir", str(tmp_path)])
+
+
+def test_every_flag_has_a_test():
+    """Each stands, as an argument of a run, in the body of a test: the defaults above do not count."""
+    import ast
+    import dataclasses
+
+    tree = ast.parse(Path(__file__).read_text())
+    tested = {"pretrained_model_name_or_path", "output_dir"}  # of every run
+    for function in tree.body:
+        if isinstance(function, ast.FunctionDef) and function.name.startswith("test_"):
+            for node in ast.walk(function):
+                if isinstance(node, ast.keyword):
+                    tested.add(node.arg)
+                elif isinstance(node, ast.Dict):
+                    tested |= {key.value for key in node.keys if isinstance(key, ast.Constant)}
+            for name in ("gradient_checkpointing", "dataloader_num_workers"):  # of a parametrised flag's name
+                tested |= {name} if name in ast.unparse(function) else set()
+    for config in (train_disback.TrainingConfig, train_disback.DegradationConfig, train_disback.BacktrackingConfig):
+        for field in dataclasses.fields(config):
+            assert field.metadata["help"] and field.name in tested, field.name
+
+
+# Bad input ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"pretrained_model_name_or_path": "nowhere/at-all"}, "The teacher 'nowhere/at-all' cannot be loaded"),
+        ({"pretrained_model_name_or_path": "."}, "has no model_index.json"),
+        ({"prompts_file": "missing.txt"}, "missing.txt cannot be read"),
+        ({"prompts_file": None}, "There are no prompts"),
+        ({"conditioning_timestep": 1000}, r"timestep=1000 is outside the teacher's schedule \(0..999\)"),
+        ({"num_path_nodes": 5}, "--num_path_nodes 5 is more than --degradation_steps 4"),
+        ({"steps_per_target": 3}, "--max_train_steps 4 is less than 2 targets x --steps_per_target 3"),
+        ({"resolution": 17}, "resolution=17 is not divisible by 2"),
+        ({"objective": "gan"}, "--objective 'gan' is none of diff_instruct, dmd"),
+        ({"stage": "backtrack"}, "holds no degradation path"),
+        ({"stage": "record", "num_path_nodes": 0}, "nothing to do"),
+        ({"resume_from_checkpoint": "nothing"}, "nothing is no checkpoint of this run"),
+        ({"lr_scheduler": "steep"}, "--lr_scheduler 'steep' is none of linear"),
+        ({"generator_model_name_or_path": "nowhere/at-all"}, "The UNet of 'nowhere/at-all' cannot be loaded"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_bad_input_is_told_before_anything_is_written(run, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(**changes)
+    assert not list((tmp_path / "run").glob("*")) if (tmp_path / "run").exists() else True
+
+
+def test_a_pipeline_that_is_no_stable_diffusion(run, tmp_path):
+    from diffusers import DDPMPipeline, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    DDPMPipeline(unet, tiny.scheduler()).save_pretrained(tmp_path / "ddpm")
+    with pytest.raises(ValueError, match="The teacher is a DDPMPipeline; supported are StableDiffusionPipeline"):
+        run(pretrained_model_name_or_path=tmp_path / "ddpm")
+    tiny.pipeline(in_channels=9).save_pretrained(tmp_path / "inpainting")
+    with pytest.raises(ValueError, match="UNet takes 9 channels, but its autoencoder makes 4"):
+        run(pretrained_model_name_or_path=tmp_path / "inpainting")
+
+
+def test_anothers_results_are_left_as_they_were(run):
+    folder = run()
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    for stage in ("all", "record", "backtrack"):
+        with pytest.raises(ValueError, match="holds a run's results already .* Pass --resume_from_checkpoint latest"):
+            run(stage=stage)
+    (folder / "report.json").rename(folder / "kept.json")
+    with pytest.raises(ValueError, match="other settings: train_batch_size was 2, is 1"):
+        run(train_batch_size=1, resume_from_checkpoint="latest")
+    (folder / "kept.json").rename(folder / "report.json")
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file != folder} == {
+        file: time for file, time in before.items() if file != folder
+    }
+
+
+def test_a_path_of_another_teacher_or_start_is_refused(run, tmp_path):
+    recorded = run(stage="record")
+    other = tiny.save_teacher(tmp_path / "other", seed=7)
+    with pytest.raises(ValueError, match="was recorded from another teacher"):
+        run("b", stage="backtrack", degradation_path=recorded / "path", pretrained_model_name_or_path=other)
+    with pytest.raises(ValueError, match="another initial generator: its sha256"):
+        run("b", stage="backtrack", degradation_path=recorded / "path", generator_model_name_or_path=other)
+    with pytest.raises(ValueError, match="its conditioning_timestep is 399, this one's is 249"):
+        run("b", stage="backtrack", degradation_path=recorded / "path", conditioning_timestep=249)
+
+
+def test_an_unfinished_path_is_refused(run):
+    recorded = run(stage="record")
+    manifest = recorded / "path" / "path.json"
+    manifest.write_text(manifest.read_text().replace('"complete": true', '"complete": false'))
+    for stage in ("backtrack", "all"):
+        with pytest.raises(ValueError, match="is unfinished: 2 nodes are recorded"):
+            run("b", stage=stage, degradation_path=recorded / "path")
+    assert len(DegradationPath.from_pretrained(recorded / "path")) == 2
+
+
+def test_a_damaged_node_is_told_before_training(run, tmp_path):
+    recorded = run(stage="record")
+    (recorded / "path" / "degradation-000002" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="node 1 is incomplete"):
+        run("b", stage="backtrack", degradation_path=recorded / "path")
+    assert not (tmp_path / "b").exists()
+
+
+def test_anothers_unfinished_path_is_left_alone(run, tmp_path, monkeypatch):
+    from diffusers_disback.degradation import DegradationRecorder
+
+    train_step = DegradationRecorder.train_step
+
+    def interrupted(self, step, batches):
+        if step == 3:
+            raise KeyboardInterrupt
+        return train_step(self, step, batches)
+
+    monkeypatch.setattr(DegradationRecorder, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("a", degradation_path=tmp_path / "path")
+    monkeypatch.undo()
+    assert len(DegradationPath.from_pretrained(tmp_path / "path")) == 1
+    with pytest.raises(ValueError, match="is unfinished: 1 nodes are recorded"):
+        run("b", degradation_path=tmp_path / "path", resume_from_checkpoint="latest")
+    assert len(DegradationPath.from_pretrained(tmp_path / "path")) == 1
+
+
+def test_a_learning_rate_that_explodes_is_told_and_no_student_is_written(run, tmp_path):
+    with pytest.raises(FloatingPointError, match="fake_score_loss was not finite at step"):
+        run(fake_score_learning_rate=1e30, logging_steps=1)
+    assert not (tmp_path / "run" / "model_index.json").exists()
+    assert not list((tmp_path / "run" / "checkpoints").rglob("checkpoint-*"))
+
+
+# As separate processes ----------------------------------------------------------------------------------------------
+
+
+def launch(command: list, **environment) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+
+
+def test_accelerate_launch(tmp_path, teacher_folder, prompts_file, baseline):
+    line = arguments(tmp_path / "run", teacher_folder, prompts_file)
+    done = launch([Path(sys.executable).with_name("accelerate"), "launch", "--cpu", SCRIPT, *line])
+    assert done.returncode == 0, done.stderr
+    assert "samples.png" in done.stdout
+    assert equal(student(tmp_path / "run"), baseline), "a run is a function of its settings"
+    done = launch([Path(sys.executable).with_name("accelerate"), "launch", "--cpu", SCRIPT, *line])
+    assert done.returncode != 0 and "holds a run's results already" in done.stderr
+
+
+def test_two_processes_train_both_stages_and_agree(tmp_path, teacher_folder, prompts_file):
+    """Two gloo processes with half the batch each see the samples of one: ranks end identical, and near the one."""
+    flags = {"train_batch_size": 1, "checkpointing_steps": 2, "use_ema": True, "validation_steps": 2}
+    line = arguments(tmp_path / "two", teacher_folder, prompts_file, **flags)
+    program = Path(__file__).with_name("two_processes.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    done = launch([*torchrun, program, tmp_path / "ranks", *line], ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [load_file(tmp_path / "ranks" / f"{rank}.safetensors") for rank in (0, 1)]
+    assert {name.split(".conv_in")[0] for name in ranks[0] if name.endswith("conv_in.weight")} == {
+        "degradation.fake_score",
+        "backtracking.generator",
+        "backtracking.fake_score",
+    }
+    assert equal(*ranks), "every trained network of both stages is the same on both"
+    train_disback.main(arguments(tmp_path / "one", teacher_folder, prompts_file, **{**flags, "train_batch_size": 2}))
+    node = "path/degradation-000004/unet/diffusion_pytorch_model.safetensors"
+    for one, two in [
+        (student(tmp_path / "one"), student(tmp_path / "two")),
+        (load_file(tmp_path / "one" / node), load_file(tmp_path / "two" / node)),
+    ]:
+        assert all(torch.allclose(one[key], two[key], atol=2e-4) for key in one)
+    two = student(tmp_path / "two")
+    # Again from the checkpoint at half of stage 2: the same student, bit for bit.
+    for file in ("report.json", "model_index.json"):
+        (tmp_path / "two" / file).unlink()
+    resume = ["--resume_from_checkpoint", tmp_path / "two" / "checkpoints" / "backtracking" / "checkpoint-000002"]
+    done = launch([*torchrun, program, tmp_path / "again", *line, *resume], ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert equal(student(tmp_path / "two"), two)
