@@ -12,7 +12,7 @@ version = next(
 )
 
 extras = {
-    "train": ["datasets>=3.0", "peft>=0.17", "tensorboard", "Jinja2", "tqdm"],
+    "train": ["datasets>=3.0", "peft>=0.17", "tensorboard", "Jinja2"],
     "eval": ["torchmetrics>=1.4", "matplotlib>=3.8", "scipy"],
     "bitsandbytes": ["bitsandbytes>=0.46"],
     "xformers": ["xformers>=0.0.30; platform_system == 'Linux' and platform_machine == 'x86_64'"],
@@ -40,6 +40,7 @@ setup(
         "safetensors>=0.4",
         "huggingface-hub>=1.23",
         "numpy",
+        "tqdm",
     ],
     extras_require=extras,
     entry_points={"console_scripts": ["diffusers-disback=diffusers_disback.cli:main"]},

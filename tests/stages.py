@@ -73,3 +73,14 @@ def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 def close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], atol: float) -> bool:
     return one.keys() == two.keys() and all(torch.allclose(one[key], two[key], atol=atol) for key in one)
+
+
+def interrupted_at(number: int, train_step):
+    """A stage's `train_step`, bound or not, that is interrupted as by Ctrl-C before step `number`."""
+
+    def wrapped(*arguments):
+        if arguments[-2] == number:
+            raise KeyboardInterrupt
+        return train_step(*arguments)
+
+    return wrapped

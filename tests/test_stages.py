@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from stages import close, equal, record, recorder, trainer, training, weights
+from stages import close, equal, interrupted_at, record, recorder, trainer, training, weights
 
 from diffusers_disback.backtracking import BacktrackingConfig, TargetSchedule, guidance_of_node, nodes_are_guided
 from diffusers_disback.config import TrainingConfig
@@ -184,14 +184,7 @@ def test_stage_1_resumed_equals_stage_1_unbroken(tmp_path, teacher_folder):
     unbroken = record(training(tmp_path / "unbroken"), teacher_folder)
     config = training(tmp_path / "broken")
     stage = recorder(config, teacher_folder)
-    step_of = stage.train_step
-
-    def interrupted(step, batches):
-        if step == 3:
-            raise KeyboardInterrupt
-        return step_of(step, batches)
-
-    stage.train_step = interrupted
+    stage.train_step = interrupted_at(3, stage.train_step)
     with pytest.raises(KeyboardInterrupt):
         stage.record()
     resumed = record(training(tmp_path / "broken", resume_from_checkpoint="latest"), teacher_folder)
@@ -208,14 +201,7 @@ def test_stage_2_resumed_equals_stage_2_unbroken(tmp_path, path, use_ema):
     unbroken = trainer(training(tmp_path / "unbroken"), path, **arguments)
     expected = weights(unbroken.train())
     broken = trainer(training(tmp_path / "broken", checkpointing_steps=3), path, **arguments)
-    step_of = broken.train_step
-
-    def interrupted(step, batches):
-        if step == 5:
-            raise KeyboardInterrupt
-        return step_of(step, batches)
-
-    broken.train_step = interrupted
+    broken.train_step = interrupted_at(5, broken.train_step)
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     resumed = trainer(
@@ -257,7 +243,7 @@ def test_checkpoints_are_limited_and_whole(tmp_path, path):
     stage = trainer(config, path)
     stage.train()
     folder = tmp_path / "checkpoints" / "backtracking"
-    assert sorted(f.name for f in folder.iterdir()) == ["checkpoint-000003", "checkpoint-000004", "settings.json"]
+    assert sorted(f.name for f in folder.iterdir()) == ["checkpoint-000003", "checkpoint-000004"]
     assert not list(folder.glob("*/*/model_1*")), "a network's folder holds that network alone"
     state = json.loads((folder / "checkpoint-000004" / "stage.json").read_text())
     assert state["step"] == 4 and state["seconds"] > 0 and state["peak_memory_mb"] > 100

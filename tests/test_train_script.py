@@ -12,6 +12,7 @@ import torch
 import train_disback
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from stages import equal, interrupted_at
 
 from diffusers_disback import DegradationPath, DisBackOneStepPipeline, TrainingConfig
 from diffusers_disback.run import picture_evaluation
@@ -60,10 +61,6 @@ def run(tmp_path, teacher_folder, prompts_file):
 
 def student(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def equal(one, two) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_what_a_run_leaves(run, capsys):
@@ -118,8 +115,11 @@ def test_the_stages_apart_equal_the_stages_together(run, tmp_path):
 
 
 def test_a_finished_run_prints_its_summary_again(run, capsys):
+    import shutil
+
     folder = run()
     before = student(folder)
+    shutil.rmtree(folder / "checkpoints")  # they may be thrown away
     capsys.readouterr()
     run(resume_from_checkpoint="latest")
     out = capsys.readouterr().out
@@ -134,14 +134,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(run, monkeypatch, where):
 
     whole = run("whole", checkpointing_steps=1)
     stage = DegradationRecorder if where == "first" else BacktrackingTrainer
-    train_step = stage.train_step
-
-    def interrupted(self, step, batches):
-        if step == 3:
-            raise KeyboardInterrupt
-        return train_step(self, step, batches)
-
-    monkeypatch.setattr(stage, "train_step", interrupted)
+    monkeypatch.setattr(stage, "train_step", interrupted_at(3, stage.train_step))
     with pytest.raises(KeyboardInterrupt):
         run("broken", checkpointing_steps=1)
     monkeypatch.undo()
@@ -353,6 +346,19 @@ def test_abbreviated_flags_are_refused(tmp_path):
         train_disback.main(["--pretrained_model", "x", "--output_dir", str(tmp_path)])
 
 
+def test_without_a_teacher_it_is_the_embedded_one(tmp_path):
+    training, degradation, backtracking = train_disback.parse(
+        ["--output_dir", str(tmp_path), "--max_train_steps", "999"]
+    )
+    assert Path(training.pretrained_model_name_or_path) == SCRIPT.parent / "shapes" / "teacher"
+    assert Path(training.prompts_file) == SCRIPT.parent / "shapes" / "prompts.txt"
+    assert training.train_batch_size == 32 and backtracking.max_train_steps == 999, (
+        "the command line has the last word"
+    )
+    own = train_disback.parse(["--pretrained_model_name_or_path", "mine"])[0]
+    assert own.pretrained_model_name_or_path == "mine" and own.train_batch_size == 1 and own.prompts_file is None
+
+
 def test_every_flag_has_a_test():
     """Each stands, as an argument of a run, in the body of a test: the defaults above do not count."""
     import ast
@@ -437,6 +443,16 @@ def test_anothers_results_are_left_as_they_were(run):
     }
 
 
+def test_a_folder_of_something_else_is_left_alone(run, tmp_path, teacher_folder):
+    import shutil
+
+    shutil.copytree(teacher_folder, tmp_path / "model")
+    for resume in (None, "latest"):
+        with pytest.raises(ValueError, match="holds model_index.json, which this library did not put there"):
+            run("model", resume_from_checkpoint=resume)
+    assert equal(student(tmp_path / "model"), student(teacher_folder))
+
+
 def test_a_path_of_another_teacher_or_start_is_refused(run, tmp_path):
     recorded = run(stage="record")
     other = tiny.save_teacher(tmp_path / "other", seed=7)
@@ -469,14 +485,7 @@ def test_a_damaged_node_is_told_before_training(run, tmp_path):
 def test_anothers_unfinished_path_is_left_alone(run, tmp_path, monkeypatch):
     from diffusers_disback.degradation import DegradationRecorder
 
-    train_step = DegradationRecorder.train_step
-
-    def interrupted(self, step, batches):
-        if step == 3:
-            raise KeyboardInterrupt
-        return train_step(self, step, batches)
-
-    monkeypatch.setattr(DegradationRecorder, "train_step", interrupted)
+    monkeypatch.setattr(DegradationRecorder, "train_step", interrupted_at(3, DegradationRecorder.train_step))
     with pytest.raises(KeyboardInterrupt):
         run("a", degradation_path=tmp_path / "path")
     monkeypatch.undo()
@@ -541,3 +550,16 @@ def test_two_processes_train_both_stages_and_agree(tmp_path, teacher_folder, pro
     done = launch([*torchrun, program, tmp_path / "again", *line, *resume], ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-3000:]
     assert equal(student(tmp_path / "two"), two)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+def test_training_on_a_gpu(tmp_path, teacher_folder, prompts_file, precision):
+    line = arguments(tmp_path / "run", teacher_folder, prompts_file, use_ema=True, validation_steps=2)
+    launcher = [Path(sys.executable).with_name("accelerate"), "launch", "--num_processes", 1]
+    done = launch([*launcher, "--mixed_precision", precision, SCRIPT, *line], ACCELERATE_USE_CPU="false")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert "CPU" not in report["machine"]["device"] and report["machine"]["mixed_precision"] == precision
+    assert report["stages"]["backtracking"]["peak_memory_mb"] > 0
+    assert all(torch.isfinite(value).all() for value in student(tmp_path / "run").values())

@@ -89,7 +89,7 @@ def open_path(
             TargetSchedule(len(path), backtracking.steps_per_target, backtracking.max_train_steps)
         state.print(f"The path in {folder} is complete: its {len(path)} nodes are used as they are.")
     else:
-        ours = (RunFolder(training.output_dir).stage_folder("degradation") / "settings.json").exists()
+        ours = RunFolder(training.output_dir).settings_file("degradation").exists()
         if training.stage == "backtrack" or not resume or not ours or path.manifest["recording"] != recording:
             raise ValueError(
                 f"The path in {folder} is unfinished: {len(path)} nodes are recorded. Finish it with the command that "

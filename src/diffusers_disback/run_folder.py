@@ -16,7 +16,7 @@ FREE_SETTINGS = {
     *("dataloader_num_workers", "report_to", "logging_dir", "logging_steps", "tracker_project_name"),
     *("validation_prompts", "num_validation_images", "validation_steps"),
 }
-_RESULTS = {"degradation": ("path/path.json",), "backtracking": ("model_index.json",)}
+_RESULTS = {"degradation": ("path/path.json",), "backtracking": ("model_index.json", "README.md")}
 
 
 class RunFolder:
@@ -35,11 +35,15 @@ class RunFolder:
         Raises:
             ValueError: If the folder holds results and no resumption was asked for, or those of other settings.
         """
-        file = self.stage_folder(stage) / "settings.json"
+        file = self.settings_file(stage)
         results = [name for name in _RESULTS[stage] if (self.folder / name).exists()]
-        if file.exists():
+        if results and not file.exists():
+            raise ValueError(
+                f"{self.folder} holds {' and '.join(results)}, which this library did not put there. Choose another "
+                "--output_dir."
+            )
+        if file.exists() and not resume:
             results.append(str(file.relative_to(self.folder)))
-        if results and not resume:
             raise ValueError(
                 f"{self.folder} holds a run's results already ({', '.join(results)}). Pass --resume_from_checkpoint "
                 "latest to go on with that run, or choose another --output_dir."
@@ -60,8 +64,12 @@ class RunFolder:
 
     def claim(self, stage: str, settings: dict[str, Any]) -> None:
         """Writes down a stage's settings, on the main process."""
-        self.stage_folder(stage).mkdir(parents=True, exist_ok=True)
-        write_json(self.stage_folder(stage) / "settings.json", settings)
+        self.settings_file(stage).parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.settings_file(stage), settings)
+
+    def settings_file(self, stage: str) -> Path:
+        """Marks a stage as begun here. Outside of `checkpoints`, which may be thrown away when a run is finished."""
+        return self.folder / "settings" / f"{stage}.json"
 
     def stage_folder(self, stage: str) -> Path:
         return self.folder / "checkpoints" / stage

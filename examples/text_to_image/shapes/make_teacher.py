@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=HERE)
     parser.add_argument("--judge_steps", type=int, default=1500)
     parser.add_argument("--vae_steps", type=int, default=4000)
-    parser.add_argument("--denoiser_steps", type=int, default=6000)
+    parser.add_argument("--denoiser_steps", type=int, default=12000)
     parser.add_argument("--num_latents", type=int, default=40000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -1,0 +1,76 @@
+"""The docs against the code."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+import diffusers_disback
+from diffusers_disback.evaluation import EVALUATORS
+from diffusers_disback.families import FAMILIES
+from diffusers_disback.objectives import OBJECTIVES
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "examples").rglob("*.md"),
+]
+
+
+def test_the_api_page_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text()
+    for name in diffusers_disback.__all__:
+        assert f"`{name}`" in page or name == "__version__", name
+
+
+def test_every_registry_is_documented():
+    method, evaluation = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("method", "evaluation"))
+    assert all(f"`{name}`" in method for name in OBJECTIVES)
+    assert all(f"`{cls.__name__}`" in evaluation for cls in EVALUATORS.values())
+    readme = (ROOT / "README.md").read_text()
+    assert all(name in readme for family in FAMILIES.values() for name in family.pipeline_classes)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_flags_in_the_docs_exist():
+    import train_disback
+
+    text = " ".join(page.read_text() for page in PAGES if "teacher" not in page.parts)  # whose makers have their own
+    known = {
+        name
+        for config in (train_disback.TrainingConfig, train_disback.DegradationConfig, train_disback.BacktrackingConfig)
+        for name in config.__dataclass_fields__
+    }
+    others = {
+        "num_cpu_threads_per_process",
+        "num_processes",
+        "index-url",
+        "output",
+        "version",
+        "mixed_precision",
+        "multi_gpu",
+    }
+    for flag in set(re.findall(r"--([a-z0-9][a-z0-9_-]+)", text)) - others:
+        assert flag in known or flag in ("num_images", "output_dir"), flag
+
+
+def test_the_toy_finds_its_way_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["disback_2d.py", "--output", str(tmp_path / "toy.png")])
+    runpy.run_path(str(ROOT / "examples" / "toy" / "disback_2d.py"), run_name="__main__")
+    distances = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    data, teacher, initial, *nodes_and_phases = distances
+    first, second, third, *phases = nodes_and_phases
+    assert data == 0 and teacher < first < second < third < initial, "the path leads from the teacher to the student"
+    assert phases[-1] < 0.2 * initial
+    assert (tmp_path / "toy.png").stat().st_size > 10_000

@@ -1,0 +1,137 @@
+"""The embedded default: the world, the shipped teacher and its judge."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from safetensors import safe_open
+
+from diffusers_disback import Evaluation
+from shapes import world
+from shapes.evaluator import HERE, is_shapes_teacher, shapes_prompts
+
+
+TEACHER = HERE / "teacher"
+
+
+def test_a_picture_is_a_function_of_its_numbers():
+    one, two, other = (np.asarray(world.example(i, seed)[0]) for i, seed in ((3, 0), (3, 0), (3, 1)))
+    assert (one == two).all() and (one != other).any()
+    assert one.shape == (64, 64, 3)
+
+
+def test_captions_say_what_is_drawn():
+    assert len(world.SHAPES) >= 3 and len(world.COLOURS) >= 6 and len(world.BACKGROUNDS) >= 4
+    assert len(set(world.CAPTIONS)) == 96
+    assert str(world.Scene("circle", "red", "navy")) == "a red circle on a navy background"
+    assert str(world.Scene("star", "orange", "gray")) == "an orange star on a gray background"
+    rng = np.random.default_rng(0)
+    for scene in world.SCENES:
+        picture = np.asarray(world.draw(scene, rng)).reshape(-1, 3).astype(int)
+        for tone, share in ((world.COLOURS[scene.colour], 0.03), (world.BACKGROUNDS[scene.background], 0.4)):
+            assert (np.abs(picture - tone).max(1) <= 8).mean() > share, scene
+
+
+def test_edges_are_anti_aliased():
+    picture = np.asarray(world.draw(world.Scene("circle", "red", "black"), np.random.default_rng(0)))
+    assert len(np.unique(picture[..., 0])) > 4
+
+
+def test_the_world_as_a_data_set():
+    rows = world.shapes_dataset(3, seed=5)
+    assert rows.column_names == ["image", "text"]
+    picture, scene = world.example(1, 5)
+    assert rows[1]["text"] == str(scene) and (np.asarray(rows[1]["image"]) == np.asarray(picture)).all()
+
+
+def test_the_world_as_an_image_folder(tmp_path):
+    from datasets import load_dataset
+
+    world.write_image_folder(tmp_path / "images", 3, seed=5)
+    rows = load_dataset("imagefolder", data_dir=str(tmp_path / "images"), split="train", cache_dir=str(tmp_path))
+    assert rows["text"][:] == [str(world.example(i, 5)[1]) for i in range(3)]
+
+
+def test_the_prompts_are_the_captions():
+    assert (HERE / "prompts.txt").read_text().splitlines() == list(world.CAPTIONS)
+
+
+def test_the_teacher_is_small_and_in_half_precision():
+    files = [file for folder in (TEACHER, HERE / "judge") for file in folder.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 8 * 2**20
+    for file in files:
+        assert file.suffix in (".safetensors", ".json", ".txt", ".md", ".png"), file
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as weights:
+                assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_the_teacher_is_an_ordinary_pipeline():
+    pipe = StableDiffusionPipeline.from_pretrained(TEACHER)
+    assert pipe.unet.dtype == pipe.vae.dtype == pipe.text_encoder.dtype == torch.float32
+    scheduler = pipe.scheduler
+    assert isinstance(scheduler, DDPMScheduler) and scheduler.config.prediction_type == "epsilon"
+    assert scheduler.config.beta_schedule == "scaled_linear" and scheduler.config.num_train_timesteps == 1000
+    assert scheduler.config.clip_sample is False
+    assert pipe.unet.config.sample_size == 8 and pipe.vae_scale_factor == 8
+    assert is_shapes_teacher(str(TEACHER)) and not is_shapes_teacher(str(HERE))
+
+
+def test_older_transformers_can_read_the_teacher():
+    with safe_open(TEACHER / "text_encoder" / "model.safetensors", "pt") as weights:
+        assert all(key.startswith("text_model.") for key in weights.keys())  # noqa: SIM118
+    assert (TEACHER / "tokenizer" / "vocab.json").exists() and (TEACHER / "tokenizer" / "merges.txt").exists()
+
+
+def test_every_word_is_one_token():
+    tokenizer = StableDiffusionPipeline.from_pretrained(TEACHER).tokenizer
+    for caption in world.CAPTIONS:
+        assert tokenizer.tokenize(caption) == [f"{word}</w>" for word in caption.split()]
+    assert len(tokenizer(["a pink cow!"]).input_ids[0]) > 5, "unknown words are spelled"
+
+
+def test_the_card_tells_the_measured_quality():
+    quality = json.loads((TEACHER / "quality.json").read_text())
+    for name in ("shape", "colour", "background"):
+        assert quality["quality"]["real"][f"{name}_accuracy"] >= 0.99
+        assert quality["quality"]["reconstructed"][f"{name}_accuracy"] >= 0.98
+        assert quality["quality"]["teacher"][f"{name}_accuracy"] >= 0.97
+    card = (TEACHER / "README.md").read_text()
+    assert f"Its guidance scale is {quality['guidance_scale']:g}." in card
+    assert f"{quality['quality']['teacher']['distance']:.4g}" in card
+
+
+def test_the_teacher_draws_what_it_is_told():
+    """A hundred pictures; the whole measure is `python -m shapes.measure_teacher`."""
+    from diffusers_disback.evaluation.report import many_step_pipeline
+    from shapes.evaluator import ShapesEvaluator, load_judge
+
+    quality = json.loads((TEACHER / "quality.json").read_text())
+    pipe = many_step_pipeline(StableDiffusionPipeline.from_pretrained(TEACHER))
+    evaluation = Evaluation(shapes_prompts(100))
+    drawn, _ = evaluation.draw(pipe, num_inference_steps=25, guidance_scale=quality["guidance_scale"])
+    accuracies = ShapesEvaluator(load_judge(), num_reference=100).accuracies(drawn, evaluation.prompts)
+    assert all(value >= 0.92 for value in accuracies.values()), accuracies
+
+
+def test_making_a_teacher_resumes_exactly(tmp_path):
+    """The makers' loop, broken and resumed, gives the weights of an unbroken one."""
+    from shapes.make_teacher import fit
+
+    def make(name, break_at=None):
+        def loss(model, step):
+            if step == break_at:
+                raise KeyboardInterrupt
+            return (model(torch.full((1, 4), float(step % 7))) - 1).square().mean()
+
+        (tmp_path / name).mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        return fit("part", torch.nn.Linear(4, 4), loss, 40, 1e-2, tmp_path / name, 0.9, save_every=10)
+
+    whole = make("whole")
+    with pytest.raises(KeyboardInterrupt):
+        make("broken", break_at=25)
+    assert json.loads((tmp_path / "broken" / "part.json").read_text())["step"] == 20
+    assert torch.equal(make("broken").weight, whole.weight)
