@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # What pip installs first. Any other build: make quickstart TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
-TORCH ?= $(shell grep '^torch==' constraints.txt)
+# What .venv was made with is kept until another is asked for.
+TORCH ?= $(or $(shell cat $(VENV)/.torch 2>/dev/null),$(shell grep '^torch==' constraints.txt))
 CORES := $(shell nproc)
 OUTPUT := outputs/quickstart$(if $(FRESH),-$(shell date +%Y%m%d-%H%M%S))
 SOURCES := src tests examples setup.py

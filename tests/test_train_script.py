@@ -350,8 +350,9 @@ def test_without_a_teacher_it_is_the_embedded_one(tmp_path):
     training, degradation, backtracking = train_disback.parse(
         ["--output_dir", str(tmp_path), "--max_train_steps", "999"]
     )
-    assert Path(training.pretrained_model_name_or_path) == SCRIPT.parent / "shapes" / "teacher"
-    assert Path(training.prompts_file) == SCRIPT.parent / "shapes" / "prompts.txt"
+    assert Path(training.pretrained_model_name_or_path).resolve() == SCRIPT.parent / "shapes" / "teacher"
+    assert Path(training.prompts_file).resolve() == SCRIPT.parent / "shapes" / "prompts.txt"
+    assert not Path(training.pretrained_model_name_or_path).is_absolute(), "a card should not name a machine's folders"
     assert training.train_batch_size == 32 and backtracking.max_train_steps == 999, (
         "the command line has the last word"
     )

@@ -7,6 +7,7 @@
 `README.md` beside this file explains the flags.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -58,9 +59,11 @@ def parse(arguments: list[str]) -> tuple[TrainingConfig, DegradationConfig, Back
         arguments, args_filename=SHAPES / "quickstart.args" if embedded else None, look_for_args_file=False
     )
     if embedded:
-        training.pretrained_model_name_or_path = str(SHAPES / "teacher")
+        training.pretrained_model_name_or_path = os.path.relpath(
+            SHAPES / "teacher"
+        )  # what is published names no machine
         if not (training.prompts_file or training.dataset_name or training.train_data_dir):
-            training.prompts_file = str(SHAPES / "prompts.txt")
+            training.prompts_file = os.path.relpath(SHAPES / "prompts.txt")
     if not nodes_are_guided(backtracking, degradation.num_path_nodes):
         degradation.proportion_empty_prompts = 0.0
     return training, degradation, backtracking
