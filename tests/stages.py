@@ -32,7 +32,7 @@ def training(output_dir: Path, **changes) -> TrainingConfig:
 def recorder(config, teacher_folder, steps=4, nodes=2, **changes) -> DegradationRecorder:
     reference = ModelReference(str(teacher_folder))
     family = family_of(tiny.pipeline(), reference)
-    generator = family.initial_generator()
+    generator = family.initial_generator().requires_grad_(True)  # as one that was loaded from elsewhere
     folder = Path(config.output_dir, "path")
     if (folder / "path.json").exists():
         path = DegradationPath.from_pretrained(folder, reference)
