@@ -59,9 +59,8 @@ def parse(arguments: list[str]) -> tuple[TrainingConfig, DegradationConfig, Back
         arguments, args_filename=SHAPES / "quickstart.args" if embedded else None, look_for_args_file=False
     )
     if embedded:
-        training.pretrained_model_name_or_path = os.path.relpath(
-            SHAPES / "teacher"
-        )  # what is published names no machine
+        # Relative, so that what is published names no machine's folders.
+        training.pretrained_model_name_or_path = os.path.relpath(SHAPES / "teacher")
         if not (training.prompts_file or training.dataset_name or training.train_data_dir):
             training.prompts_file = os.path.relpath(SHAPES / "prompts.txt")
     if not nodes_are_guided(backtracking, degradation.num_path_nodes):

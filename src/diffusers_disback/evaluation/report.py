@@ -124,7 +124,6 @@ class Report:
     def write(self, folder: Path, **others: Any) -> dict[str, Any]:
         """Writes `report.json`: the measures by name, and what else is passed."""
         report = {**self.measures, **others}
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         return report
 
