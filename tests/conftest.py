@@ -1,13 +1,25 @@
 """One thread per process (two that spin on two cores are far slower), the CPU even where there is a GPU (tests compare
-bit for bit), and a fresh accelerate state for each test."""
+bit for bit), a fresh accelerate state for each test, and a Hub on this machine in place of the real one."""
 
 import os
+import tempfile
+import time
+from types import SimpleNamespace
+
+from hub_server import HubServer
 
 
+HUB = HubServer()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["ACCELERATE_USE_CPU"] = "true"
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# The client reads these when it is imported, here and in processes that tests start.
+os.environ["HF_ENDPOINT"] = HUB.url
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
+    os.environ.pop(name, None)
 
 import pytest  # noqa: E402
 import tiny  # noqa: E402
@@ -26,6 +38,39 @@ def fresh_accelerate_state():
     PartialState._reset_state()
 
 
+@pytest.fixture
+def hub():
+    """An empty Hub."""
+    HUB.clear()
+    yield HUB
+    HUB.fault = None
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """The client's and our own waits cost nothing."""
+    import huggingface_hub.utils._http as http
+
+    from diffusers_disback import repository
+
+    clock = SimpleNamespace(monotonic=time.monotonic, time=time.time, sleep=lambda seconds: None)
+    monkeypatch.setattr(http, "time", clock)
+    monkeypatch.setattr(repository, "WAITS", ())
+
+
+@pytest.fixture
+def alice(hub, monkeypatch):
+    """Logged in as Alice."""
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
+    return hub
+
+
+@pytest.fixture
+def repo(alice, request):
+    """A repository's name of its own, because the client's cache outlives the test."""
+    return f"alice/{request.node.name.split('[')[0].replace('_', '-')[:60]}-{abs(hash(request.node.name)) % 10**6}"
+
+
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory):
     return tiny.save_teacher(tmp_path_factory.mktemp("tiny") / "teacher")
@@ -34,3 +79,16 @@ def teacher_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def prompts_file(tmp_path_factory):
     return tiny.write_prompts(tmp_path_factory.mktemp("prompts"))
+
+
+@pytest.fixture
+def run(tmp_path, teacher_folder, prompts_file):
+    """Runs the training script; returns the output folder."""
+    import train_disback
+    from script import arguments
+
+    def run(name="run", **changes):
+        train_disback.main(arguments(tmp_path / name, teacher_folder, prompts_file, **changes))
+        return tmp_path / name
+
+    return run

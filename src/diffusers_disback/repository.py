@@ -1,0 +1,317 @@
+"""A model repository on the Hub. What is written to it can be repeated: a repetition changes nothing."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Files = dict[str, Path | bytes]  # path in the repository -> file on disk, or content
+
+# Seconds before each new attempt at what failed for a reason that may pass. The client's own retries come on top.
+WAITS = (2, 10, 60, 300)
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class HubError(ValueError):
+    """What the Hub did not do, and what to do about it.
+
+    Args:
+        message (`str`): In words for the user.
+        passes (`bool`): Whether the same may succeed later, unchanged.
+        wait (`float`): Seconds that the Hub asked to wait before.
+    """
+
+    def __init__(self, message: str, passes: bool = False, wait: float = 0.0):
+        super().__init__(message)
+        self.passes = passes
+        self.wait = wait
+
+
+def is_repo_id(name: str | Path) -> bool:
+    """Whether a name is a repository's and no folder's: `user/repo`. An existing folder, `./a/b` and `/a/b` are not."""
+    name = str(name)
+    return REPO_ID.fullmatch(name) is not None and ".." not in name and not os.path.isdir(name)
+
+
+def in_background(function: Callable[..., T], *arguments: Any) -> "Future[T]":
+    """Calls a function in a thread that does not keep the process alive."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:  # it is raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+class Repository:
+    """A model repository, by its id. No method overwrites a commit that it has not seen.
+
+    Args:
+        repo_id (`str`): `user/name`; a bare name is completed by `create`.
+        token (`str`, *optional*): By default that of `hf auth login` or `HF_TOKEN`. It is never written anywhere.
+        patient (`bool`): Try again, after minutes at last, what may succeed later.
+    """
+
+    def __init__(self, repo_id: str, token: str | None = None, patient: bool = True):
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise HubError(f"{repo_id!r} is no name of a repository. {error}") from error
+        self.repo_id = repo_id
+        self.token = token
+        self.patient = patient
+        self.api = HfApi(token=token)
+        self._trees: dict[str, dict[str, Any]] = {}  # of commits, which do not change
+
+    @property
+    def url(self) -> str:
+        """Its page."""
+        return f"{self.api.endpoint}/{self.repo_id}"
+
+    def create(self, private: bool | None = None) -> None:
+        """Makes the repository if it is not there.
+
+        Args:
+            private (`bool`, *optional*): Of a new one; by default as the account has it.
+        """
+        self.repo_id = self._try(
+            lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True, repo_type="model").repo_id
+        )
+
+    def branches(self) -> dict[str, str]:
+        """The head commit of every branch."""
+        refs = self._try(lambda: self.api.list_repo_refs(self.repo_id))
+        return {branch.name: branch.target_commit for branch in refs.branches}
+
+    def head(self, revision: str | None = None) -> str:
+        """The commit that a branch or tag means now."""
+        return self._try(lambda: self.api.model_info(self.repo_id, revision=revision).sha)
+
+    def history(self, branch: str = "main") -> set[str]:
+        """All commits of a branch."""
+        commits = self._try(lambda: self.api.list_repo_commits(self.repo_id, revision=branch))
+        return {commit.commit_id for commit in commits}
+
+    def tree(self, commit: str) -> dict[str, Any]:
+        """Every file of a commit, by path, with its `blob_id` and, if it is large, `lfs.sha256`."""
+        if commit not in self._trees:
+            entries = self._try(lambda: list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)))
+            self._trees[commit] = {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
+        return self._trees[commit]
+
+    def file(self, path: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
+        """One file, downloaded into the cache."""
+        from huggingface_hub import hf_hub_download
+
+        return Path(
+            self._try(
+                lambda: hf_hub_download(self.repo_id, path, revision=revision, cache_dir=cache_dir, token=self.token)
+            )
+        )
+
+    def read_json(self, path: str, commit: str) -> dict[str, Any] | None:
+        """The content of a JSON file at a commit; `None` if there is none."""
+        if path not in self.tree(commit):
+            return None
+        return json.loads(self.file(path, commit).read_text())
+
+    def download(self, patterns: list[str], revision: str | None = None, cache_dir: str | None = None) -> Path:
+        """The folder in the cache with the files of a revision that match."""
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            self._try(
+                lambda: snapshot_download(
+                    self.repo_id, revision=revision, allow_patterns=patterns, cache_dir=cache_dir, token=self.token
+                )
+            )
+        )
+
+    def download_to(self, folder: Path, patterns: list[str], revision: str) -> None:
+        """Writes the files of a revision that match into a folder, past the cache."""
+        from huggingface_hub import snapshot_download
+
+        self._try(
+            lambda: snapshot_download(
+                self.repo_id, revision=revision, allow_patterns=patterns, local_dir=folder, token=self.token
+            )
+        )
+        shutil.rmtree(folder / ".cache")  # the client's notes
+
+    def create_branch(self, name: str) -> None:
+        """Makes a branch at main's head, unless there is one of this name."""
+        self._try(lambda: self.api.create_branch(self.repo_id, branch=name, exist_ok=True))
+
+    def commit(
+        self,
+        files: Files,
+        message: str,
+        branch: str = "main",
+        exact: tuple[str, ...] = (),
+        check: Callable[[str], None] | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Makes a branch hold files, in one commit, and in none if it holds them already. Returns its head.
+
+        Args:
+            files (`Files`): What it has to hold.
+            message (`str`): Of the commit.
+            branch (`str`): It has to exist.
+            exact (`tuple[str, ...]`): Folders, such as `"unet/"` or `""` for all, that are to hold nothing else.
+            check (`Callable`, *optional*): Asked with the head before anything is written; raises to forbid it. What it
+                saw is what is written to: a commit that others make in between is seen by a new attempt.
+            create_pr (`bool`): Propose the commit as a pull request instead.
+        """
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        def attempt() -> str:
+            head = self.head(branch)
+            if check is not None:
+                check(head)
+            there = self.tree(head)
+            operations = [
+                CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
+                for path, content in files.items()
+                if path not in there or not _is_same(there[path], content)
+            ]
+            operations += [
+                CommitOperationDelete(path, is_folder=False)
+                for path in there
+                if exact and path.startswith(exact) and path not in files and path != ".gitattributes"
+            ]
+            if not operations:
+                return head
+            info = self.api.create_commit(
+                self.repo_id,
+                operations,
+                commit_message=message,
+                revision=branch,
+                parent_commit=head,
+                create_pr=create_pr,
+            )
+            return info.oid
+
+        return self._try(attempt)
+
+    def _try(self, action: Callable[[], T]) -> T:
+        """Does it, again and again while the reason for a failure may pass.
+
+        Raises:
+            HubError: In the end, or at once for a reason that does not pass.
+        """
+        from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+
+        for wait in (*(WAITS if self.patient else ()), None):
+            try:
+                return action()
+            except HubError:
+                raise  # of an action within this one, which has had its attempts
+            except (HTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError, RuntimeError) as error:
+                # The client tells of a failed upload by a RuntimeError, caused by the error that says why.
+                problem = explain(
+                    error.__cause__ if type(error) is RuntimeError and error.__cause__ else error, self.repo_id
+                )
+                if not problem.passes or wait is None:
+                    raise problem from error
+                wait = max(wait, problem.wait)
+                logger.warning(f"{problem} Trying again in {wait:.0f} s.")
+                time.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
+
+
+def explain(error: Exception, repo_id: str) -> HubError:
+    """An error of the Hub's client in words that tell what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.OfflineModeIsEnabled) or isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+        return HubError(f"{repo_id} is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub for it.")
+    if isinstance(error, errors.GatedRepoError):
+        return HubError(
+            f"{repo_id} is gated: accept its conditions at https://huggingface.co/{repo_id}, and log in with `hf auth "
+            "login` as who accepted them."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return HubError(f"{repo_id} has no such branch, tag or commit. {_own_words(error)}")
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return HubError(f"{repo_id} has no such file. {_own_words(error)}")
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    said = _own_words(error)
+    if status == 401:
+        return HubError(
+            f"The Hub knows no {repo_id} for this token: the name is wrong, the repository is private, or the token "
+            f"has expired or is missing. Log in with `hf auth login`, or pass --hub_token. {said}"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return HubError(
+            f"{repo_id} is no model on the Hub that this token may see: check its name, or log in with `hf auth login`."
+        )
+    if status == 412:
+        return HubError(f"{repo_id} was changed by somebody else at the same time. {said}", passes=True)
+    if status in (402, 413) or re.search(r"quota|storage limit|too large", said, re.IGNORECASE):
+        return HubError(f"The Hub does not take more into {repo_id}: a quota or limit of the account. {said}")
+    if status == 403:
+        return HubError(
+            f"This token may not write to {repo_id}: it belongs to somebody else, or the token is for reading. {said}"
+        )
+    if status in (408, 429) or (status is not None and status >= 500):
+        wait = error.response.headers.get("Retry-After", "")
+        seconds = min(float(wait), 600.0) if wait.isdigit() else 0.0
+        return HubError(f"The Hub cannot serve {repo_id} now (status {status}). {said}", passes=True, wait=seconds)
+    if status is not None:
+        return HubError(f"The Hub refused {repo_id} (status {status}). {said}")
+    return HubError(f"The Hub cannot be reached for {repo_id}. {said}", passes=True)
+
+
+def _own_words(error: Exception) -> str:
+    """The first line of what the client said, without addresses of single requests."""
+    said = getattr(error, "server_message", None) or str(error)
+    return f"({type(error).__name__}: {said.strip().splitlines()[0] if said.strip() else 'no reason given'})"
+
+
+def sha256_of(file: Path) -> str:
+    """Of a file's content."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=512)
+def _known_sha256(file: Path, mtime_ns: int, size: int) -> str:
+    return sha256_of(file)
+
+
+def is_file(entry: Any | None, sha256: str) -> bool:
+    """Whether a large file is in a repository's tree, and is the one with this hash."""
+    return entry is not None and entry.lfs is not None and entry.lfs.sha256 == sha256
+
+
+def _is_same(entry: Any, content: Path | bytes) -> bool:
+    """Whether a file of a repository has this content, as far as hashes tell."""
+    if isinstance(content, Path):
+        stat = content.stat()
+        if entry.size == stat.st_size and entry.lfs is not None:
+            return _known_sha256(content.resolve(), stat.st_mtime_ns, stat.st_size) == entry.lfs.sha256
+        if entry.size != stat.st_size:
+            return False
+        content = content.read_bytes()
+    if entry.lfs is not None:
+        return hashlib.sha256(content).hexdigest() == entry.lfs.sha256
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == entry.blob_id
