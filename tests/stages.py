@@ -35,7 +35,7 @@ def recorder(config, teacher_folder, steps=4, nodes=2, **changes) -> Degradation
     generator = family.initial_generator().requires_grad_(True)  # as one that was loaded from elsewhere
     folder = Path(config.output_dir, "path")
     if (folder / "path.json").exists():
-        path = DegradationPath.from_pretrained(folder, reference)
+        path = DegradationPath.from_pretrained(folder, teacher=reference)
     else:
         start = {"name_or_path": None, "sha256": fingerprint(generator), "conditioning_timestep": 399}
         path = DegradationPath.create(folder, reference, fingerprint(family.network), start, {})

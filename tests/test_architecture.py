@@ -12,14 +12,18 @@ import diffusers_disback
 
 SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
-    {"noise_schedule", "pipeline", "batch"},
-    {"score_model", "model_reference"},
+    {"noise_schedule", "pipeline", "batch", "repository", "manifest"},
+    {"score_model", "model_reference", "cards"},
+    {"branches"},
+    {"sharing"},
     {"generator", "path", "data"},
     {"families", "objectives"},
     {"config"},
     {"run_folder", "learner"},
     {"trainer"},
-    {"degradation", "backtracking", "evaluation", "hub"},
+    {"degradation", "backtracking", "evaluation"},
+    {"hub"},
+    {"upload"},
     {"run"},
     {"cli"},
 ]
@@ -28,9 +32,10 @@ DOORS = {
     "accelerate": {"learner.py", "trainer.py", "run.py", "evaluation/report.py"},
     "torchmetrics": {"evaluation/distance.py"},
     "matplotlib": {"evaluation/pictures.py"},
-    "huggingface_hub": {"hub.py"},
+    "huggingface_hub": {"repository.py", "branches.py", "model_reference.py", "cards.py", "hub.py"},
     "datasets": {"data.py"},
     "transformers": {"pipeline.py", "evaluation/report.py"},
+    "peft": {"model_reference.py"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 

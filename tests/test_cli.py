@@ -7,30 +7,33 @@ import tiny
 
 from diffusers_disback import __version__
 from diffusers_disback.cli import main
-from diffusers_disback.model_reference import ModelReference
-from diffusers_disback.path import DegradationPath
 
 
 @pytest.fixture
-def folder(tmp_path):
-    start = {"name_or_path": None, "sha256": "0" * 64, "conditioning_timestep": 399}
-    path = DegradationPath.create(tmp_path / "path", ModelReference("teacher"), "0" * 64, start, {})
-    path.append(tiny.unet(), step=20, loss=0.25)
-    return path.folder
+def path(tmp_path, teacher_folder):
+    return tiny.path(tmp_path / "path", teacher_folder)
 
 
-def test_path_show(folder, capsys):
-    assert main(["path", "show", str(folder)]) == 0
+def test_path_show(path, capsys):
+    assert main(["path", "show", str(path.folder), "--table"]) == 0
     out = capsys.readouterr().out
-    assert "degradation-000020" in out and "0.25" in out and "unfinished" in out
+    assert "degradation-000100" in out and "0.5" in out and "complete" in out
+    assert not (path.folder.parent / "path.png").exists()
 
 
-def test_path_verify(folder, capsys):
-    assert main(["path", "verify", str(folder)]) == 0
-    assert "node 1: degradation-000020, 208 tensors, whole" in capsys.readouterr().out
-    (folder / "degradation-000020" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
-    assert main(["path", "verify", str(folder)]) == 1
+def test_path_verify(path, capsys):
+    assert main(["path", "verify", str(path.folder)]) == 0
+    assert "node 1: degradation-000100, 208 tensors, whole, and fits the teacher" in capsys.readouterr().out
+    (path.node_folder(1) / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    assert main(["path", "verify", str(path.folder)]) == 1
     assert "node 1 is damaged" in capsys.readouterr().err
+
+
+def test_a_path_of_another_architecture_does_not_verify(path, capsys, tmp_path):
+    tiny.pipeline(block_out_channels=(8, 24)).save_pretrained(tmp_path / "other")
+    line = ["path", "verify", str(path.folder), "--pretrained_model_name_or_path", str(tmp_path / "other")]
+    assert main(line) == 1
+    assert "does not fit" in capsys.readouterr().err
 
 
 def test_the_console_script():

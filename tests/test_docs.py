@@ -1,5 +1,6 @@
 """The docs against the code."""
 
+import argparse
 import re
 import runpy
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import diffusers_disback
+from diffusers_disback.cli import parser as cli_parser
 from diffusers_disback.evaluation import EVALUATORS
 from diffusers_disback.families import FAMILIES
 from diffusers_disback.objectives import OBJECTIVES
@@ -43,6 +45,16 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+def cli_flags() -> set[str]:
+    """The flags of all subcommands."""
+    parsers, flags = [cli_parser()], set()
+    while parsers:
+        for action in parsers.pop()._actions:
+            flags |= {option.lstrip("-") for option in action.option_strings}
+            parsers += list(action.choices.values()) if isinstance(action, argparse._SubParsersAction) else []
+    return flags
+
+
 def test_flags_in_the_docs_exist():
     import train_disback
 
@@ -52,6 +64,7 @@ def test_flags_in_the_docs_exist():
         for config in (train_disback.TrainingConfig, train_disback.DegradationConfig, train_disback.BacktrackingConfig)
         for name in config.__dataclass_fields__
     }
+    known |= cli_flags()
     others = {
         "num_cpu_threads_per_process",
         "num_processes",

@@ -11,9 +11,6 @@ from diffusers_disback.model_reference import ModelReference, fingerprint
 from diffusers_disback.path import DegradationPath
 
 
-START = {"name_or_path": None, "sha256": "0" * 64, "conditioning_timestep": 399}
-
-
 def weights_equal(one, two):
     one, two = one.state_dict(), two.state_dict()
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
@@ -21,13 +18,7 @@ def weights_equal(one, two):
 
 @pytest.fixture
 def path(tmp_path, teacher_folder):
-    """A path of two nodes."""
-    teacher = ModelReference(str(teacher_folder))
-    path = DegradationPath.create(tmp_path / "path", teacher, fingerprint(tiny.unet()), START, {})
-    for i in (1, 2):
-        path.append(tiny.unet(seed=i), step=100 * i, loss=0.5)
-    path.finish({"steps": 200, "seconds": 1.0, "peak_memory_mb": 1.0})
-    return path
+    return tiny.path(tmp_path / "path", teacher_folder)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
@@ -159,11 +150,11 @@ def test_folders_that_hold_no_readable_path(path, tmp_path):
     with pytest.raises(ValueError, match="holds no degradation path: it has no path.json"):
         DegradationPath.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a degradation path already"):
-        DegradationPath.create(path.folder, path.teacher, "", START, {})
+        DegradationPath.create(path.folder, path.teacher, "", tiny.START, {})
     manifest = path.folder / "path.json"
     for change, message in [
         ({"format_version": 99}, "format version 99; this library reads 1"),
-        ({"nodes": [{"name": "../../etc"}]}, "names a node '../../etc'"),
+        ({"nodes": [{"name": "../../etc"}]}, "names node 1 '../../etc'"),
     ]:
         manifest.write_text(json.dumps({**path.manifest, **change}))
         with pytest.raises(ValueError, match=message):
@@ -175,13 +166,13 @@ def test_folders_that_hold_no_readable_path(path, tmp_path):
 
 def test_another_teacher_or_start_is_named(path):
     own = fingerprint(tiny.unet())
-    path.check(own, START)
+    path.check(own, tiny.START)
     with pytest.raises(ValueError, match="was recorded from another teacher"):
-        path.check(fingerprint(tiny.unet(seed=4)), START)
+        path.check(fingerprint(tiny.unet(seed=4)), tiny.START)
     with pytest.raises(ValueError, match="its conditioning_timestep is 399, this one's is 249"):
-        path.check(own, {**START, "conditioning_timestep": 249})
+        path.check(own, {**tiny.START, "conditioning_timestep": 249})
     with pytest.raises(ValueError, match="another initial generator: its sha256"):
-        path.check(own, {**START, "sha256": "1" * 64})
+        path.check(own, {**tiny.START, "sha256": "1" * 64})
 
 
 def test_fingerprints_are_of_content():

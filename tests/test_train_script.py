@@ -12,55 +12,11 @@ import torch
 import train_disback
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from script import SCRIPT, arguments, student
 from stages import equal, interrupted_at
 
 from diffusers_disback import DegradationPath, DisBackOneStepPipeline, TrainingConfig
 from diffusers_disback.run import picture_evaluation
-
-
-SCRIPT = Path(train_disback.__file__)
-
-
-def arguments(folder: Path, teacher: Path, prompts: Path, /, **changes) -> list[str]:
-    """The command line of a tiny run; `None` leaves a flag out, a list gives it several values."""
-    flags = {
-        "pretrained_model_name_or_path": teacher,
-        "prompts_file": prompts,
-        "output_dir": folder,
-        "degradation_steps": 4,
-        "num_path_nodes": 2,
-        "max_train_steps": 4,
-        "steps_per_target": 2,
-        "fake_score_updates": 1,
-        "train_batch_size": 2,
-        "fake_score_learning_rate": 1e-3,
-        "generator_learning_rate": 1e-3,
-        "lr_warmup_steps": 0,
-        "num_validation_images": 1,
-        "report_to": "none",
-        **changes,
-    }
-    line = []
-    for name, value in flags.items():
-        if value is not None and value is not False:
-            values = value if isinstance(value, list) else [] if value is True else [value]
-            line += [f"--{name}", *map(str, values)]
-    return line
-
-
-@pytest.fixture
-def run(tmp_path, teacher_folder, prompts_file):
-    """Runs the script; returns the output folder."""
-
-    def run(name="run", **changes) -> Path:
-        train_disback.main(arguments(tmp_path / name, teacher_folder, prompts_file, **changes))
-        return tmp_path / name
-
-    return run
-
-
-def student(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
 
 def test_what_a_run_leaves(run, capsys):
@@ -92,7 +48,7 @@ def test_what_a_run_leaves(run, capsys):
 def test_the_snippets_of_the_card_run(run, monkeypatch):
     folder = run()
     snippets = (folder / "README.md").read_text().split("```python")[1:]
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     for snippet in snippets:
         scope = {}
         exec(snippet.split("```")[0], scope)
@@ -365,9 +321,9 @@ def test_every_flag_has_a_test():
     import ast
     import dataclasses
 
-    tree = ast.parse(Path(__file__).read_text())
+    files = [Path(__file__), Path(__file__).with_name("test_upload.py")]
     tested = {"pretrained_model_name_or_path", "output_dir"}  # of every run
-    for function in tree.body:
+    for function in (statement for file in files for statement in ast.parse(file.read_text()).body):
         if isinstance(function, ast.FunctionDef) and function.name.startswith("test_"):
             for node in ast.walk(function):
                 if isinstance(node, ast.keyword):

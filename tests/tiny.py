@@ -6,11 +6,16 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from diffusers_disback.model_reference import ModelReference, fingerprint
+from diffusers_disback.path import DegradationPath
 from shapes.make_teacher import make_tokenizer
 
 
 WIDTH = 32
 PROMPTS = ["a red circle on a navy background", "a blue star on a white background", "an orange square"]
+
+
+START = {"name_or_path": None, "sha256": "0" * 64, "conditioning_timestep": 399}
 
 
 def scheduler(prediction_type: str = "epsilon", **config) -> DDPMScheduler:
@@ -89,3 +94,13 @@ def write_prompts(folder: Path) -> Path:
     file = folder / "prompts.txt"
     file.write_text("\n".join(PROMPTS) + "\n")
     return file
+
+
+def path(folder: Path, teacher_folder: Path, nodes: int = 2, **recording) -> DegradationPath:
+    """A complete path whose node i has the weights of `unet(seed=i)`."""
+    teacher = ModelReference(str(teacher_folder))
+    made = DegradationPath.create(folder, teacher, fingerprint(unet()), START, recording)
+    for i in range(1, nodes + 1):
+        made.append(unet(seed=i), step=100 * i, loss=0.5)
+    made.finish({"steps": 100 * nodes, "seconds": 1.0, "peak_memory_mb": 1.0})
+    return made

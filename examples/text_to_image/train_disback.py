@@ -42,6 +42,7 @@ from diffusers_disback.run import (
     write_results,
 )
 from diffusers_disback.trainer import process_state
+from diffusers_disback.upload import RunUpload
 from shapes.evaluator import is_shapes_teacher, shapes_evaluation
 
 
@@ -72,10 +73,13 @@ def main(arguments: list[str]) -> None:
     training, degradation, backtracking = configs = parse(arguments)
     folder, timestep = Path(training.output_dir), training.conditioning_timestep
     check_settings(configs)
-    if training.resume_from_checkpoint == "latest" and is_finished(configs):
-        print(f"The run in {folder} is finished.\n{summary(folder)}")
-        return
     state = process_state()
+    upload = RunUpload(training) if training.push_to_hub and state.is_main_process else None
+    if training.resume_from_checkpoint == "latest" and is_finished(configs):
+        state.print(f"The run in {folder} is finished.\n{summary(folder)}")
+        if upload:
+            print(upload.finish())
+        return
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     set_seed(training.seed)
@@ -101,7 +105,8 @@ def main(arguments: list[str]) -> None:
 
     # Stage 1: the fake score walks from the teacher to the initial generator; its footprints are the path.
     if path is not None and not path.complete:
-        path = DegradationRecorder(training, degradation, teacher, generator, data, path).record()
+        recorded = upload and upload.submit_path
+        path = DegradationRecorder(training, degradation, teacher, generator, data, path, recorded).record()
 
     # Stage 2: the generator is pulled back along the path, from node N-1 to the teacher.
     trainer = None
@@ -116,7 +121,10 @@ def main(arguments: list[str]) -> None:
             save_student(to_pipeline(student, timestep, teacher.pipeline), reference, folder, training.cache_dir)
 
     if report:
-        print(write_results(report, path, trainer, configs, "examples/text_to_image/train_disback.py", arguments))
+        script = "examples/text_to_image/train_disback.py"
+        print(write_results(report, teacher, path, trainer, configs, script, arguments))
+    if upload:
+        print(upload.finish())
 
 
 if __name__ == "__main__":

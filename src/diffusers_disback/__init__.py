@@ -22,6 +22,7 @@ _MODULE_OF_NAME = {
     "Evaluator": "evaluation",
     "FAMILIES": "families",
     "FrechetDistance": "evaluation.distance",
+    "HubError": "repository",
     "ModelFamily": "families",
     "ModelReference": "model_reference",
     "NoiseSchedule": "noise_schedule",
@@ -39,6 +40,8 @@ _MODULE_OF_NAME = {
     "family_of": "families",
     "load_family": "families",
     "one_step_scheduler": "generator",
+    "pull": "hub",
+    "push_run": "hub",
 }
 
 __all__ = [*_MODULE_OF_NAME, "__version__"]

@@ -173,6 +173,9 @@ class BacktrackingTrainer(Stage):
         target = family.score_model().copy().network.requires_grad_(False).to(self.accelerator.device)
         self.target = self.frozen(target)
         self.target_node: int | None = None
+        self.waits: list[dict[str, float]] = []  # for nodes, at each switch
+        if num_nodes and self.folder.checkpoint_to_resume(self.name, config.resume_from_checkpoint) is None:
+            path.prefetch(num_nodes - 1)
         if initial_measures is not None:
             self.curve.append({"step": 0, "seconds": 0.0, "node": self.schedule.node(0), **initial_measures})
 
@@ -183,14 +186,21 @@ class BacktrackingTrainer(Stage):
             return
         if node == 0:
             self.target.network.load_state_dict(self.family.network.state_dict(), strict=True)
+            waited = 0.0
         else:
             self.path.load(node, into=self.target.network)
+            self.path.prefetch(node - 1)
+            waited = self.path.seconds_waited
+        if self.path is not None:
+            self.path.release(node + 1)
         self.target_node = node
+        self.waits.append({"step": step, "node": node, "seconds": round(waited, 3)})
         self.target.guidance_scale = guidance_of_node(node, self.schedule.num_nodes, self.backtracking)
         self.say(
             f"target of step {step} is node {node} of {self.schedule.num_nodes}"
-            f"{', the teacher' if node == 0 else ''}, with guidance {self.target.guidance_scale:g}"
+            f"{', the teacher' if node == 0 else ''}, with guidance {self.target.guidance_scale:g}; waited {waited:.2f} s"
         )
+        self.accelerator.log({f"{self.name}/seconds_waited_for_node": waited}, step=step)
 
     def train_step(self, step: int, batches: list[list[Batch]]) -> dict[str, Tensor]:
         self.switch_target(step)
@@ -216,6 +226,12 @@ class BacktrackingTrainer(Stage):
 
     def validate(self, done: int) -> dict[str, float]:
         return {"node": self.schedule.node(done - 1), **self.evaluate(self.student.averaged())}
+
+    def state(self) -> dict[str, Any]:
+        return {"waits": self.waits}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.waits = state["waits"]
 
     def identity(self) -> dict[str, Any]:
         hashes = [] if self.path is None else [node["files"] for node in self.path.nodes]

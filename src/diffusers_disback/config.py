@@ -1,11 +1,13 @@
 """The settings that both stages share. Each stage's own are beside it."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from diffusers.optimization import SchedulerType
 
 from .objectives import OBJECTIVES
+from .repository import is_repo_id
 
 
 def setting(default: Any, help: str) -> Any:
@@ -49,7 +51,14 @@ class TrainingConfig:
     stage: Literal["all", "record", "backtrack"] = setting(
         "all", "Record the degradation path, backtrack along one, or both."
     )
-    degradation_path: str | None = setting(None, "The folder of the path; by default `path` in the output folder.")
+    degradation_path: str | None = setting(
+        None,
+        "The folder of the path, by default `path` in the output folder; or a shared path on the Hub, user/repo. A new "
+        "folder's name that looks like the latter is written ./a/b.",
+    )
+    path_disk_budget_gb: float | None = setting(
+        None, "Of a path on the Hub: delete nodes that are behind when downloads take more than this."
+    )
     output_dir: str = setting("disback-model", "Where everything is written.")
     seed: int = setting(0, "All of a run's randomness follows from it.")
     resume_from_checkpoint: str | None = setting(
@@ -57,6 +66,18 @@ class TrainingConfig:
     )
     checkpointing_steps: int = setting(500, "Save what is needed to resume every so many steps.")
     checkpoints_total_limit: int | None = setting(None, "Keep this many checkpoints of each stage at most.")
+
+    # The Hub
+    push_to_hub: bool = setting(False, "Push the path, node by node as it is recorded, and the student.")
+    hub_model_id: str | None = setting(
+        None, "The repository, user/name; by default the output folder's name, of the token's user."
+    )
+    hub_token: str | None = field(
+        default=None,
+        repr=False,
+        metadata={"help": "Of the Hub. `hf auth login` is safer: others can see a command line."},
+    )
+    hub_private_repo: bool = setting(False, "Make a new repository private.")
 
     # Optimisation
     objective: str = setting("dmd", f"How the generator learns from two scores: {', '.join(OBJECTIVES)}.")
@@ -88,6 +109,16 @@ class TrainingConfig:
     )
     validation_steps: int = setting(500, "Measure and draw the student every so many generator updates.")
 
+    @property
+    def path_is_shared(self) -> bool:
+        """Whether the path is one on the Hub, to be replayed."""
+        return self.degradation_path is not None and is_repo_id(self.degradation_path)
+
+    @property
+    def path_folder(self) -> Path:
+        """The folder of a path that lies on this machine."""
+        return Path(self.degradation_path or Path(self.output_dir, "path"))
+
     def __post_init__(self):
         sources = [name for name in ("prompts_file", "dataset_name", "train_data_dir") if getattr(self, name)]
         if len(sources) > 1:
@@ -107,6 +138,13 @@ class TrainingConfig:
         for name, known in (("objective", list(OBJECTIVES)), ("lr_scheduler", [kind.value for kind in SchedulerType])):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)!r} is none of {', '.join(known)}.")
+        if self.hub_model_id is not None and not self.push_to_hub:
+            raise ValueError("--hub_model_id says where to, but nothing is pushed without --push_to_hub.")
+        if self.hub_token is not None and self.report_to not in ("none", "tensorboard"):
+            raise ValueError(
+                f"--hub_token together with --report_to {self.report_to} is refused: such trackers upload the command "
+                "line, and the token in it. Log in with `hf auth login` instead."
+            )
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             raise ValueError(f"--checkpoints_total_limit has to be at least 1, but is {self.checkpoints_total_limit}.")
         if self.max_train_samples is not None and self.max_train_samples < 1:

@@ -1,5 +1,6 @@
 """Stage 1: the fake score walks from the teacher to the initial generator, and its footprints are kept."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,7 @@ class DegradationRecorder(Stage):
         generator (`nn.Module`): The initial generator's network; frozen.
         data (`PromptData`): Prompts and their conditions.
         path (`DegradationPath`): Where nodes are recorded; empty, or of a recording that is resumed.
+        recorded (`Callable`, *optional*): Called on the main process when there is something new in the path's folder.
     """
 
     name = "degradation"
@@ -80,8 +82,10 @@ class DegradationRecorder(Stage):
         generator: nn.Module,
         data: PromptData,
         path: DegradationPath,
+        recorded: Callable[[], None] | None = None,
     ):
         self.path = path
+        self.recorded = recorded or (lambda: None)
         self.node_steps = degradation.node_steps
         self.fake_score = Learner(
             "fake_score",
@@ -119,6 +123,7 @@ class DegradationRecorder(Stage):
         if self.accelerator.is_main_process:
             since = done - (self.path.nodes[-1]["step"] if self.path.nodes else 0)
             self.path.append(self.fake_score.unwrapped(), done, (self._loss_since_node / since).item())
+            self.recorded()
         self.accelerator.wait_for_everyone()
         self._loss_since_node = torch.zeros_like(self._loss_since_node)
 
@@ -127,6 +132,7 @@ class DegradationRecorder(Stage):
         self.run()
         if self.accelerator.is_main_process:
             self.path.finish(self.summary())
+            self.recorded()
         self.accelerator.wait_for_everyone()
         self.path.reread()
         self.fake_score.release()
@@ -136,6 +142,7 @@ class DegradationRecorder(Stage):
         done = super().resume()
         if self.accelerator.is_main_process:
             self.path.begin(done)
+            self.recorded()
         self.accelerator.wait_for_everyone()
         self.path.reread()
         expected = [step for step in self.node_steps if step <= done]

@@ -1,24 +1,23 @@
-"""What leaves the house: the student's folder in a form that others load, and its model card."""
+"""What leaves the house: the student's folder in a form that others load, its card, and a run's repository on the Hub."""
 
 import json
-import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
-
+from .cards import student_card
+from .evaluation.report import REPORT, read_report
+from .manifest import MANIFEST, to_bytes
 from .model_reference import ModelReference
-from .path import write_json
+from .path import DegradationPath
 from .pipeline import DisBackOneStepPipeline
+from .repository import Files, HubError, Repository, is_repo_id
+from .run_folder import FREE_SETTINGS, RunFolder
+from .sharing import check_main
 
 
-_OWN = ("unet", "scheduler")
-_KEPT = (".json", ".txt", ".safetensors", ".model")
-_WEIGHTS = re.compile(
-    r"[a-z_]+(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors|[a-z_]+\.safetensors\.index(?:\.(\w+))?\.json"
-)
+INDEX = "model_index.json"
+_PICTURES = ("samples.png", "convergence.png", "path.png")
 
 
 def save_student(
@@ -27,8 +26,7 @@ def save_student(
     """Writes the student's pipeline: its own UNet and scheduler, and the teacher's files as they are.
 
     The teacher's text encoder, tokenizer and autoencoder are copied, never saved anew: what transformers 5 writes,
-    older versions take for random weights without an error. Pickled files are left out, and a variant's name is
-    dropped, so that the folder loads without one.
+    older versions take for random weights without an error.
 
     Args:
         pipeline (`DisBackOneStepPipeline`): The student's.
@@ -37,172 +35,196 @@ def save_student(
         cache_dir (`str`, *optional*): Where downloads are kept.
     """
     folder = Path(folder)
-    source = teacher.name_or_path
-    if not os.path.isdir(source):
-        source = DiffusionPipeline.download(
-            source, revision=teacher.revision, variant=teacher.variant, cache_dir=cache_dir, use_safetensors=True
-        )
     pipeline.unet.save_pretrained(folder / "unet")
     pipeline.scheduler.save_pretrained(folder / "scheduler")
-    for name, component in pipeline.components.items():
-        if name not in _OWN and component is not None:
-            _copy_component(Path(source, name), folder / name, teacher.variant)
-            _declare_dtype(folder / name / "config.json", str(pipeline.unet.dtype).split(".")[-1])
+    components = {name for name, component in pipeline.components.items() if component is not None}
+    dtype = str(pipeline.unet.dtype).split(".")[-1]
+    for path, content in teacher.component_files(dtype, cache_dir).items():
+        component, *rest = path.split("/")
+        if component != INDEX and component != "scheduler" and (not rest or component in components):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                (folder / path).write_bytes(content)
+            else:
+                shutil.copyfile(content, folder / path)
     pipeline.save_config(folder)
 
 
-def _copy_component(source: Path, target: Path, variant: str | None) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    files = {file: _WEIGHTS.fullmatch(file.name) for file in source.iterdir() if file.suffix in _KEPT}
-    variants = {file: match.group(1) or match.group(2) for file, match in files.items() if match}
-    wanted = variant if variant in variants.values() else None
-    for file in files:
-        if file not in variants:
-            shutil.copyfile(file, target / file.name)
-        elif variants[file] == wanted:
-            name = file.name.replace(f".{wanted}", "")
-            if file.suffix == ".json":  # the index of shards, which names them
-                (target / name).write_text(file.read_text().replace(f".{wanted}", ""))
-            else:
-                shutil.copyfile(file, target / name)
-
-
-def _declare_dtype(file: Path, dtype: str) -> None:
-    """Makes a transformers model load in the UNet's precision, in whichever it is stored: by default transformers 5
-    takes what the config declares, diffusers takes float32, and the two would not fit together."""
-    config = json.loads(file.read_text()) if file.exists() else {}
-    if "model_type" in config:
-        config[next((key for key in ("dtype", "torch_dtype") if key in config), "torch_dtype")] = dtype
-        write_json(file, config)
-
-
-_CARD = """---
-{{ card_data }}
----
-
-# {{ title }}
-
-A one-step text-to-image generator, distilled from `{{ teacher }}` with DisBack (Distribution Backtracking
-Distillation, [arXiv 2408.15991](https://arxiv.org/abs/2408.15991)) by
-diffusers-disback {{ versions.diffusers_disback }}. One evaluation of the UNet makes a picture.
-
-![samples](samples.png)
-
-## Use
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained({{ repo }})
-image = pipe({{ prompt }}, num_inference_steps=1, guidance_scale=0).images[0]
-```
-
-With diffusers-disback installed there are no such arguments to get wrong:
-
-```python
-from diffusers_disback import DisBackOneStepPipeline
-
-pipe = DisBackOneStepPipeline.from_pretrained({{ repo }})
-image = pipe({{ prompt }}).images[0]
-```
-
-## Figures
-
-{{ figures }}
-
-{{ stages }}
-
-![convergence](convergence.png)
-{% if path_picture %}
-The degradation path: what each recorded node draws.
-
-![path](path.png)
-{% endif %}
-## How it was made
-
-```bash
-{{ command }}
-```
-
-Settings:
-
-{{ settings }}
-
-Machine: {{ machine }}. Versions: {{ versions_line }}.
-
-## Limits
-
-The student inherits the teacher's limits and its conditions of use, makes pictures in one step only, takes no negative
-prompt, and is made for {{ resolution }}x{{ resolution }} pixels.
-
-## Citation
-
-```bibtex
-@inproceedings{zhang2025disback,
-  title     = {Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation},
-  author    = {Zhang, Shengyuan and Yang, Ling and Li, Zejian and Zhao, An and Meng, Chenye and Yang, Changyuan and Yang, Guang and Yang, Zhiyuan and Sun, Lingyun},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2025}
-}
-```
-"""
-
-
-def write_model_card(
-    folder: Path, report: dict[str, Any], prompt: str, resolution: int, licence: str | None = None
-) -> None:
-    """Writes `README.md` of a student's folder.
+def write_model_card(folder: Path, report: dict[str, Any], teacher_card: dict[str, Any]) -> None:
+    """Writes `README.md` of a student's folder; its snippets name the folder until it is pushed.
 
     Args:
         folder (`Path`): With the run's pictures.
         report (`dict`): The content of `report.json`.
-        prompt (`str`): Of the snippets.
-        resolution (`int`): In pixels.
-        licence (`str`, *optional*): The teacher's, as a Hub identifier.
+        teacher_card (`dict`): The metadata of the teacher's card.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
-    teacher = report["settings"]["pretrained_model_name_or_path"]
-    measured = {name: report[name] for name in ("floor", "teacher", "initial", "student") if name in report}
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["text-to-image", "stable-diffusion", "one-step", "distillation", "disback"],
-        license=licence,
-    )
-    card = ModelCard.from_template(
-        data,
-        template_str=_CARD,
-        title=folder.resolve().name,
-        teacher=teacher,
-        repo=json.dumps(folder.as_posix()),
-        prompt=json.dumps(prompt, ensure_ascii=False),
-        figures=_table(measured),
-        stages=_table(report["stages"]),
-        path_picture=(folder / "path.png").exists(),
-        command=report["command"],
-        settings="\n".join(f"- `{name}`: {value!r}" for name, value in report["settings"].items()),
-        machine=", ".join(f"{name} {value}" for name, value in report["machine"].items()),
-        versions=report["versions"],
-        versions_line=", ".join(f"{name} {value}" for name, value in report["versions"].items()),
-        resolution=resolution,
-    )
-    card.save(folder / "README.md")
+    picture = (folder / "path.png").exists()
+    card = student_card(report, folder.resolve().name, folder.as_posix(), teacher_card, picture)
+    (folder / "README.md").write_text(card)
 
 
-def licence_of(name_or_path: str) -> str | None:
-    """The licence that a local model's card declares, as a Hub identifier."""
-    from huggingface_hub import metadata_load
+def path_of_run(folder: str | Path) -> DegradationPath | None:
+    """The path that a run recorded or went along, if it lies on this machine."""
+    folder = Path(folder)
+    settings = RunFolder(folder).settings() or read_report(folder).get("settings", {})
+    elsewhere = settings.get("degradation_path")
+    for place in (folder, folder / "path", *([Path(elsewhere)] if elsewhere and not is_repo_id(elsewhere) else [])):
+        if (place / MANIFEST).is_file():
+            return DegradationPath.from_pretrained(place)
+    return None
 
-    card = Path(name_or_path, "README.md")
-    return (metadata_load(card) or {}).get("license") if card.is_file() else None
+
+def push_run(
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+) -> str:
+    """Pushes what a run left: a branch for each node of its path, and on `main` the student, or the path's own card.
+
+    Checkpoints, optimiser states and logs are not part of it. It can be repeated: what is there already is not sent
+    again, and what is not this run's is not overwritten.
+
+    Args:
+        folder (`str` or `Path`): Of the run, or of a path.
+        repo_id (`str`): `user/name`. It is made if it is not there.
+        private (`bool`, *optional*): Of a new repository.
+        create_pr (`bool`): Propose what goes to `main` as a pull request.
+        commit_message (`str`, *optional*): Of the commit to `main`.
+        token (`str`, *optional*): By default that of `hf auth login`. It is never written anywhere.
+        cache_dir (`str`, *optional*): Where the teacher was downloaded to.
+
+    Returns:
+        `str`: The repository's full id.
+
+    Raises:
+        ValueError: If there is nothing to push.
+        HubError: If the repository holds something else, or the Hub fails for good.
+    """
+    folder, path = Path(folder), path_of_run(folder)
+    report = read_report(folder)
+    if "student" not in report or not (folder / "README.md").is_file():
+        if path is None:
+            raise ValueError(
+                f"{folder} holds neither a finished student nor a degradation path: nothing can be pushed."
+            )
+        return path.push_to_hub(repo_id, private, create_pr, commit_message, token, cache_dir)
+    repository = Repository(repo_id, token)
+    repository.create(private)
+    files = student_files(folder, repository.repo_id)
+    manifest = None
+
+    def check(head: str) -> None:
+        check_student(repository, head, report, None if path is None else path.manifest)
+
+    check(repository.head())
+    if path is not None:
+        manifest = path.push_nodes(repository, cache_dir)
+        files[MANIFEST] = to_bytes(manifest)
+    message = commit_message or "Add the one-step student"
+    repository.commit(files, message, exact=("unet/",), check=check, create_pr=create_pr)
+    return repository.repo_id
 
 
-def _table(rows: dict[str, dict[str, float]]) -> str:
-    """A Markdown table, one row per name."""
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-    for name, row in rows.items():
-        cells = [f"{row[column]:.4g}" if column in row else "" for column in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def student_files(folder: Path, repo_id: str) -> Files:
+    """What belongs to a student's pipeline and its report, and nothing else of a run's folder."""
+    index = json.loads((folder / INDEX).read_text())
+    names = [INDEX, "pipeline.py", REPORT, *_PICTURES]
+    files: Files = {name: folder / name for name in names if (folder / name).is_file()}
+    files |= {file.name: file for file in folder.iterdir() if file.name.upper().startswith(("LICENSE", "LICENCE"))}
+    for name, kind in index.items():
+        if isinstance(kind, list) and kind[0] is not None:
+            files |= {f"{name}/{file.name}": file for file in sorted((folder / name).iterdir())}
+    return {**files, "README.md": _card_for(folder, repo_id)}
+
+
+def check_student(
+    repository: Repository, commit: str, report: dict[str, Any], manifest: dict[str, Any] | None
+) -> None:
+    """Sees that a repository's `main` holds nothing, or this run's path, or this run's student.
+
+    Raises:
+        HubError: With what differs.
+    """
+    tree = repository.tree(commit)
+    theirs = repository.read_json(REPORT, commit)
+    if theirs is not None:
+        was, is_ = theirs["settings"], report["settings"]
+        changed = [
+            f"{name} was {was.get(name)!r}, is {is_.get(name)!r}"
+            for name in is_
+            if name not in FREE_SETTINGS and was.get(name) != is_.get(name)
+        ]
+        if changed:
+            raise HubError(
+                f"{repository.repo_id} holds the student of another run: {'; '.join(changed)}. Nothing was overwritten: "
+                "push to another repository."
+            )
+    elif INDEX in tree:
+        raise HubError(
+            f"{repository.repo_id} holds a pipeline that is not this run's. Nothing was overwritten: push to another "
+            "repository."
+        )
+    if manifest is None and MANIFEST in tree:
+        raise HubError(
+            f"{repository.repo_id} holds a degradation path, but this run has none. Nothing was overwritten: push to "
+            "another repository."
+        )
+    if manifest is not None and theirs is None:
+        check_main(repository, commit, manifest)
+
+
+def pull(
+    repo_id: str,
+    folder: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+) -> DegradationPath | None:
+    """Writes a pushed run into a folder: the student, if there is one, with its path in `path/`; or the path alone.
+
+    Args:
+        repo_id (`str`): On the Hub.
+        folder (`str` or `Path`): New, or empty.
+        revision (`str`, *optional*): Branch, tag or commit of `main`.
+        token (`str`, *optional*): By default that of `hf auth login`.
+        cache_dir (`str`, *optional*): Where `path.json` is kept; weights go past it.
+
+    Returns:
+        `DegradationPath` or `None`: The path, as it lies in the folder now.
+
+    Raises:
+        ValueError: If the folder holds something.
+        HubError: If the Hub does not give it.
+    """
+    folder, repository = Path(folder), Repository(repo_id, token)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; nothing was written. Choose another folder.")
+    head = repository.head(revision)
+    tree = repository.tree(head)
+    place = folder
+    if INDEX in tree:
+        place = folder / "path"
+        repository.download_to(folder, [path for path in tree if path not in (MANIFEST, ".gitattributes")], head)
+    elif MANIFEST not in tree:
+        raise ValueError(f"{repo_id} holds neither a pipeline nor a degradation path at {revision or 'main'}.")
+    if MANIFEST not in tree:
+        return None
+    DegradationPath.from_pretrained(repo_id, head, cache_dir=cache_dir, token=token).save_pretrained(place)
+    return DegradationPath.from_pretrained(place)
+
+
+def _card_for(folder: Path, repo_id: str) -> bytes:
+    """The card on disk, in which the repository takes the folder's place."""
+    from huggingface_hub import ModelCard
+
+    card = ModelCard((folder / "README.md").read_text())
+    name, report = repo_id.split("/")[-1], read_report(folder)
+    card.data.model_name = name
+    local = Path(report["settings"]["output_dir"])
+    card.text = card.text.replace(json.dumps(local.as_posix()), json.dumps(repo_id))
+    card.text = card.text.replace(f"# {local.resolve().name}\n", f"# {name}\n", 1)
+    return str(card).encode()

@@ -1,10 +1,26 @@
 """Where a model lies, and how a network is filled with weights: exactly, or not at all."""
 
 import hashlib
+import json
+import logging
+import os
+import re
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+
+from .repository import Files, HubError, Repository
+
+
+logger = logging.getLogger(__name__)
+_KEPT = (".json", ".txt", ".safetensors", ".model")
+_WEIGHTS = re.compile(
+    r"[a-z_]+(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors|[a-z_]+\.safetensors\.index(?:\.(\w+))?\.json"
+)
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -30,6 +46,56 @@ class ModelReference:
     revision: str | None = None
     variant: str | None = None
 
+    def commit(self, cache_dir: str | None = None) -> str | None:
+        """The commit that a downloaded model is of; `None` for a folder, or if it was not downloaded."""
+        from huggingface_hub import try_to_load_from_cache
+
+        if os.path.isdir(self.name_or_path):
+            return None
+        file = try_to_load_from_cache(self.name_or_path, "model_index.json", cache_dir, self.revision or "main")
+        return Path(file).parent.name if isinstance(file, str) else None
+
+    def folder(self, cache_dir: str | None = None) -> Path:
+        """Where the pipeline's files lie on this machine. The Hub is asked once in a process.
+
+        Raises:
+            ValueError: If they cannot be had.
+        """
+        if os.path.isdir(self.name_or_path):
+            return Path(self.name_or_path)
+        return _downloaded(self, cache_dir)
+
+    def component_files(self, dtype: str, cache_dir: str | None = None) -> Files:
+        """What others need of the model besides its denoiser: `model_index.json` and each component's files, as they are.
+
+        Pickled files are left out, and a variant's name is dropped, so that they load without one. Files of its
+        licence come along.
+
+        Args:
+            dtype (`str`): The precision of the denoiser beside which they are put, such as `"float32"`: each text
+                encoder's config declares it.
+            cache_dir (`str`, *optional*): Where downloads are kept.
+        """
+        root = self.folder(cache_dir)
+        if not (root / "model_index.json").is_file():
+            raise ValueError(f"{root} has no model_index.json: it is no diffusers pipeline's folder.")
+        index = json.loads((root / "model_index.json").read_text())
+        files: Files = {"model_index.json": root / "model_index.json"}
+        files |= {file.name: file for file in root.iterdir() if file.name.upper().startswith(("LICENSE", "LICENCE"))}
+        for name, kind in index.items():
+            if name != "unet" and isinstance(kind, list) and kind[0] is not None:
+                files |= {
+                    f"{name}/{n}": content for n, content in _own_files(root / name, self.variant, dtype).items()
+                }
+        return files
+
+    def card(self, cache_dir: str | None = None) -> dict[str, Any]:
+        """The metadata of the model's card; empty if it has none."""
+        from huggingface_hub import metadata_load
+
+        file = self.folder(cache_dir) / "README.md"
+        return (metadata_load(file) or {}) if file.is_file() else {}
+
     def load_network(self, network_class: type[nn.Module], cache_dir: str | None = None) -> nn.Module:
         """The model's `unet` in float32.
 
@@ -54,6 +120,26 @@ class ModelReference:
             raise ValueError(f"The UNet of {self.name_or_path!r} does not fit its own config: {wrong}.")
         return network
 
+    def skeleton(self, cache_dir: str | None = None) -> nn.Module:
+        """The denoiser's architecture without weights, on the meta device.
+
+        Raises:
+            ValueError: If its config cannot be read.
+        """
+        from diffusers import UNet2DConditionModel
+
+        try:
+            config = UNet2DConditionModel.load_config(
+                self.name_or_path, subfolder="unet", revision=self.revision, cache_dir=cache_dir
+            )
+        except OSError as error:
+            raise ValueError(
+                f"The config of the UNet of {self.name_or_path!r} cannot be read; say where the teacher is with "
+                f"--pretrained_model_name_or_path. {error}"
+            ) from error
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(config)
+
     def load_into(self, network: nn.Module, cache_dir: str | None = None) -> None:
         """Fills a network with the model's `unet` weights.
 
@@ -64,9 +150,33 @@ class ModelReference:
         fill(network, loaded.state_dict(), f"the UNet of {self.name_or_path!r}")
 
 
-def fill(network: nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:
-    """Copies weights into a network, if names and shapes agree in everything."""
-    own = network.state_dict()
+@cache
+def _downloaded(reference: ModelReference, cache_dir: str | None) -> Path:
+    """A pipeline's files, and with them its card and the text of its licence, if the Hub gives these."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        folder = DiffusionPipeline.download(
+            reference.name_or_path,
+            revision=reference.revision,
+            variant=reference.variant,
+            cache_dir=cache_dir,
+            use_safetensors=True,
+        )
+    except OSError as error:
+        raise ValueError(f"The model {reference.name_or_path!r} cannot be downloaded. {error}") from error
+    try:
+        commit = reference.commit(cache_dir)
+        Repository(reference.name_or_path, patient=False).download(
+            ["README.md", "LICENSE*", "LICENCE*"], commit, cache_dir
+        )
+    except HubError as error:
+        logger.warning(f"The licence of {reference.name_or_path} could not be looked up. {error}")
+    return Path(folder)
+
+
+def check_fit(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], what: str) -> None:
+    """Raises a `ValueError` unless weights have the names and shapes of a network's own."""
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
     if missing or unexpected or shapes:
@@ -75,4 +185,45 @@ def fill(network: nn.Module, weights: dict[str, torch.Tensor], what: str) -> Non
             f"another shape (the first: {[*missing[:1], *unexpected[:1], *sorted(shapes)[:1]]}). It belongs to another "
             "architecture."
         )
+
+
+def fill(network: nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:
+    """Copies weights into a network, if names and shapes agree in everything."""
+    check_fit(network.state_dict(), weights, what)
     network.load_state_dict(weights, strict=True)
+
+
+def fill_adapter(network: nn.Module, weights: dict[str, torch.Tensor], adapter: str, what: str) -> None:
+    """Copies weights into an adapter on a network, if names and shapes agree in everything."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    check_fit(get_peft_model_state_dict(network, adapter_name=adapter), weights, what)
+    set_peft_model_state_dict(network, weights, adapter_name=adapter)
+
+
+def _own_files(folder: Path, variant: str | None, dtype: str) -> Files:
+    """A component's files by the names that they have without a variant."""
+    files = {file: _WEIGHTS.fullmatch(file.name) for file in sorted(folder.iterdir()) if file.suffix in _KEPT}
+    variants = {file: match.group(1) or match.group(2) for file, match in files.items() if match}
+    wanted = variant if variant in variants.values() else None
+    own: Files = {}
+    for file in files:
+        if file.name == "config.json":
+            own[file.name] = _with_dtype(file, dtype)
+        elif file not in variants:
+            own[file.name] = file
+        elif variants[file] == wanted:
+            is_index = file.suffix == ".json"  # of shards, which it names
+            content = file.read_text().replace(f".{wanted}", "").encode() if is_index else file
+            own[file.name.replace(f".{wanted}", "")] = content
+    return own
+
+
+def _with_dtype(file: Path, dtype: str) -> Path | bytes:
+    """The config of a transformers model, in which it is declared to be of the denoiser's precision: by default
+    transformers 5 loads what the config declares, diffusers float32, and the two would not fit together."""
+    config = json.loads(file.read_text())
+    key = next((key for key in ("dtype", "torch_dtype") if key in config), "torch_dtype")
+    if "model_type" not in config or config.get(key) == dtype:
+        return file
+    return (json.dumps({**config, key: dtype}, indent=2) + "\n").encode()

@@ -1,10 +1,11 @@
 """The degradation path: an ordered sequence of diffusers model folders, from the teacher to the initial generator."""
 
-import hashlib
 import json
 import os
 import re
 import shutil
+import time
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,37 +14,32 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from .model_reference import ModelReference, fill
-
-
-FORMAT_VERSION = 1
-MANIFEST = "path.json"
-_FOLDER = re.compile(r"degradation-\d{6,}")
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    draft = file.with_name(file.name + ".draft")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(draft, file)
+from .branches import FolderNodes, HubNodes, Nodes
+from .cards import path_card
+from .manifest import FORMAT_VERSION, MANIFEST, read_manifest, to_bytes, write_json
+from .model_reference import ModelReference, check_fit, fill, fill_adapter
+from .repository import Files, Repository, in_background, is_repo_id, sha256_of
+from .sharing import check_main, push_nodes
 
 
 class DegradationPath:
-    """Nodes 0..N in a folder. Node 0 is the teacher, by reference; `len(path)` is N, the recorded nodes alone.
+    """Nodes 0..N in a folder or on the Hub. Node 0 is the teacher, by reference; `len(path)` is N, the recorded nodes.
 
-    Node i lies in `degradation-<its step>/`, as `unet/` and `node.json`, and `path.json` lists them. Everything is
-    written whole or not at all.
+    Node i lies in `degradation-<its step>/`, a folder or the branch of that name, as `unet/` and `node.json`, and
+    `path.json` lists them. Everything is written whole or not at all.
 
     Args:
-        folder (`Path`): Where it lies.
+        folders (`Nodes`): Where its nodes lie.
         manifest (`dict`): The content of `path.json`.
         teacher (`ModelReference`): Where node 0 is loaded from.
     """
 
-    def __init__(self, folder: str | Path, manifest: dict[str, Any], teacher: ModelReference):
-        self.folder = Path(folder)
+    def __init__(self, folders: Nodes, manifest: dict[str, Any], teacher: ModelReference):
+        self.folders = folders
         self.manifest = manifest
         self.teacher = teacher
+        self.seconds_waited = 0.0
+        self._coming: dict[int, Future[list[Path]]] = {}
 
     @classmethod
     def create(
@@ -53,6 +49,7 @@ class DegradationPath:
         teacher_sha256: str,
         generator: dict[str, Any],
         recording: dict[str, Any],
+        cache_dir: str | None = None,
     ) -> "DegradationPath":
         """An empty path; its folder is written by `begin`, or with the first node.
 
@@ -62,50 +59,72 @@ class DegradationPath:
             teacher_sha256 (`str`): `fingerprint` of its network.
             generator (`dict`): The start: `name_or_path`, `sha256` and `conditioning_timestep`.
             recording (`dict`): The settings of stage 1.
+            cache_dir (`str`, *optional*): Where the teacher was downloaded to.
         """
         folder = Path(folder)
         if (folder / MANIFEST).exists():
             raise ValueError(f"{folder} holds a degradation path already; choose another folder, or remove it.")
         manifest = {
             "format_version": FORMAT_VERSION,
-            "teacher": {**asdict(teacher), "sha256": teacher_sha256},
+            "teacher": {**asdict(teacher), "commit": teacher.commit(cache_dir), "sha256": teacher_sha256},
             "generator": generator,
             "recording": recording,
             "complete": False,
             "nodes": [],
         }
-        return cls(folder, manifest, teacher)
+        return cls(FolderNodes(folder), manifest, teacher)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, teacher: ModelReference | None = None) -> "DegradationPath":
-        """Reads a path's manifest; weights are read when a node is loaded.
+    def from_pretrained(
+        cls,
+        folder_or_repo: str | Path,
+        revision: str | None = None,
+        teacher: ModelReference | None = None,
+        cache_dir: str | None = None,
+        token: str | None = None,
+        disk_budget_gb: float | None = None,
+    ) -> "DegradationPath":
+        """Reads a path's manifest; a node's weights are read, and downloaded, when it is loaded.
 
         Args:
-            folder (`str` or `Path`): The folder with `path.json`.
+            folder_or_repo (`str` or `Path`): The folder with `path.json`, or a repository on the Hub.
+            revision (`str`, *optional*): Of the repository: branch, tag or commit.
             teacher (`ModelReference`, *optional*): Where the teacher lies on this machine; by default where the
                 manifest says.
+            cache_dir (`str`, *optional*): Where downloads are kept.
+            token (`str`, *optional*): By default that of `hf auth login`.
+            disk_budget_gb (`float`, *optional*): Of downloaded nodes: those that were released are deleted beyond it.
 
         Raises:
-            ValueError: If there is no path, or this version cannot read it.
+            ValueError: If there is no path, or this version cannot read it; if a folder is asked for a revision.
+            HubError: If the Hub does not give it.
         """
-        folder = Path(folder)
-        file = folder / MANIFEST
-        if not file.is_file():
-            raise ValueError(f"{folder} holds no degradation path: it has no {MANIFEST}. Record one with stage 1.")
-        try:
-            manifest = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is no valid JSON ({error}).") from error
-        version = manifest["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(f"{file} has format version {version}; this library reads {FORMAT_VERSION}.")
-        for node in manifest["nodes"]:
-            if not _FOLDER.fullmatch(node["name"]):
-                raise ValueError(f"{file} names a node {node['name']!r}; names are like degradation-000200.")
+        if is_repo_id(folder_or_repo):
+            repository = Repository(str(folder_or_repo), token)
+            head = repository.head(revision)
+            if MANIFEST not in repository.tree(head):
+                raise ValueError(
+                    f"{folder_or_repo} holds no degradation path: it has no {MANIFEST} at {revision or 'main'}."
+                )
+            file = repository.file(MANIFEST, head, cache_dir)
+            manifest = read_manifest(file, str(folder_or_repo), pinned=True)
+            folders: Nodes = HubNodes(repository, head, manifest["nodes"], cache_dir, disk_budget_gb)
+        else:
+            folder = Path(folder_or_repo)
+            if revision is not None:
+                raise ValueError(
+                    f"{folder} is a folder, which has no revisions, but revision {revision!r} is asked for."
+                )
+            if not (folder / MANIFEST).is_file():
+                nested = folder / "path" / MANIFEST
+                hint = f"Did you mean {nested.parent}?" if nested.is_file() else "Record one with stage 1."
+                raise ValueError(f"{folder} holds no degradation path: it has no {MANIFEST}. {hint}")
+            manifest = read_manifest(folder / MANIFEST, str(folder), pinned=False)
+            folders = FolderNodes(folder)
         if teacher is None:
             known = manifest["teacher"]
-            teacher = ModelReference(known["name_or_path"], known["revision"], known["variant"])
-        return cls(folder, manifest, teacher)
+            teacher = ModelReference(known["name_or_path"], known["commit"] or known["revision"], known["variant"])
+        return cls(folders, manifest, teacher)
 
     def __len__(self) -> int:
         return len(self.manifest["nodes"])
@@ -117,31 +136,55 @@ class DegradationPath:
 
     @property
     def nodes(self) -> list[dict[str, Any]]:
-        """What is known of nodes 1..N: `name`, `step`, `loss`, `dtype`, `files` with their SHA-256."""
+        """What is known of nodes 1..N: `name`, `kind`, `step`, `loss`, `dtype`, `bytes`, `files` with their SHA-256."""
         return self.manifest["nodes"]
 
-    def node_folder(self, index: int) -> Path:
-        """The folder of node 1..N."""
-        if not 1 <= index <= len(self):
-            raise IndexError(f"node {index} is not on this path: its recorded nodes are 1..{len(self)}.")
-        return self.folder / self.nodes[index - 1]["name"]
+    @property
+    def where(self) -> str:
+        """The folder, or the repository's id."""
+        return self.folders.where
 
-    def append(self, network: nn.Module, step: int, loss: float) -> None:
+    @property
+    def folder(self) -> Path:
+        """The folder that it is recorded in.
+
+        Raises:
+            ValueError: If it lies on the Hub.
+        """
+        if not isinstance(self.folders, FolderNodes):
+            raise ValueError(f"The path {self.where} lies on the Hub and cannot be recorded on; `save_pretrained` it.")
+        return self.folders.folder
+
+    # Recording ---------------------------------------------------------------------------------------------------
+
+    def append(self, network: nn.Module, step: int, loss: float, adapter: str | None = None) -> None:
         """Records the next node.
 
         Args:
             network (`nn.Module`): The degraded score network, unwrapped; a diffusers model.
             step (`int`): Fake-score updates so far; larger than the last node's.
             loss (`float`): The mean denoising loss since the last node.
+            adapter (`str`, *optional*): Record the adapter of this name, which is on the network, instead of all of it.
         """
         if self.nodes and step <= self.nodes[-1]["step"]:
             raise ValueError(f"node {len(self) + 1} at step {step} does not come after step {self.nodes[-1]['step']}.")
         name = f"degradation-{step:06d}"
         draft = self.folder / f"{name}.draft"
         shutil.rmtree(draft, ignore_errors=True)
-        network.save_pretrained(draft / "unet", safe_serialization=True)
-        files = {file.name: _sha256(file) for file in sorted((draft / "unet").glob("*.safetensors"))}
-        node = {"name": name, "step": step, "loss": loss, "dtype": str(network.dtype).split(".")[-1], "files": files}
+        if adapter is None:
+            network.save_pretrained(draft / "unet", safe_serialization=True)
+        else:
+            network.save_lora_adapter(draft / "unet", adapter_name=adapter, safe_serialization=True)
+        files = sorted((draft / "unet").glob("*.safetensors"))
+        node = {
+            "name": name,
+            "kind": "full" if adapter is None else "adapter",
+            "step": step,
+            "loss": loss,
+            "dtype": str(network.dtype).split(".")[-1],
+            "bytes": sum(file.stat().st_size for file in files),
+            "files": {file.name: sha256_of(file) for file in files},
+        }
         write_json(draft / "node.json", node)
         # A folder of this name can only be left from a recording that was cut off before `path.json` knew of it.
         shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -167,66 +210,206 @@ class DegradationPath:
         for node in dropped:
             shutil.rmtree(self.folder / node["name"])
 
-    def load(self, index: int, into: nn.Module) -> None:
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / MANIFEST, self.manifest)
+
+    # Reading -----------------------------------------------------------------------------------------------------
+
+    def node_folder(self, index: int) -> Path:
+        """The folder of node 1..N, after a download if need be."""
+        return self.folders.fetch(self._node(index))
+
+    def load(self, index: int, into: nn.Module, adapter: str | None = None) -> None:
         """Fills a network with a node's weights: an exact fit, or an error and the network as it was.
 
         Args:
             index (`int`): 0 (the teacher) to N.
             into (`nn.Module`): A network of the teacher's architecture, unwrapped.
+            adapter (`str`, *optional*): The name of the adapter on it that an adapter node fills.
 
         Raises:
             IndexError: If the path has no such node.
-            ValueError: If files are missing, damaged, or of another architecture.
+            ValueError: If files are missing, damaged, or of another architecture, or an adapter is asked for where there
+                is none, or the other way round.
         """
         if index == 0:
             self.teacher.load_into(into)
+            return
+        kind = self._node(index)["kind"]
+        if (kind == "adapter") != (adapter is not None):
+            raise ValueError(
+                f"node {index} of {self.where} is of kind {kind!r}, but adapter={adapter!r} is to be filled."
+            )
+        weights, what = self.read(index), f"node {index} of {self.where}"
+        if adapter is None:
+            fill(into, weights, what)
         else:
-            fill(into, self.read(index), f"node {index} ({self.node_folder(index)})")
+            fill_adapter(into, weights, adapter, what)
 
     def read(self, index: int) -> dict[str, torch.Tensor]:
-        """The weights of node 1..N, as on disk, after a check of every file's hash."""
-        weights = {}
-        for file in self._files(index):
+        """The weights of node 1..N, as stored, after a check of every file's hash.
+
+        `seconds_waited` is then how long the node's files had to be waited for.
+        """
+        started = time.monotonic()
+        files = self._coming.pop(index).result() if index in self._coming else self._files(index)
+        self.seconds_waited = time.monotonic() - started
+        weights: dict[str, torch.Tensor] = {}
+        for file in files:
             weights.update(load_file(file))
+        dtype = self.nodes[index - 1]["dtype"]
+        others = sorted(key for key, tensor in weights.items() if str(tensor.dtype) != f"torch.{dtype}")
+        if others:
+            raise ValueError(
+                f"node {index} of {self.where} is not what {MANIFEST} says: {others[0]} is {weights[others[0]].dtype}, "
+                f"not {dtype}."
+            )
         return weights
 
-    def verify(self) -> None:
-        """Raises a `ValueError` if a file of any node is missing or not what was recorded."""
+    def prefetch(self, index: int) -> None:
+        """Downloads and checks a node in the background, so that `load` does not wait for it. The teacher has no need."""
+        if 1 <= index <= len(self) and index not in self._coming:
+            self._coming[index] = in_background(self._files, index)
+
+    def release(self, index: int) -> None:
+        """Takes note that a node is behind: if it was downloaded, the disk budget may have its place."""
+        if 1 <= index <= len(self):
+            self.folders.release(self._node(index))
+
+    def verify(self, network: nn.Module | None = None) -> None:
+        """Reads every node.
+
+        Args:
+            network (`nn.Module`, *optional*): Of the teacher's architecture, on any device, `meta` included: every node
+                has to fit it in everything.
+
+        Raises:
+            ValueError: If a file of any node is missing or not what was recorded, or does not fit.
+        """
         for index in range(1, len(self) + 1):
-            self._files(index)
+            if network is None:
+                self._files(index)
+            else:
+                self.verify_node(index, network)
+
+    def verify_node(self, index: int, network: nn.Module) -> int:
+        """Reads one node, and sees that it fits the teacher's architecture in everything. Returns its tensors' number."""
+        weights, what = self.read(index), f"node {index} of {self.where}"
+        if self._node(index)["kind"] == "full":
+            check_fit(network.state_dict(), weights, what)
+        else:
+            modules = {name for name, _ in network.named_modules()}
+            foreign = [key for key in weights if re.sub(r"\.lora_.*", "", key) not in modules]
+            if foreign:
+                raise ValueError(f"{what} adapts {foreign[0]}, which the teacher does not have.")
+        return len(weights)
 
     def check(self, teacher_sha256: str, generator: dict[str, Any]) -> None:
         """Raises a `ValueError` if the path was recorded from another teacher or another start, naming which."""
         recorded = self.manifest["teacher"]["sha256"]
         if recorded != teacher_sha256:
             raise ValueError(
-                f"The path in {self.folder} was recorded from another teacher, {self.manifest['teacher']['name_or_path']!r} "
+                f"The path in {self.where} was recorded from another teacher, {self.manifest['teacher']['name_or_path']!r} "
                 f"(SHA-256 {recorded[:12]}), not from this one ({teacher_sha256[:12]}). Record a path for it with stage 1."
             )
         for key in ("sha256", "conditioning_timestep"):
             was, is_ = self.manifest["generator"][key], generator[key]
             if was != is_:
                 raise ValueError(
-                    f"The path in {self.folder} was recorded from another initial generator: its {key} is {was}, this "
+                    f"The path in {self.where} was recorded from another initial generator: its {key} is {was}, this "
                     f"one's is {is_}. Record a path for this start with stage 1."
                 )
 
+    def _node(self, index: int) -> dict[str, Any]:
+        if not 1 <= index <= len(self):
+            raise IndexError(f"node {index} is not on this path: its recorded nodes are 1..{len(self)}.")
+        return self.nodes[index - 1]
+
     def _files(self, index: int) -> list[Path]:
         """The files of a node's weights, checked."""
-        folder, hashes = self.node_folder(index) / "unet", self.nodes[index - 1]["files"]
+        return self._checked(index, self.node_folder(index))
+
+    def _checked(self, index: int, folder: Path) -> list[Path]:
+        hashes = self.nodes[index - 1]["files"]
         for name, sha256 in hashes.items():
-            file = folder / name
+            file = folder / "unet" / name
             if not file.is_file():
-                raise ValueError(f"node {index} is incomplete: {file} is missing. Record the path again.")
-            if _sha256(file) != sha256:
+                raise ValueError(f"node {index} is incomplete: {file} is missing. Record or pull the path again.")
+            if sha256_of(file) != sha256:
                 raise ValueError(f"node {index} is damaged: {file} is not what was recorded (SHA-256 differs).")
-        return [folder / name for name in hashes]
+        return [folder / "unet" / name for name in hashes]
 
-    def _write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / MANIFEST, self.manifest)
+    # Sharing -----------------------------------------------------------------------------------------------------
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the path into a folder: a copy, every node of which was checked.
 
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        Args:
+            folder (`str` or `Path`): Must not hold a path yet.
+        """
+        folder = Path(folder)
+        if (folder / MANIFEST).exists():
+            raise ValueError(f"{folder} holds a degradation path already; choose another folder, or remove it.")
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, node in enumerate(self.nodes, 1):
+            draft = folder / f"{node['name']}.draft"
+            for old in (draft, folder / node["name"]):
+                shutil.rmtree(old, ignore_errors=True)
+            self.folders.copy(node, draft)
+            self._checked(index, draft)
+            os.replace(draft, folder / node["name"])
+        write_json(folder / MANIFEST, self.manifest)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        token: str | None = None,
+        cache_dir: str | None = None,
+    ) -> str:
+        """Shares the path: a branch for each node; `path.json` and a card on `main`. Can be repeated.
+
+        Args:
+            repo_id (`str`): `user/name`. It is made if it is not there.
+            private (`bool`, *optional*): Of a new repository.
+            create_pr (`bool`): Propose what goes to `main` as a pull request. The branches are made in any case: pull
+                requests have none.
+            commit_message (`str`, *optional*): Of the commit to `main`.
+            token (`str`, *optional*): By default that of `hf auth login`. It is never written anywhere.
+            cache_dir (`str`, *optional*): Where the teacher was downloaded to.
+
+        Returns:
+            `str`: The repository's full id.
+
+        Raises:
+            HubError: If the repository holds something else, or the Hub fails for good. Nothing is overwritten then.
+        """
+        repository = Repository(repo_id, token)
+        repository.create(private)
+        manifest = self.push_nodes(repository, cache_dir)
+        files: Files = {MANIFEST: to_bytes(manifest)}
+        if "model_index.json" not in repository.tree(repository.head()):  # a student has a card of its own
+            picture = Path(self.where, "path.png")
+            files |= {"path.png": picture} if picture.is_file() else {}
+            card = path_card(manifest, repository.repo_id, self.teacher.card(cache_dir), picture.is_file())
+            files["README.md"] = card.encode()
+        repository.commit(
+            files,
+            commit_message or f"Add the degradation path, {len(self)} nodes",
+            check=lambda head: check_main(repository, head, self.manifest),
+            create_pr=create_pr,
+        )
+        return repository.repo_id
+
+    def push_nodes(self, repository: Repository, cache_dir: str | None = None) -> dict[str, Any]:
+        """Pushes the nodes alone. Returns the manifest for `main`, with the commit of each.
+
+        Raises:
+            HubError: If the repository holds something else, or the Hub fails for good.
+        """
+        dtype = self.nodes[0]["dtype"] if self.nodes else "float32"
+        teacher_files = self.teacher.component_files(dtype, cache_dir)
+        return push_nodes(self.manifest, self.folders, teacher_files, repository)

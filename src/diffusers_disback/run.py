@@ -1,6 +1,7 @@
 """What a run needs besides its two stages: whose results are here, which path, and what is written at the end."""
 
 import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,22 @@ import torch
 from accelerate import PartialState
 
 from .backtracking import BacktrackingConfig, BacktrackingTrainer, TargetSchedule, guidance_of_node
+from .branches import HubNodes
 from .config import TrainingConfig
 from .data import PromptFile, dataset_prompts
 from .degradation import DegradationConfig
 from .evaluation import Evaluation
 from .evaluation.report import Report, read_report, summary, versions
 from .families import ModelFamily
-from .hub import licence_of, write_model_card
-from .model_reference import fingerprint
-from .path import MANIFEST, DegradationPath
+from .hub import write_model_card
+from .manifest import MANIFEST
+from .model_reference import ModelReference, fingerprint
+from .path import DegradationPath
 from .run_folder import FREE_SETTINGS, RunFolder, flat
+from .upload import repository_of
 
 
 Configs = tuple[TrainingConfig, DegradationConfig, BacktrackingConfig]
-
-
-def path_folder(training: TrainingConfig) -> Path:
-    return Path(training.degradation_path or Path(training.output_dir, "path"))
 
 
 def check_settings(configs: Configs) -> None:
@@ -44,7 +44,14 @@ def check_settings(configs: Configs) -> None:
         folder.checkpoint_to_resume(name, resume)
     if training.stage == "record" and degradation.num_path_nodes == 0:
         raise ValueError("--stage record with --num_path_nodes 0 has nothing to do.")
-    if training.stage == "all" and not (path_folder(training) / MANIFEST).exists():
+    if training.push_to_hub:
+        repository_of(training)
+    if training.path_is_shared and training.stage == "record":
+        raise ValueError(
+            f"--stage record writes a path into a folder. Write ./{training.degradation_path} if that is meant; push it "
+            "with --push_to_hub."
+        )
+    if training.stage == "all" and not training.path_is_shared and not (training.path_folder / MANIFEST).exists():
         TargetSchedule(degradation.num_path_nodes, backtracking.steps_per_target, backtracking.max_train_steps)
 
 
@@ -65,22 +72,26 @@ def open_path(
     Raises:
         ValueError: If the path that is there is of another teacher, another start or another recording, is damaged, or
             has too many nodes for the steps of stage 2.
+        HubError: If it is on the Hub, and the Hub does not give it.
     """
     training, degradation, backtracking = configs
-    folder, resume = path_folder(training), training.resume_from_checkpoint
+    folder, resume = training.path_folder, training.resume_from_checkpoint
     start = {
         "name_or_path": training.generator_model_name_or_path,
         "sha256": fingerprint(generator),
         "conditioning_timestep": training.conditioning_timestep,
     }
     recording = {k: v for k, v in flat(training, degradation).items() if k not in FREE_SETTINGS}
-    own, recorded = fingerprint(teacher.network), (folder / MANIFEST).exists()
+    own = fingerprint(teacher.network)
+    if training.path_is_shared:
+        return _open_shared(configs, own, start, teacher.reference, state)
+    recorded = (folder / MANIFEST).exists()
     state.wait_for_everyone()  # all have looked before one writes
     if not recorded and training.stage != "backtrack":
         if degradation.num_path_nodes == 0:
             return None
-        return DegradationPath.create(folder, teacher.reference, own, start, recording)
-    path = DegradationPath.from_pretrained(folder, teacher.reference)
+        return DegradationPath.create(folder, teacher.reference, own, start, recording, training.cache_dir)
+    path = DegradationPath.from_pretrained(folder, teacher=teacher.reference)
     path.check(own, start)
     if path.complete:
         if state.is_main_process:
@@ -95,6 +106,29 @@ def open_path(
                 f"The path in {folder} is unfinished: {len(path)} nodes are recorded. Finish it with the command that "
                 "began it and --resume_from_checkpoint latest."
             )
+    return path
+
+
+def _open_shared(
+    configs: Configs, teacher_sha256: str, start: dict[str, Any], reference: ModelReference, state: PartialState
+) -> DegradationPath:
+    """A path on the Hub, to be gone along."""
+    training, _, backtracking = configs
+    with state.main_process_first():
+        path = DegradationPath.from_pretrained(
+            training.degradation_path,
+            teacher=reference,
+            cache_dir=training.cache_dir,
+            token=training.hub_token,
+            disk_budget_gb=training.path_disk_budget_gb if state.is_local_main_process else None,
+        )
+    path.check(teacher_sha256, start)
+    if not path.complete:
+        raise ValueError(
+            f"The path of {path.where} is unfinished: {len(path)} nodes are published. Its owner has to finish it."
+        )
+    TargetSchedule(len(path), backtracking.steps_per_target, backtracking.max_train_steps)
+    state.print(f"The path of {path.where} is replayed: {len(path)} nodes, downloaded as they are needed.")
     return path
 
 
@@ -127,6 +161,7 @@ def picture_evaluation(training: TrainingConfig, wanted: list[str]) -> Evaluatio
 
 def write_results(
     report: Report,
+    family: ModelFamily,
     path: DegradationPath | None,
     trainer: BacktrackingTrainer | None,
     configs: Configs,
@@ -137,6 +172,7 @@ def write_results(
 
     Args:
         report (`Report`): With what was measured.
+        family (`ModelFamily`): The teacher.
         path (`DegradationPath`, *optional*): The complete path.
         trainer (`BacktrackingTrainer`, *optional*): Of stage 2, if it was run.
         configs (`Configs`): All settings.
@@ -149,11 +185,15 @@ def write_results(
     report.write_samples(folder / "samples.png")
     if path is not None:
         stages["degradation"] = path.manifest["cost"]
-        titles = [f"node {i}, step {node['step']}" for i, node in enumerate(path.nodes, 1)]
-        scales = [guidance_of_node(i, len(path), backtracking) for i in range(1, len(path) + 1)]
-        report.write_path(path.load, list(zip(titles, scales, strict=True)), folder / "path.png")
+        if not (training.path_is_shared and training.path_disk_budget_gb):  # or it would be downloaded once more
+            scales = [guidance_of_node(i, len(path), backtracking) for i in range(len(path) + 1)]
+            report.write_path(path, scales, folder / "path.png")
+            if training.stage == "record":
+                shutil.copyfile(folder / "path.png", path.folder / "path.png")
     content = {
         "stages": stages,
+        "path": path and _origin(path),
+        "resolution": family.resolution(training.resolution),
         "seed": training.seed,
         "versions": versions(),
         "machine": {"device": device_name(state.device), "num_processes": state.num_processes},
@@ -162,17 +202,33 @@ def write_results(
     if trainer is not None:
         precision = trainer.accelerator.mixed_precision
         stages["backtracking"] = trainer.summary()
-        content |= {"curve": trainer.curve, "switches": trainer.schedule.switches}
+        content |= {"curve": trainer.curve, "switches": trainer.schedule.switches, "waits": trainer.waits}
         content["machine"]["mixed_precision"] = precision
         report.write_convergence(trainer.curve, trainer.schedule.switches, folder / "convergence.png")
         launch = ["accelerate", "launch", "--num_processes", str(state.num_processes), "--mixed_precision", precision]
-        content["command"] = shlex.join([*launch, script, *arguments])
+        content["command"] = shlex.join([*launch, script, *without_token(arguments)])
     written = report.write(folder, **content)
     if trainer is not None:
-        resolution = trainer.family.resolution(training.resolution)
-        licence = licence_of(training.pretrained_model_name_or_path)
-        write_model_card(folder, written, report.gallery.prompts[0], resolution, licence)
+        write_model_card(folder, written, family.reference.card(training.cache_dir))
     return summary(folder)
+
+
+def _origin(path: DegradationPath) -> dict[str, Any]:
+    """Where a path came from, for the report."""
+    origin = {"num_nodes": len(path), "nodes": path.nodes}
+    if isinstance(path.folders, HubNodes):
+        origin |= {"repo_id": path.where, "commit": path.folders.commit}
+    return origin
+
+
+def without_token(arguments: list[str]) -> list[str]:
+    """A command line for others to read."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument.split("=")[0] != "--hub_token":
+            kept.append(argument)
+        skip = argument == "--hub_token"
+    return kept
 
 
 def device_name(device: torch.device) -> str:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .path import write_json
+from .manifest import write_json
 
 
 # A resumed run may change these and still be the same run.
@@ -15,6 +15,7 @@ FREE_SETTINGS = {
     *("checkpointing_steps", "checkpoints_total_limit", "mixed_precision", "allow_tf32", "gradient_checkpointing"),
     *("dataloader_num_workers", "report_to", "logging_dir", "logging_steps", "tracker_project_name"),
     *("validation_prompts", "num_validation_images", "validation_steps"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "path_disk_budget_gb"),
 }
 _RESULTS = {"degradation": ("path/path.json",), "backtracking": ("model_index.json", "README.md")}
 
@@ -71,6 +72,11 @@ class RunFolder:
         """Marks a stage as begun here. Outside of `checkpoints`, which may be thrown away when a run is finished."""
         return self.folder / "settings" / f"{stage}.json"
 
+    def settings(self) -> dict[str, Any]:
+        """What was written down of the stages that were begun here."""
+        files = [self.settings_file(stage) for stage in _RESULTS]
+        return {k: v for file in files if file.is_file() for k, v in json.loads(file.read_text()).items()}
+
     def stage_folder(self, stage: str) -> Path:
         return self.folder / "checkpoints" / stage
 
@@ -115,5 +121,5 @@ class RunFolder:
 
 
 def flat(*configs: Any) -> dict[str, Any]:
-    """The fields of dataclasses in one dictionary."""
-    return {name: value for config in configs for name, value in vars(config).items()}
+    """The fields of dataclasses in one dictionary, for others to read: without the token."""
+    return {name: value for config in configs for name, value in vars(config).items() if name != "hub_token"}

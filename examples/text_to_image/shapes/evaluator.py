@@ -70,7 +70,7 @@ def held_out(num: int = NUM_PICTURES) -> tuple[Tensor, list[str]]:
 
 def shapes_evaluation(num: int = NUM_PICTURES) -> Evaluation:
     """Prompts and noise that are always the same, and the judge; its `floor` is what real pictures score."""
-    evaluation = Evaluation(shapes_prompts(num))
+    evaluation = Evaluation(shapes_prompts(num), name="Captioned shapes", type="captioned-shapes")
     judge = ShapesEvaluator(load_judge())
     evaluation.evaluators.append(judge)
     evaluation.references["floor"] = judge(*held_out())

@@ -32,14 +32,25 @@ class Evaluation:
         prompts (`list[str]`): One picture each.
         seed (`int`): Of the noise.
         batch_size (`int`): Pictures drawn at once.
+        name (`str`): Of these prompts, as a card calls them.
+        type (`str`): The same as an identifier.
 
     Attributes:
         evaluators (`list[Evaluator]`): What measures the pictures.
         references (`dict`): Measures to set beside those of pipelines, by name, such as the `floor` of a distance.
     """
 
-    def __init__(self, prompts: list[str], seed: int = 0, batch_size: int = 50):
+    def __init__(
+        self,
+        prompts: list[str],
+        seed: int = 0,
+        batch_size: int = 50,
+        name: str = "Prompts of the run",
+        type: str = "prompts",
+    ):
         self.prompts = prompts
+        self.name = name
+        self.type = type
         self.seed = seed
         self.batch_size = batch_size
         self.evaluators: list[Evaluator] = []

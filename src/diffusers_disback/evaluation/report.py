@@ -2,14 +2,14 @@
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..path import DegradationPath
 from . import Evaluation
 from .drift import DriftEvaluator
 from .pictures import convergence_plot, picture_grid
@@ -98,32 +98,26 @@ class Report:
             file,
         )
 
-    def write_path(
-        self, load_node: Callable[[int, nn.Module], None], nodes: list[tuple[str, float]], file: Path
-    ) -> None:
+    def write_path(self, path: DegradationPath, scales: list[float], file: Path) -> None:
         """What each node of the path draws, from the teacher to the last node, and the initial student at the end.
 
         Args:
-            load_node (`Callable`): `(index, network)`: fills the network with a node's weights.
-            nodes (`list[tuple[str, float]]`): Title and guidance of nodes 1..N.
+            path (`DegradationPath`): Of full nodes.
+            scales (`list[float]`): The guidance of nodes 0..N.
             file (`Path`): PNG.
         """
-        teacher = self.teacher.unet
-        columns = [self.shown["teacher"]]
-        self.teacher.unet = copy.deepcopy(teacher)
-        for index, (_, guidance_scale) in enumerate(nodes, 1):
-            load_node(index, self.teacher.unet)
-            columns.append(self.draw_teacher(self.gallery, guidance_scale)[0])
-        self.teacher.unet = teacher
-        columns.append(self.shown["initial"])
-        titles = [f"{title}\nw={scale:.3g}" for title, scale in [("teacher", self.guidance_scale), *nodes]]
-        titles.append("initial student\n1 step")
-        rows = {prompt: [column[row] for column in columns] for row, prompt in enumerate(self.gallery.prompts)}
-        picture_grid(rows, titles, file)
+        last = {"initial student\n1 step": self.shown["initial"]}
+        draw_path(path, self.teacher, self.gallery, scales, self.teacher_steps, file, last)
 
     def write(self, folder: Path, **others: Any) -> dict[str, Any]:
         """Writes `report.json`: the measures by name, and what else is passed."""
-        report = {**self.measures, **others}
+        evaluation = {
+            "name": self.evaluation.name,
+            "type": self.evaluation.type,
+            "num_pictures": len(self.evaluation.prompts),
+            "seed": self.evaluation.seed,
+        }
+        report = {**self.measures, "evaluation": evaluation, "example_prompt": self.gallery.prompts[0], **others}
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         return report
 
@@ -132,6 +126,40 @@ class Report:
         self.measures[name] = {**measures, "seconds_per_image": round(seconds, 6)}
         self.shown[name] = shown
         return measures
+
+
+def draw_path(
+    path: DegradationPath,
+    teacher: DiffusionPipeline,
+    evaluation: Evaluation,
+    scales: list[float],
+    num_inference_steps: int,
+    file: Path,
+    others: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes a picture of what each node draws, from the same noise. The teacher's own UNet stays in CPU memory.
+
+    Args:
+        path (`DegradationPath`): Of full nodes.
+        teacher (`DiffusionPipeline`): The teacher with a many-step sampler.
+        evaluation (`Evaluation`): Its prompts are the rows.
+        scales (`list[float]`): The guidance of nodes 0..N.
+        num_inference_steps (`int`): Of the sampler.
+        file (`Path`): PNG.
+        others (`dict[str, Tensor]`, *optional*): More columns: title -> pictures.
+    """
+    kept, columns = teacher.unet, {}
+    teacher.unet = copy.deepcopy(kept).to(teacher.vae.device)
+    for index, scale in enumerate(scales):
+        title = f"node {index}, step {path.nodes[index - 1]['step']}" if index else "teacher"
+        if index:
+            path.load(index, teacher.unet)
+        pictures, _ = evaluation.draw(teacher, num_inference_steps=num_inference_steps, guidance_scale=scale)
+        columns[f"{title}\nw={scale:.3g}"] = pictures
+    teacher.unet = kept
+    columns |= others or {}
+    rows = {prompt: [column[row] for column in columns.values()] for row, prompt in enumerate(evaluation.prompts)}
+    picture_grid(rows, list(columns), file)
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -54,7 +54,9 @@ def load_family(reference: ModelReference, cache_dir: str | None = None) -> Mode
             f"The teacher {name!r} cannot be loaded: it is neither a folder with a diffusers pipeline in safetensors "
             f"nor such a model on the Hub (revision {reference.revision}, variant {reference.variant}). {error}"
         ) from error
-    return family_of(pipeline, reference)
+    family = family_of(pipeline, reference)
+    reference.folder(cache_dir)  # so that the Hub is not needed for the teacher's files when training is over
+    return family
 
 
 __all__ = ["FAMILIES", "ModelFamily", "family_of", "load_family"]

@@ -1,0 +1,360 @@
+"""Model cards of a student and of a path, as text. What they say comes from `report.json` and `path.json`."""
+
+import json
+from typing import Any
+
+from .repository import is_repo_id
+
+
+_CITATION = """## Citation
+
+```bibtex
+@inproceedings{zhang2025disback,
+  title     = {Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation},
+  author    = {Zhang, Shengyuan and Yang, Ling and Li, Zejian and Zhao, An and Meng, Chenye and Yang, Changyuan and Yang, Guang and Yang, Zhiyuan and Sun, Lingyun},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025}
+}
+```
+"""
+
+_STUDENT = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A one-step text-to-image generator, distilled from `{{ teacher }}`
+with DisBack (Distribution Backtracking Distillation, [arXiv 2408.15991](https://arxiv.org/abs/2408.15991)) by
+diffusers-disback {{ versions.diffusers_disback }}. One evaluation of the UNet makes a picture.
+
+![samples](samples.png)
+
+## Use
+
+With diffusers alone; both numbers matter:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({{ repo }})
+image = pipe({{ prompt }}, num_inference_steps=1, guidance_scale=0).images[0]
+```
+
+With diffusers-disback, where there is nothing to get wrong:
+
+```python
+from diffusers_disback import DisBackOneStepPipeline
+
+pipe = DisBackOneStepPipeline.from_pretrained({{ repo }})
+image = pipe({{ prompt }}).images[0]
+```
+
+The bare UNet, asked once, at timestep {{ timestep }}:
+
+```python
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+repo = {{ repo }}
+tokenizer = CLIPTokenizer.from_pretrained(repo, subfolder="tokenizer")
+text_encoder = CLIPTextModel.from_pretrained(repo, subfolder="text_encoder")
+unet = UNet2DConditionModel.from_pretrained(repo, subfolder="unet")
+scheduler = DDIMScheduler.from_pretrained(repo, subfolder="scheduler")
+vae = AutoencoderKL.from_pretrained(repo, subfolder="vae")
+
+with torch.no_grad():
+    tokens = tokenizer({{ prompt }}, padding="max_length", truncation=True, return_tensors="pt")
+    prompt_embeds = text_encoder(tokens.input_ids)[0]
+    noise = torch.randn(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    scheduler.set_timesteps(1)
+    (t,) = scheduler.timesteps  # {{ timestep }}
+    x0 = scheduler.step(unet(noise, t, prompt_embeds).sample, t, noise).prev_sample
+    image = VaeImageProcessor().postprocess(vae.decode(x0 / vae.config.scaling_factor).sample)[0]
+```
+
+## Figures
+
+Measured on {{ num_pictures }} pictures ({{ dataset }}), seed {{ evaluation_seed }}:
+
+{{ figures }}
+
+`distance` is a Frechet distance (0 is best), accuracies are shares of pictures (1 is best), `drift_*` are differences to
+the teacher's many-step pictures of the same prompts (0 is best), `seconds_per_image` was taken on the machine below. These
+are figures of one run with one seed.
+
+![convergence](convergence.png)
+
+## How it was made
+
+{{ path }}
+{% if path_picture %}
+What each node of the path draws:
+
+![path](path.png)
+{% endif %}
+{{ stages }}
+
+Steps are updates of the fake score (degradation) and of the generator (backtracking); `peak_memory_mb` is of the GPU, on a
+CPU of the process. Machine: {{ machine }}. Versions: {{ versions_line }}. Seed: {{ seed }}.
+
+```bash
+{{ command }}
+```
+
+<details><summary>All settings</summary>
+
+{{ settings }}
+
+</details>
+
+The energy that this took was not measured, so no carbon figure is given.
+
+## Licence
+
+{{ licence }}
+
+## Limits
+
+The student inherits the teacher's limits, makes pictures in one step only, takes no negative prompt, and is made for
+{{ resolution }}x{{ resolution }} pixels.{% if behind %} By these measures it is behind its teacher in {{ behind }}.{% endif %}
+
+"""
+
+_PATH = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A degradation path for DisBack (Distribution Backtracking Distillation,
+[arXiv 2408.15991](https://arxiv.org/abs/2408.15991)), recorded by diffusers-disback: how a copy of the teacher
+`{{ teacher }}` degraded while it was fitted to the samples of an untrained one-step student. It depends on the teacher and
+on the student's start alone, so one path serves many students.
+
+{{ nodes }}
+
+Each node is a branch of this repository; `path.json` pins its commit and the SHA-256 of its weights.
+{% if picture %}
+What each node draws, from the teacher to the most degraded one:
+
+![path](path.png)
+{% endif %}
+## Use
+
+To distil a student along it, with the same teacher and the same start:
+
+```bash
+accelerate launch train_disback.py --pretrained_model_name_or_path {{ teacher }} \\
+  --conditioning_timestep {{ timestep }} --degradation_path {{ repo_id }} --stage backtrack --prompts_file prompts.txt
+```
+
+To look at a node:
+{% if node %}
+```python
+from diffusers import UNet2DConditionModel
+
+{% if full %}unet = UNet2DConditionModel.from_pretrained({{ repo }}, subfolder="unet", revision="{{ node }}"){% else %}unet = UNet2DConditionModel.from_pretrained({{ teacher_repr }}, subfolder="unet")
+unet.load_lora_adapter({{ repo }}, revision="{{ node }}", subfolder="unet", prefix=None, use_safetensors=True){% endif %}
+```
+{% if full %}
+```python
+from diffusers import DiffusionPipeline
+
+degraded_teacher = DiffusionPipeline.from_pretrained({{ repo }}, revision="{{ node }}")
+image = degraded_teacher("a photograph", num_inference_steps=25).images[0]
+```
+{% endif %}{% endif %}
+```bash
+diffusers-disback path show {{ repo_id }}
+diffusers-disback path verify {{ repo_id }}
+diffusers-disback pull {{ repo_id }} my-path
+```
+
+## How it was made
+
+Teacher: `{{ teacher }}`{% if commit %}, commit `{{ commit }}`{% endif %}, SHA-256 of its denoiser `{{ teacher_sha }}`.
+Start of the student: {{ start }}, asked at timestep {{ timestep }}.{% if cost %}
+{{ cost }}{% endif %}
+
+<details><summary>All settings</summary>
+
+{{ settings }}
+
+</details>
+
+## Licence
+
+{{ licence }}
+
+"""
+
+
+def student_card(
+    report: dict[str, Any], title: str, repo: str, teacher_card: dict[str, Any], path_picture: bool
+) -> str:
+    """`README.md` of a student.
+
+    Args:
+        report (`dict`): The content of `report.json`.
+        title (`str`): Its name.
+        repo (`str`): The folder or repository of the snippets.
+        teacher_card (`dict`): The metadata of the teacher's card.
+        path_picture (`bool`): Whether there is a `path.png`.
+    """
+    from huggingface_hub import EvalResult
+
+    evaluation, settings = report["evaluation"], report["settings"]
+    measured = {name: report[name] for name in ("floor", "teacher", "initial", "student") if name in report}
+    results = [
+        EvalResult(
+            task_type="text-to-image",
+            dataset_type=evaluation["type"],
+            dataset_name=evaluation["name"],
+            metric_type="accuracy" if name.endswith("_accuracy") else name,
+            metric_name=name.replace("_", " "),
+            metric_value=value,
+        )
+        for name, value in report["student"].items()
+        if name != "seconds_per_image"
+    ]
+    return _render(
+        _STUDENT,
+        settings["pretrained_model_name_or_path"],
+        teacher_card,
+        ["one-step", "distillation", "disback"],
+        title=title,
+        results=results,
+        repo=json.dumps(repo),
+        prompt=json.dumps(report["example_prompt"], ensure_ascii=False),
+        timestep=settings["conditioning_timestep"],
+        figures=table(measured),
+        num_pictures=evaluation["num_pictures"],
+        dataset=evaluation["name"],
+        evaluation_seed=evaluation["seed"],
+        path=_path_of(report),
+        stages=table(report["stages"]),
+        path_picture=path_picture,
+        command=report["command"],
+        settings=_list(settings),
+        seed=report["seed"],
+        machine=", ".join(f"{name} {value}" for name, value in report["machine"].items()),
+        versions=report["versions"],
+        versions_line=", ".join(f"{name} {value}" for name, value in report["versions"].items()),
+        resolution=report["resolution"],
+        behind=_behind(report),
+    )
+
+
+def path_card(manifest: dict[str, Any], repo_id: str, teacher_card: dict[str, Any], picture: bool) -> str:
+    """`README.md` of a repository that holds a path alone.
+
+    Args:
+        manifest (`dict`): The content of `path.json`.
+        repo_id (`str`): The repository.
+        teacher_card (`dict`): The metadata of the teacher's card.
+        picture (`bool`): Whether there is a `path.png`.
+    """
+    teacher, generator, nodes = manifest["teacher"], manifest["generator"], manifest["nodes"]
+    columns = ("step", "loss", "bytes")
+    rows = {f"`{node['name']}`": {name: node[name] for name in columns} for node in nodes}
+    cost = manifest.get("cost")
+    return _render(
+        _PATH,
+        teacher["name_or_path"],
+        teacher_card,
+        ["degradation-path", "distillation", "disback"],
+        title=repo_id.split("/")[-1],
+        nodes=table(rows) if nodes else "No node is recorded yet.",
+        picture=picture,
+        repo=json.dumps(repo_id),
+        repo_id=repo_id,
+        node=nodes[-1]["name"] if nodes else None,
+        full=bool(nodes) and nodes[-1]["kind"] == "full",
+        teacher_repr=json.dumps(teacher["name_or_path"]),
+        commit=teacher["commit"],
+        teacher_sha=teacher["sha256"],
+        start=f"`{generator['name_or_path']}`" if generator["name_or_path"] else "a copy of the teacher",
+        timestep=generator["conditioning_timestep"],
+        cost=cost
+        and f"{cost['steps']} steps in {cost['seconds']:.0f} s, peak memory {cost['peak_memory_mb']:.0f} MB.",
+        settings=_list(manifest["recording"]),
+    )
+
+
+def _render(
+    template: str, teacher: str, teacher_card: dict[str, Any], tags: list[str], title: str, results=None, **texts: Any
+) -> str:
+    """A card by the Hub's own tools: metadata that they know, and the template's text."""
+    from diffusers.utils.hub_utils import populate_model_card
+    from huggingface_hub import ModelCard, ModelCardData
+
+    base = teacher if is_repo_id(teacher) else teacher_card.get("base_model")
+    licence = {key: teacher_card[key] for key in ("license", "license_name", "license_link") if key in teacher_card}
+    data = ModelCardData(
+        pipeline_tag="text-to-image",
+        base_model=base,
+        eval_results=results,
+        model_name=title if results else None,
+        **({"base_model_relation": "finetune"} if base else {}),
+        **licence,
+    )
+    said = _licence(teacher, teacher_card)
+    card = ModelCard.from_template(data, template_str=template, title=title, teacher=teacher, licence=said, **texts)
+    return str(populate_model_card(card, ["text-to-image", *tags])) + "\n" + _CITATION
+
+
+def _licence(teacher: str, card: dict[str, Any]) -> str:
+    if "license" not in card:
+        return (
+            f"The card of the teacher, `{teacher}`, declares no licence, so none is declared here. Weights derived from "
+            "it are bound by its terms: find them before you use or share these."
+        )
+    name = card.get("license_name", card["license"])
+    link = f" ([text]({card['license_link']}))" if "license_link" in card else ""
+    return (
+        f"These weights are derived from `{teacher}`, whose card declares the licence `{name}`{link}. It holds for them "
+        "too, with all its conditions and restrictions of use."
+    )
+
+
+def _path_of(report: dict[str, Any]) -> str:
+    path = report.get("path")
+    if path is None:
+        return "Without a degradation path: the teacher was the only target."
+    if "repo_id" in path:
+        return (
+            f"Along the degradation path of [{path['repo_id']}](https://huggingface.co/{path['repo_id']}), commit "
+            f"`{path['commit']}`, with {path['num_nodes']} nodes."
+        )
+    return (
+        f"Along a degradation path of {path['num_nodes']} nodes: the branches `degradation-*` of this repository, or the "
+        "folder `path`."
+    )
+
+
+def _behind(report: dict[str, Any]) -> str:
+    """The measures by which the student is worse than its teacher; drift, which is from the teacher, is none."""
+    student, teacher = report["student"], report["teacher"]
+    worse = []
+    for name in student.keys() & teacher.keys():
+        lost = {"distance": student[name] - teacher[name]}.get(name, teacher[name] - student[name])
+        if (name == "distance" or name.endswith("_accuracy")) and lost > 0:
+            worse.append(f"{name.replace('_', ' ')} ({student[name]:.4g} against {teacher[name]:.4g})")
+    return " and ".join(sorted(worse))
+
+
+def _list(settings: dict[str, Any]) -> str:
+    return "\n".join(f"- `{name}`: {value!r}" for name, value in settings.items())
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """A Markdown table, one row per name."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for name, row in rows.items():
+        cells = [f"{row[column]:.4g}" if column in row else "" for column in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

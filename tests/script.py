@@ -1,0 +1,41 @@
+"""The training script at tiny size, as functions of its flags."""
+
+from pathlib import Path
+
+import torch
+import train_disback
+from safetensors.torch import load_file
+
+
+SCRIPT = Path(train_disback.__file__)
+
+
+def arguments(folder: Path, teacher: Path, prompts: Path, /, **changes) -> list[str]:
+    """The command line of a tiny run; `None` leaves a flag out, a list gives it several values."""
+    flags = {
+        "pretrained_model_name_or_path": teacher,
+        "prompts_file": prompts,
+        "output_dir": folder,
+        "degradation_steps": 4,
+        "num_path_nodes": 2,
+        "max_train_steps": 4,
+        "steps_per_target": 2,
+        "fake_score_updates": 1,
+        "train_batch_size": 2,
+        "fake_score_learning_rate": 1e-3,
+        "generator_learning_rate": 1e-3,
+        "lr_warmup_steps": 0,
+        "num_validation_images": 1,
+        "report_to": "none",
+        **changes,
+    }
+    line = []
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            line += [f"--{name}", *map(str, values)]
+    return line
+
+
+def student(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
