@@ -68,7 +68,8 @@ def alice(hub, monkeypatch):
 @pytest.fixture
 def repo(alice, request):
     """A repository's name of its own, because the client's cache outlives the test."""
-    return f"alice/{request.node.name.split('[')[0].replace('_', '-')[:60]}-{abs(hash(request.node.name)) % 10**6}"
+    words = request.node.name.split("[")[0].removeprefix("test_").split("_")
+    return f"alice/{'-'.join(words[:6])}-{abs(hash(request.node.name)) % 10**6}"
 
 
 @pytest.fixture(scope="session")
@@ -91,4 +92,5 @@ def run(tmp_path, teacher_folder, prompts_file):
         train_disback.main(arguments(tmp_path / name, teacher_folder, prompts_file, **changes))
         return tmp_path / name
 
+    run.folder = tmp_path
     return run

@@ -33,7 +33,7 @@ def test_a_path_is_what_is_in_its_folder(path):
     assert len(again) == 2 and again.complete and again.manifest == path.manifest
     assert [node["step"] for node in again.nodes] == [100, 200]
     node = json.loads((path.node_folder(1) / "node.json").read_text())
-    assert node == path.nodes[0] and node["dtype"] == "float32"
+    assert node == {**path.nodes[0], "path": path.manifest["id"]} and node["dtype"] == "float32"
 
 
 def test_a_node_loads_in_stock_diffusers(path):

@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import shutil
 import threading
 import time
 
+import huggingface_hub
 import pytest
+import stages
 import tiny
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -14,7 +17,7 @@ from peft import LoraConfig
 from test_path import weights_equal
 
 from diffusers_disback import repository
-from diffusers_disback.model_reference import ModelReference
+from diffusers_disback.model_reference import ModelReference, fingerprint
 from diffusers_disback.path import DegradationPath
 from diffusers_disback.repository import HubError, Repository
 
@@ -59,14 +62,12 @@ def test_a_branch_is_the_degraded_teacher(path, repo, hub, teacher_folder):
     files = hub.files(repo, branch)
     for name in ("model_index.json", "scheduler/scheduler_config.json", "vae/diffusion_pytorch_model.safetensors"):
         assert files[name] == (teacher_folder / name).read_bytes()
-    assert json.loads(files["node.json"]) == path.nodes[1]
+    assert json.loads(files["node.json"]) == {**path.nodes[1], "path": path.manifest["id"]}
 
 
 def test_pushing_again_changes_nothing(path, repo, hub):
     path.push_to_hub(repo)
     before, commits = hub.snapshot(repo), len(hub.repos[repo].commits)
-    path.push_to_hub(repo)
-    path.manifest["cost"]["seconds"] = 2.0  # the same path, recorded once more
     path.push_to_hub(repo)
     assert hub.snapshot(repo) == before and len(hub.repos[repo].commits) == commits
 
@@ -74,8 +75,9 @@ def test_pushing_again_changes_nothing(path, repo, hub):
 def test_a_path_that_grows_is_pushed_bit_by_bit(tmp_path, teacher_folder, repo, hub):
     whole = tiny.path(tmp_path / "whole", teacher_folder)
     whole.push_to_hub("alice/in-one-go")
-    growing = tiny.path(tmp_path / "growing", teacher_folder, nodes=1)
-    growing.manifest["complete"] = False
+    growing = DegradationPath.create(tmp_path / "growing", whole.teacher, fingerprint(tiny.unet()), tiny.START, {})
+    growing.manifest["id"] = whole.manifest["id"]
+    growing.append(tiny.unet(seed=1), step=100, loss=0.5)
     target = Repository(repo)
     target.create()
     growing.push_nodes(target)
@@ -91,10 +93,15 @@ def test_a_path_that_grows_is_pushed_bit_by_bit(tmp_path, teacher_folder, repo, 
 def test_a_private_repository_and_a_pull_request(path, repo, hub):
     path.push_to_hub(repo, private=True, create_pr=True, commit_message="My path")
     assert hub.repos[repo].private
-    assert json.loads(hub.files(repo)["path.json"])["nodes"] == []
+    assert sorted(hub.files(repo)) == [".gitattributes"]
     assert len(json.loads(hub.files(repo, "refs/pr/1")["path.json"])["nodes"]) == 2
     assert hub.repos[repo].commits[Repository(repo).head("refs/pr/1")].message == "My path"
     assert len(DegradationPath.from_pretrained(repo, revision="refs/pr/1")) == 2
+    path.push_to_hub(repo, create_pr=True)
+    assert list(hub.repos[repo].pull_requests) == ["refs/pr/1"], "what is proposed is not proposed twice"
+    with pytest.raises(HubError, match="is there and is public, but a private one was asked for"):
+        Repository("alice/public").create()
+        path.push_to_hub("alice/public", private=True)
 
 
 def test_a_copy_of_a_shared_path_is_the_path(path, repo, tmp_path):
@@ -144,6 +151,9 @@ def test_an_adapter_node(tmp_path, teacher_folder, repo):
     assert not torch.equal(stock(x, t, c).sample, tiny.unet()(x, t, c).sample)
     with pytest.raises(ValueError, match="is of kind 'adapter', but adapter=None is to be filled"):
         shared.load(1, into=tiny.unet())
+    wider = tiny.unet(block_out_channels=(8, 24))
+    with pytest.raises(ValueError, match="does not fit: it adapts .* It belongs to another architecture"):
+        shared.verify(wider)
     foreign = tiny.unet(layers_per_block=2)
     foreign.add_adapter(LoraConfig(r=3, target_modules=["to_q"]), adapter_name="fake_score")
     with pytest.raises(ValueError, match="does not fit"):
@@ -156,16 +166,28 @@ def test_an_adapter_node(tmp_path, teacher_folder, repo):
 def test_a_repository_of_something_else_is_left_alone(path, repo, hub, tmp_path, teacher_folder):
     path.push_to_hub(repo)
     other = tiny.path(tmp_path / "other", teacher_folder, seed=1)
-    Repository("alice/model").create()
-    Repository("alice/model").commit({"model_index.json": b"{}"}, "Mine")
+    for name, files in [
+        ("alice/model", {"model_index.json": b"{}"}),
+        ("alice/page", {"README.md": b"---\nlicense: mit\n---\n# My page"}),
+        ("alice/json", {"path.json": b"[1]"}),
+    ]:
+        Repository(name).create()
+        Repository(name).commit(files, "Mine")
     for target, message in [
-        (repo, "holds another degradation path: its seed is None, this one's is 1"),
-        ("alice/model", "holds model_index.json, which are no part of a degradation path"),
+        (repo, "holds another degradation path: .*its seed is None, this one's is 1"),
+        ("alice/model", "holds model_index.json, which this run did not put there"),
+        ("alice/page", "holds README.md, which this run did not put there"),
+        ("alice/json", "has format version None; this library reads 1. Nothing was overwritten"),
     ]:
         before = hub.snapshot(target)
         with pytest.raises(HubError, match=message):
             other.push_to_hub(target)
         assert hub.snapshot(target) == before
+    Repository("alice/fresh").create()
+    Repository("alice/fresh").commit(
+        {"README.md": b"---\nlicense: mit\n---\n", "LICENSE": b"MIT"}, "As the website does"
+    )
+    other.push_to_hub("alice/fresh")
 
 
 def test_a_branch_of_something_else_is_left_alone(path, repo, hub):
@@ -188,6 +210,66 @@ def test_a_node_that_somebody_changed_is_not_overwritten(path, repo, hub):
     with pytest.raises(HubError, match="The branch degradation-000100 .* holds something else"):
         path.push_to_hub(repo)
     assert hub.files(repo, "degradation-000100")[weights] == b"changed"
+
+
+def test_what_others_add_to_a_branch_stays(path, repo, hub):
+    path.push_to_hub(repo)
+    Repository(repo).commit({"README.md": b"A note."}, "Note", branch="degradation-000100")
+    path.push_to_hub(repo)
+    assert hub.files(repo, "degradation-000100")["README.md"] == b"A note."
+
+
+def test_a_recording_that_was_resumed_replaces_its_own_node(path, repo, hub):
+    """A run that goes on from a checkpoint before a node records it anew; on a GPU with other bytes."""
+    path.manifest["complete"] = False
+    target = Repository(repo)
+    target.create()
+    path.push_nodes(target)
+    path.begin(100)
+    path.append(tiny.unet(seed=7), step=200, loss=0.5)
+    path.finish({"steps": 200, "seconds": 1.0, "peak_memory_mb": 1.0})
+    path.push_to_hub(repo)
+    network = tiny.unet()
+    DegradationPath.from_pretrained(repo).load(2, into=network)
+    assert weights_equal(network, tiny.unet(seed=7))
+    path.begin(100)
+    path.append(tiny.unet(seed=8), step=200, loss=0.5)
+    with pytest.raises(HubError, match="holds something else"):  # it is published
+        path.push_to_hub(repo)
+
+
+def test_a_node_that_appears_between_look_and_commit_is_not_overwritten(
+    repo, hub, tmp_path, teacher_folder, impatient
+):
+    """Two recordings with equal settings and other bytes, neither of which has claimed `main`."""
+    one = tiny.path(tmp_path / "one", teacher_folder)
+    two = DegradationPath.create(tmp_path / "two", one.teacher, fingerprint(tiny.unet()), tiny.START, {})
+    two.append(tiny.unet(seed=9), step=100, loss=0.5)
+
+    def other_first(request):
+        if "/preupload/degradation-000100" in request.path:
+            hub.fault = None
+            two.push_to_hub(repo, create_pr=True)
+
+    hub.fault = other_first
+    with pytest.raises(HubError, match="was changed by somebody else at the same time"):
+        one.push_to_hub(repo, create_pr=True)
+    with pytest.raises(HubError, match="The branch degradation-000100 .* holds something else"):
+        one.push_to_hub(repo, create_pr=True)
+    assert json.loads(hub.files(repo, "degradation-000100")["node.json"])["path"] == two.manifest["id"]
+
+
+def test_a_private_teacher_does_not_become_public(repo, hub, tmp_path, teacher_folder):
+    target = Repository("alice/private-teacher")
+    target.create(private=True)
+    files = {f.relative_to(teacher_folder).as_posix(): f for f in teacher_folder.rglob("*") if f.is_file()}
+    target.commit(files, "A teacher")
+    path = tiny.path(tmp_path / "path", teacher_folder)
+    path.teacher = ModelReference("alice/private-teacher")
+    with pytest.raises(HubError, match="alice/private-teacher is private, but .* is public"):
+        path.push_to_hub(repo)
+    assert sorted(hub.snapshot(repo)) == ["main"]
+    path.push_to_hub(f"{repo}-too", private=True)
 
 
 def test_two_runs_at_once_do_not_mix(repo, hub, tmp_path, teacher_folder):
@@ -218,6 +300,13 @@ def test_two_runs_at_once_do_not_mix(repo, hub, tmp_path, teacher_folder):
         ({"format_version": "new"}, "has format version new; this library reads 1"),
         ({"nodes": [{}]}, "is not as its format says: KeyError.'name'."),
         ({"teacher": None}, "is not as its format says"),
+        ({"nodes/files": ["a"]}, "is not as its format says"),
+        ({"cost": {}}, "is not as its format says: KeyError.'steps'."),
+        (
+            {"nodes/step": 300, "nodes/name": "degradation-000300", "nodes/branch": "degradation-000300"},
+            "after step 300",
+        ),
+        ({"nodes/step": 150}, "names are like degradation-000200, where 200 is the step"),
         ({"nodes/name": "../../etc"}, "names node 1 '../../etc'"),
         ({"nodes/files": {"../../x.safetensors": "0" * 64}}, "with the file '../../x.safetensors'"),
         ({"nodes/files": {"x.bin": "0" * 64}}, "with the file 'x.bin'"),
@@ -273,7 +362,8 @@ def test_a_folder_does_not_ignore_a_revision(path):
 
 def test_branches_that_moved_or_are_gone(path, repo, hub, caplog):
     path.push_to_hub(repo)
-    Repository(repo).commit({"note.txt": b"hello"}, "Move", branch="degradation-000100")
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    Repository(repo).commit({weights: b"changed"}, "Move", branch="degradation-000100")
     network = tiny.unet(seed=9)
     DegradationPath.from_pretrained(repo).load(1, into=network)
     assert "The branch degradation-000100" in caplog.text and "has moved" in caplog.text
@@ -350,7 +440,7 @@ def test_an_outage_at_any_request_loses_and_doubles_nothing(path, repo, hub, imp
         (Fault(status=429, headers={"Retry-After": "7"}), True, "cannot serve .* now .status 429."),
         (Fault(lost="before"), True, "cannot be reached"),
         (Fault(status=401), False, "the token has expired or is missing. Log in with `hf auth login`"),
-        (Fault(status=403), False, "This token may not write to"),
+        (Fault(status=403), False, "This token has no right to do this with"),
         (Fault(status=403, headers={"X-Error-Message": "You exceeded your storage quota"}), False, "a quota or limit"),
         (Fault(status=413), False, "a quota or limit"),
         (Fault(status=418), False, "The Hub refused .* .status 418."),
@@ -386,7 +476,9 @@ def test_a_namespace_of_somebody_else(path, hub, monkeypatch, repo, impatient):
     Repository("alice/owned").create()
     monkeypatch.setenv("HF_TOKEN", hub.add_user("bob"))
     for target in ("alice/owned", "alice/new"):
-        with pytest.raises(HubError, match=f"This token may not write to {target}: it belongs to somebody else"):
+        with pytest.raises(
+            HubError, match=f"This token has no right to do this with {target}: it belongs to somebody else"
+        ):
             path.push_to_hub(target)
     monkeypatch.setenv("HF_TOKEN", "hf_expired")
     with pytest.raises(HubError, match="the token has expired or is missing"):
@@ -421,43 +513,29 @@ class Slow:
         )
 
 
-def replay_with_sleeps(repo, seconds_per_node, steps, seconds_per_step, hub):
+def replay_with_sleeps(shared, hub, tmp_path, seconds_per_node, steps, seconds_per_step, after_switch=lambda: None):
     """The waits of stage 2's own switches, with a sleep in a step's place."""
-    from types import SimpleNamespace
-
-    from diffusers_disback.backtracking import BacktrackingConfig, BacktrackingTrainer, TargetSchedule
-
-    shared = DegradationPath.from_pretrained(repo)
     Slow(hub, seconds_per_node)
-    backtracking = BacktrackingConfig(max_train_steps=steps * len(shared), steps_per_target=steps)
-    logged = []
-    trainer = SimpleNamespace(
-        name="backtracking",
-        path=shared,
-        schedule=TargetSchedule(len(shared), steps, steps * len(shared)),
-        backtracking=backtracking,
-        target=SimpleNamespace(network=tiny.unet(), guidance_scale=1.0),
-        target_node=None,
-        family=SimpleNamespace(network=tiny.unet()),
-        waits=[],
-        say=lambda line: None,
-        accelerator=SimpleNamespace(log=lambda values, step: logged.append(values)),
+    trainer = stages.trainer(
+        stages.training(tmp_path / "run"), shared, max_train_steps=steps * len(shared), steps_per_target=steps
     )
-    shared.load(len(shared), into=tiny.unet())
-    shared.prefetch(len(shared) - 1)
-    for step in range(trainer.schedule.steps):
-        BacktrackingTrainer.switch_target(trainer, step)
+    logged = []
+    trainer.accelerator.log = lambda values, step: logged.append(values["backtracking/seconds_waited_for_node"])
+    for step in range(trainer.steps):
+        trainer.switch_target(step)
+        if step % steps == 0:
+            node = trainer.schedule.node(step)
+            assert weights_equal(trainer.target.network, tiny.unet(seed=node))
+            after_switch()
         time.sleep(seconds_per_step)
     assert [wait["node"] for wait in trainer.waits] == list(range(len(shared) - 1, -1, -1))
-    assert [values["backtracking/seconds_waited_for_node"] for values in logged] == pytest.approx(
-        [wait["seconds"] for wait in trainer.waits], abs=1e-3
-    )
+    assert logged == pytest.approx([wait["seconds"] for wait in trainer.waits], abs=1e-3)
     return [wait["seconds"] for wait in trainer.waits]
 
 
 def test_the_next_node_is_fetched_while_training_goes_on(tmp_path, teacher_folder, repo, hub):
     tiny.path(tmp_path / "path", teacher_folder, nodes=4).push_to_hub(repo)
-    waits = replay_with_sleeps(repo, 1.0, 25, 0.06, hub)
+    waits = replay_with_sleeps(DegradationPath.from_pretrained(repo), hub, tmp_path, 1.0, 25, 0.06)
     assert waits[0] > 0.5, "nothing can be done before the first"
     assert max(waits[1:]) <= 0.2
 
@@ -465,12 +543,12 @@ def test_the_next_node_is_fetched_while_training_goes_on(tmp_path, teacher_folde
 @pytest.mark.slow
 def test_a_hub_that_takes_five_seconds_over_a_node(tmp_path, teacher_folder, repo, hub):
     tiny.path(tmp_path / "path", teacher_folder, nodes=4).push_to_hub(repo)
-    waits = replay_with_sleeps(repo, 5.0, 50, 0.2, hub)
+    waits = replay_with_sleeps(DegradationPath.from_pretrained(repo), hub, tmp_path, 5.0, 50, 0.2)
     print(waits)
     assert max(waits[1:]) <= 0.2
 
 
-def test_the_disk_budget_evicts_what_is_behind(tmp_path, teacher_folder, repo):
+def test_the_disk_budget_evicts_what_is_behind(tmp_path, teacher_folder, repo, hub):
     from huggingface_hub import scan_cache_dir
 
     tiny.path(tmp_path / "path", teacher_folder, nodes=5).push_to_hub(repo)
@@ -487,10 +565,81 @@ def test_the_disk_budget_evicts_what_is_behind(tmp_path, teacher_folder, repo):
         return [i for i, node in enumerate(shared.nodes, 1) if node["commit"] in commits]
 
     seen = []
-    for index in (5, 4, 3, 2, 1):
-        network = tiny.unet()
-        shared.load(index, into=network)
-        assert weights_equal(network, tiny.unet(seed=index))
-        shared.release(index + 1)
+
+    def settled():
+        for coming in shared._coming.values():
+            coming.result()
         seen.append(cached())
-    assert seen == [[4, 5], [4, 5], [3, 4, 5], [2, 3, 4], [1, 2, 4]]
+
+    replay_with_sleeps(shared, hub, tmp_path, 0.0, 1, 0.0, settled)
+    assert seen == [[3, 4, 5], [2, 3, 4], [1, 2, 4], [1, 2, 4], [1, 2, 4]], "two besides the one that was there"
+
+
+def test_a_resumed_run_downloads_only_what_it_needs_and_evicts_what_it_brought(tmp_path, teacher_folder, repo, hub):
+    tiny.path(tmp_path / "path", teacher_folder, nodes=4).push_to_hub(repo)
+    cache, settings = tmp_path / "cache", {"max_train_steps": 4, "steps_per_target": 1, "fake_score_updates": 1}
+
+    def shared():
+        return DegradationPath.from_pretrained(repo, cache_dir=cache, disk_budget_gb=1)
+
+    broken = stages.trainer(stages.training(tmp_path / "run", checkpointing_steps=1), shared(), **settings)
+    broken.train_step = stages.interrupted_at(2, broken.train_step)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    for folder in cache.rglob("snapshots"):
+        shutil.rmtree(folder)
+    before = len(hub.requests)
+    config = stages.training(tmp_path / "run", checkpointing_steps=1, resume_from_checkpoint="latest")
+    again = stages.trainer(config, shared(), **settings)
+    again.train()
+    weights = [request.path for request in hub.requests[before:] if request.path.endswith(".safetensors")]
+    commits = {path.split("/")[-3] for path in weights}
+    assert commits == {again.path.nodes[0]["commit"]}, "nodes 4, 3 and 2 are behind"
+    assert {"degradation-000400", "degradation-000300"} <= set(again.path.folders.downloaded)
+
+
+def test_a_node_that_could_not_be_fetched_ahead_is_fetched_then(path, repo, hub, impatient):
+    path.push_to_hub(repo)
+    shared = DegradationPath.from_pretrained(repo)
+    hub.fault = lambda request: Fault(lost="before")
+    shared.prefetch(1)
+    with pytest.raises(HubError):
+        shared._coming[1].result()
+    hub.fault = None
+    network = tiny.unet(seed=9)
+    shared.load(1, into=network)
+    assert weights_equal(network, tiny.unet(seed=1))
+
+
+@pytest.mark.parametrize("how", ["offline", "unreachable"])
+def test_a_path_that_is_in_the_cache_needs_no_hub(path, repo, hub, impatient, monkeypatch, how, caplog):
+    path.push_to_hub(repo)
+    shared = DegradationPath.from_pretrained(repo)
+    for index in (1, 2):
+        shared.read(index)
+    if how == "offline":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.fault = lambda request: Fault(lost="before")
+    for revision in (None, shared.folders.commit):
+        again = DegradationPath.from_pretrained(repo, revision=revision)
+        again.load(2, into=tiny.unet())
+    assert "is not known" in caplog.text
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE forbids" if how == "offline" else "cannot be reached"):
+        DegradationPath.from_pretrained("alice/not-in-the-cache")
+
+
+@pytest.mark.parametrize(
+    "error, passes, message",
+    [
+        (OSError(28, "No space left on device"), False, "no space left on this machine's disk"),
+        (RuntimeError("Data processing error: No space left on device"), False, "no space left"),
+        (OSError("Consistency check failed: file should be of size 1 but has size 0"), True, "cannot be reached"),
+        (PermissionError("Xet authentication failed"), False, "is not there"),
+        (RuntimeError("Data processing error at https://storage/x?signature=secret"), True, "error at ..."),
+        (TimeoutError("timed out"), True, "cannot be reached"),
+    ],
+    ids=str,
+)
+def test_errors_of_this_machine_and_of_the_storage(error, passes, message):
+    problem = repository.explain(error, "alice/x")
+    assert problem.passes == passes and message in str(problem) and "secret" not in str(problem)

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from hub_server import Fault
 from huggingface_hub import ModelCard, scan_cache_dir
-from script import student
+from script import arguments, student
 from stages import equal, interrupted_at
 from test_sharing import main_and_nodes
 
@@ -51,7 +53,8 @@ def test_a_run_is_pushed_and_its_path_replayed_from_the_hub(run, repo, hub, caps
     assert sorted(hub.repos[repo].branches) == ["degradation-000002", "degradation-000004", "main"]
     shutil.rmtree(first)
     without_cache()
-    second = run("second", stage="backtrack", degradation_path=repo)
+    commit = hub.repos[repo].branches["main"]
+    second = run("second", stage="backtrack", degradation_path=repo, degradation_path_revision=commit)
     assert equal(student(second), expected)
     report = json.loads((second / "report.json").read_text())
     assert report["path"]["repo_id"] == repo and report["path"]["commit"] == hub.repos[repo].branches["main"]
@@ -94,13 +97,21 @@ def test_a_repository_by_default_has_the_folders_name(run, hub, alice, tmp_path)
 def test_the_student_of_another_run_is_not_overwritten(run, repo, hub, capsys, impatient):
     run("first", push_to_hub=True, hub_model_id=repo)
     before = hub.snapshot(repo)
-    run("second", push_to_hub=True, hub_model_id=repo, guidance_scale=2.0)
+    same_path = {"stage": "backtrack", "degradation_path": f"{run.folder}/first/path"}
+    run("second", push_to_hub=True, hub_model_id=repo, guidance_scale=2.0, **same_path)
     captured = capsys.readouterr()
     assert "holds the student of another run: guidance_scale was 8.0, is 2.0" in captured.err
     assert "not pushed; push it later with diffusers-disback push" in captured.out
     assert hub.snapshot(repo) == before
     run("third", push_to_hub=True, hub_model_id=repo, num_path_nodes=0)
+    assert "holds the student of another run: num_path_nodes was 2, is 0" in capsys.readouterr().err
+    run("fourth", push_to_hub=True, hub_model_id=repo)  # the same settings, recorded once more
+    assert "holds another degradation path: its id is" in capsys.readouterr().err
     assert hub.snapshot(repo) == before
+    Repository("alice/lora").create()
+    Repository("alice/lora").commit({"adapter_config.json": b"{}", "unet/mine.bin": b"mine"}, "Mine")
+    assert command(["push", f"{run.folder}/third", "alice/lora"]) == 1
+    assert "alice/lora holds adapter_config.json, unet/mine.bin, which this run did not" in capsys.readouterr().err
 
 
 def test_a_longer_run_takes_its_own_place(run, repo, hub):
@@ -280,18 +291,19 @@ def test_nodes_arrive_while_stage_1_goes_on(run, repo, hub, monkeypatch):
         (Fault(status=500), "The Hub cannot serve .* now .status 500."),
         (Fault(status=429), "The Hub cannot serve .* now .status 429."),
         (Fault(status=401), "the token has expired or is missing"),
-        (Fault(status=403), "This token may not write to"),
+        (Fault(status=403), "This token has no right to do this with"),
     ],
     ids=["unreachable", "500", "429", "401", "403"],
 )
 def test_training_does_not_die_of_the_hub(run, repo, hub, impatient, capsys, fault, message):
     """One clear message, everything on disk, and a command that pushes it later to the same result."""
-    hub.fault = lambda request: fault
+    # As the real one: a page in HTML, and a number that no other request has.
+    hub.fault = lambda request: replace(fault, headers={"X-Request-Id": f"{request.number}"}, body=b"<html>")
     folder = run(push_to_hub=True, hub_model_id=repo, hub_private_repo=True)
     hub.fault = None
     captured = capsys.readouterr()
     told = [line for line in captured.err.splitlines() if "Nothing is lost, but the Hub does not have it" in line]
-    assert len(told) == 1 and re.search(message, told[0])
+    assert len(told) == 1 and re.search(message, told[0]), told
     assert repo not in hub.repos
     line = re.search(r"not pushed; push it later with diffusers-disback (.*)", captured.out)[1]
     assert line == f"push {folder} {repo} --private"
@@ -307,6 +319,9 @@ def test_a_token_is_written_nowhere(run, hub, monkeypatch, tmp_path, capfd, capl
     caplog.set_level(logging.DEBUG)
     common = {"push_to_hub": True, "hub_token": token, "hub_model_id": "alice/secret", "hub_private_repo": True}
     run("run", **common, report_to="tensorboard")
+    short = {"num_path_nodes": 0, "max_train_steps": 2, "push_to_hub": True, "hub_model_id": "alice/secret2"}
+    run("dashes", **short, **{"hub-token": token})
+    run("equals", **short, **{f"hub-token={token}": True}, resume_from_checkpoint="latest")
     without_cache()
     run("again", stage="backtrack", degradation_path="alice/secret", hub_token=token)  # which is private
     hub.fault = lambda request: Fault(status=403)
@@ -325,6 +340,8 @@ def test_bad_names_and_flags_are_told_before_anything_is_loaded(run, tmp_path, a
     for changes, message in [
         ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "'a/b/c' is no name of a repository"),
         ({"hub_model_id": "alice/x"}, "nothing is pushed without --push_to_hub"),
+        ({"path_disk_budget_gb": 3}, "--path_disk_budget_gb is for a path on the Hub, but --degradation_path is None"),
+        ({"degradation_path_revision": "v1"}, "--degradation_path_revision is for a path on the Hub"),
         (
             {"stage": "record", "degradation_path": "alice/x"},
             "--stage record writes a path into a folder. Write ./alice/x",
@@ -334,6 +351,9 @@ def test_bad_names_and_flags_are_told_before_anything_is_loaded(run, tmp_path, a
         with pytest.raises(ValueError, match=message):
             run(**changes)
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        run(push_to_hub=True, hub_model_id="alice/x", pretrained_model_name_or_path="nowhere/at-all")
+    assert not alice.repos
 
 
 def test_a_shared_path_of_another_teacher_or_start_or_an_unfinished_one(run, repo, hub, tmp_path):
@@ -385,6 +405,26 @@ def test_an_upload_that_waits_stands_for_all_before_it():
     assert upload.finish(lambda: None), "a later push that works mends it"
 
 
+@pytest.mark.slow
+def test_two_processes_replay_a_shared_path(run, repo, hub, tmp_path, teacher_folder, prompts_file):
+    run("recorded", stage="record", push_to_hub=True, hub_model_id=repo)
+    expected = student(run("one", stage="backtrack", degradation_path=repo))
+    shared = {"stage": "backtrack", "degradation_path": repo, "train_batch_size": 1, "path_disk_budget_gb": 1.0}
+    line = arguments(tmp_path / "two", teacher_folder, prompts_file, **shared)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    program = Path(__file__).with_name("two_processes.py")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        list(map(str, [*torchrun, program, tmp_path / "ranks", *line])),
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = student(tmp_path / "two")
+    assert all(torch.allclose(expected[key], two[key], atol=2e-4) for key in expected)
+
+
 # The command --------------------------------------------------------------------------------------------------------
 
 
@@ -404,6 +444,13 @@ def test_pull_and_push_are_inverse(run, repo, hub, tmp_path, capsys, monkeypatch
     assert {k: v for k, v in one["main"].items() if k not in ("README.md", "path.json")} == {
         k: v for k, v in two["main"].items() if k not in ("README.md", "path.json")
     }
+    cards = [hub.files(name)["README.md"].decode() for name in (repo, "alice/copy")]
+    assert cards[0].replace(repo.split("/")[1], "copy").replace("--hub_model_id alice/copy", "") == cards[1].replace(
+        repo.split("/")[1], "copy"
+    ).replace("--hub_model_id alice/copy", "")
+    (tmp_path / "copy" / "README.md").write_text("# Written by hand\n")
+    assert command(["push", str(tmp_path / "copy"), "alice/copy"]) == 0
+    assert hub.files("alice/copy")["README.md"] == b"# Written by hand\n"
     assert command(["pull", repo, str(tmp_path / "copy")]) == 1 and "is not empty" in capsys.readouterr().err
     assert command(["push", str(tmp_path), "alice/x"]) == 1 and "nothing can be pushed" in capsys.readouterr().err
     Repository("alice/empty").create()

@@ -53,7 +53,8 @@ SHAPES = Path(__file__).parent / "shapes"
 
 def parse(arguments: list[str]) -> tuple[TrainingConfig, DegradationConfig, BacktrackingConfig]:
     """The settings. Without a teacher, the embedded one with the settings of `shapes/quickstart.args`."""
-    embedded = not any(a.split("=")[0] == "--pretrained_model_name_or_path" for a in arguments)
+    flags = {a.split("=")[0].replace("-", "_") for a in arguments}  # the parser takes dashes, too
+    embedded = "__pretrained_model_name_or_path" not in flags
     configs = (TrainingConfig, DegradationConfig, BacktrackingConfig)
     parser = HfArgumentParser(configs, description=__doc__, allow_abbrev=False)
     training, degradation, backtracking = parser.parse_args_into_dataclasses(
@@ -74,11 +75,10 @@ def main(arguments: list[str]) -> None:
     folder, timestep = Path(training.output_dir), training.conditioning_timestep
     check_settings(configs)
     state = process_state()
-    upload = RunUpload(training) if training.push_to_hub and state.is_main_process else None
     if training.resume_from_checkpoint == "latest" and is_finished(configs):
         state.print(f"The run in {folder} is finished.\n{summary(folder)}")
-        if upload:
-            print(upload.finish())
+        if training.push_to_hub and state.is_main_process:
+            print(RunUpload(training).finish())
         return
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -94,6 +94,7 @@ def main(arguments: list[str]) -> None:
     generator = teacher.initial_generator(start, training.resolution, training.cache_dir).to(state.device)
     path = open_path(configs, teacher, generator, state)
     data = PromptData(prompts, teacher.encode)
+    upload = RunUpload(training) if training.push_to_hub and state.is_main_process else None
     report = initial = None
     if state.is_main_process:
         wanted = validation_prompts(training, prompts)

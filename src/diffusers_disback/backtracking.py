@@ -16,6 +16,7 @@ from .families import ModelFamily
 from .generator import OneStepGenerator
 from .learner import Learner
 from .path import DegradationPath
+from .run_folder import RunFolder
 from .trainer import Stage
 
 
@@ -140,10 +141,14 @@ class BacktrackingTrainer(Stage):
         self.evaluate = evaluate
         self.validates = evaluate is not None
         num_nodes = 0 if path is None else len(path)
+        resumes = (
+            RunFolder(config.output_dir).checkpoint_to_resume(self.name, config.resume_from_checkpoint) is not None
+        )
         self.schedule = TargetSchedule(num_nodes, backtracking.steps_per_target, backtracking.max_train_steps)
         fake_score = family.score_model().copy().network
-        if num_nodes:
+        if num_nodes and not resumes:  # a checkpoint has its own
             path.load(num_nodes, into=fake_score)
+            path.prefetch(num_nodes - 1)
         updates = backtracking.max_train_steps
         self.student = Learner(
             "generator",
@@ -174,8 +179,6 @@ class BacktrackingTrainer(Stage):
         self.target = self.frozen(target)
         self.target_node: int | None = None
         self.waits: list[dict[str, float]] = []  # for nodes, at each switch
-        if num_nodes and self.folder.checkpoint_to_resume(self.name, config.resume_from_checkpoint) is None:
-            path.prefetch(num_nodes - 1)
         if initial_measures is not None:
             self.curve.append({"step": 0, "seconds": 0.0, "node": self.schedule.node(0), **initial_measures})
 
@@ -189,10 +192,11 @@ class BacktrackingTrainer(Stage):
             waited = 0.0
         else:
             self.path.load(node, into=self.target.network)
-            self.path.prefetch(node - 1)
             waited = self.path.seconds_waited
-        if self.path is not None:
-            self.path.release(node + 1)
+        for behind in range(self.schedule.num_nodes if self.target_node is None else self.target_node, node, -1):
+            self.path.release(behind)
+        if node > 1:
+            self.path.prefetch(node - 1)
         self.target_node = node
         self.waits.append({"step": step, "node": node, "seconds": round(waited, 3)})
         self.target.guidance_scale = guidance_of_node(node, self.schedule.num_nodes, self.backtracking)
@@ -228,10 +232,13 @@ class BacktrackingTrainer(Stage):
         return {"node": self.schedule.node(done - 1), **self.evaluate(self.student.averaged())}
 
     def state(self) -> dict[str, Any]:
-        return {"waits": self.waits}
+        downloaded = self.path.folders.downloaded if self.path is not None else []
+        return {"waits": self.waits, "downloaded": downloaded}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.waits = state["waits"]
+        if self.path is not None:
+            self.path.folders.downloaded = state["downloaded"]
 
     def identity(self) -> dict[str, Any]:
         hashes = [] if self.path is None else [node["files"] for node in self.path.nodes]

@@ -16,6 +16,7 @@ class Nodes(Protocol):
     """The folders of nodes, each with `unet/` and `node.json`."""
 
     where: str
+    downloaded: list[str]  # names, of what was not on this machine before
 
     def fetch(self, node: dict[str, Any]) -> Path:
         """The folder of a node, after a download if need be."""
@@ -37,6 +38,7 @@ class FolderNodes:
     def __init__(self, folder: Path):
         self.folder = folder
         self.where = str(folder)
+        self.downloaded: list[str] = []
 
     def fetch(self, node: dict[str, Any]) -> Path:
         return self.folder / node["name"]
@@ -85,6 +87,7 @@ class HubNodes:
                 f"A disk budget of {disk_budget_gb:g} GB does not hold two nodes of {self.where}, which take "
                 f"{sum(sizes[-2:]) / 1e9:.3g} GB: the target and the one after it."
             )
+        self._nodes = {node["name"]: node for node in nodes}
         self._released: list[dict[str, Any]] = []
         self._fetched: dict[str, dict[str, Any]] = {}
         self._kept = {node["name"] for node in nodes if self._is_cached(node)}
@@ -103,6 +106,17 @@ class HubNodes:
     def release(self, node: dict[str, Any]) -> None:
         self._released.append(node)
 
+    @property
+    def downloaded(self) -> list[str]:
+        """The names of the nodes that were not in the cache before."""
+        return list(self._fetched)
+
+    @downloaded.setter
+    def downloaded(self, names: list[str]) -> None:
+        """Takes over what the same run downloaded before it was resumed."""
+        self._kept -= set(names)
+        self._fetched = {name: self._nodes[name] for name in names} | self._fetched
+
     def _make_room(self, node: dict[str, Any]) -> None:
         """Deletes released nodes from the cache until another one fits."""
         if self.budget is None or node["name"] in self._kept:
@@ -115,7 +129,10 @@ class HubNodes:
             old = self._released.pop(0)
             if self._fetched.pop(old["name"], None) is None:
                 continue
-            scan_cache_dir(self.cache_dir).delete_revisions(old["commit"]).execute()
+            try:
+                scan_cache_dir(self.cache_dir).delete_revisions(old["commit"]).execute()
+            except OSError as error:
+                logger.warning(f"{old['name']} of {self.where} could not be deleted from the cache: {error}")
             taken -= old["bytes"]
             logger.info(f"{old['name']} of {self.where} was deleted from the cache: it is behind.")
 
@@ -135,7 +152,13 @@ class HubNodes:
         if constants.is_offline_mode():
             logger.warning(f"Offline: whether the branches of {self.where} have moved is not known.")
             return
-        branches = self.repository.branches()
+        try:
+            branches = self.repository.branches(patient=False)
+        except HubError as error:
+            if not error.passes:
+                raise
+            logger.warning(f"{error} Whether the branches of {self.where} have moved is not known.")
+            return
         for node in nodes:
             head = branches.get(node["branch"])
             if head is None:

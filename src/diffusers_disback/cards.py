@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from .repository import is_repo_id
+from .repository import Repository, is_repo_id
 
 
 _CITATION = """## Citation
@@ -326,7 +326,7 @@ def _path_of(report: dict[str, Any]) -> str:
         return "Without a degradation path: the teacher was the only target."
     if "repo_id" in path:
         return (
-            f"Along the degradation path of [{path['repo_id']}](https://huggingface.co/{path['repo_id']}), commit "
+            f"Along the degradation path of [{path['repo_id']}]({Repository(path['repo_id']).url}), commit "
             f"`{path['commit']}`, with {path['num_nodes']} nodes."
         )
     return (

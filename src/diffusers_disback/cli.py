@@ -9,16 +9,23 @@ from . import __version__
 
 
 if TYPE_CHECKING:
+    from .model_reference import ModelReference
     from .path import DegradationPath
 
 
 def open_path(parsed: argparse.Namespace) -> "DegradationPath":
-    from .model_reference import ModelReference
     from .path import DegradationPath
 
+    return DegradationPath.from_pretrained(
+        parsed.path, parsed.revision, teacher_of(parsed), parsed.cache_dir, parsed.token
+    )
+
+
+def teacher_of(parsed: argparse.Namespace) -> "ModelReference | None":
+    from .model_reference import ModelReference
+
     name = parsed.pretrained_model_name_or_path
-    teacher = name and ModelReference(name, variant=parsed.variant)
-    return DegradationPath.from_pretrained(parsed.path, parsed.revision, teacher, parsed.cache_dir, parsed.token)
+    return name and ModelReference(name, variant=parsed.variant)
 
 
 def path_show(parsed: argparse.Namespace) -> None:
@@ -47,7 +54,7 @@ def draw(path: "DegradationPath", prompts: list[str], guidance_scale: float, ste
     from .families import load_family
 
     disable_progress_bar()
-    pipeline = many_step_pipeline(load_family(path.teacher).pipeline)
+    pipeline = many_step_pipeline(load_family(path.teacher, path.cache_dir).pipeline)
     draw_path(path, pipeline, Evaluation(prompts), [guidance_scale] * (len(path) + 1), steps, file)
 
 
@@ -74,6 +81,7 @@ def push(parsed: argparse.Namespace) -> None:
         parsed.commit_message,
         parsed.token,
         parsed.cache_dir,
+        teacher_of(parsed),
     )
     print(f"pushed to {Repository(repo_id).url}")
 
@@ -95,6 +103,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
 
+    def add_teacher(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--pretrained_model_name_or_path", help="where the teacher is, if not where the path says")
+        made.add_argument("--variant", help="of the teacher's weights' files, such as fp16")
+
     def command(group: Any, name: str, function: Any) -> argparse.ArgumentParser:
         made = group.add_parser(name, help=function.__doc__, description=function.__doc__)
         made.set_defaults(function=function)
@@ -108,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     pushing.add_argument("--private", action="store_true", help="make a new repository private")
     pushing.add_argument("--create_pr", action="store_true", help="propose what goes to main as a pull request")
     pushing.add_argument("--commit_message", help="of the commit to main")
+    add_teacher(pushing)
     pulling = command(commands, "pull", pull)
     pulling.add_argument("repo_id", help="user/name on the Hub")
     pulling.add_argument("folder", help="new, or empty")
@@ -118,8 +131,7 @@ def parser() -> argparse.ArgumentParser:
         made = command(path, name, function)
         made.add_argument("path", help="the folder with path.json, or user/name on the Hub")
         made.add_argument("--revision", help="branch, tag or commit of a path on the Hub")
-        made.add_argument("--pretrained_model_name_or_path", help="where the teacher is, if not where the path says")
-        made.add_argument("--variant", help="of the teacher's weights' files, such as fp16")
+        add_teacher(made)
         if name == "show":
             made.add_argument("--table", action="store_true", help="draw nothing, and do not load the teacher")
             made.add_argument("--prompt", action="append", help="a row of the picture; can be given several times")

@@ -56,6 +56,7 @@ class TrainingConfig:
         "The folder of the path, by default `path` in the output folder; or a shared path on the Hub, user/repo. A new "
         "folder's name that looks like the latter is written ./a/b.",
     )
+    degradation_path_revision: str | None = setting(None, "Branch, tag or commit of a path on the Hub.")
     path_disk_budget_gb: float | None = setting(
         None, "Of a path on the Hub: delete nodes that are behind when downloads take more than this."
     )
@@ -138,6 +139,12 @@ class TrainingConfig:
         for name, known in (("objective", list(OBJECTIVES)), ("lr_scheduler", [kind.value for kind in SchedulerType])):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)!r} is none of {', '.join(known)}.")
+        if not self.path_is_shared:
+            for name in ("degradation_path_revision", "path_disk_budget_gb"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"--{name} is for a path on the Hub, but --degradation_path is {self.degradation_path!r}."
+                    )
         if self.hub_model_id is not None and not self.push_to_hub:
             raise ValueError("--hub_model_id says where to, but nothing is pushed without --push_to_hub.")
         if self.hub_token is not None and self.report_to not in ("none", "tensorboard"):

@@ -1,6 +1,7 @@
 """What leaves the house: the student's folder in a form that others load, its card, and a run's repository on the Hub."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from .path import DegradationPath
 from .pipeline import DisBackOneStepPipeline
 from .repository import Files, HubError, Repository, is_repo_id
 from .run_folder import FREE_SETTINGS, RunFolder
-from .sharing import check_main
+from .sharing import check_empty, check_main, check_teacher_may_be_shared
 
 
 INDEX = "model_index.json"
@@ -50,28 +51,43 @@ def save_student(
     pipeline.save_config(folder)
 
 
-def write_model_card(folder: Path, report: dict[str, Any], teacher_card: dict[str, Any]) -> None:
+def write_model_card(folder: Path, report: dict[str, Any]) -> None:
     """Writes `README.md` of a student's folder; its snippets name the folder until it is pushed.
 
     Args:
         folder (`Path`): With the run's pictures.
         report (`dict`): The content of `report.json`.
-        teacher_card (`dict`): The metadata of the teacher's card.
     """
-    picture = (folder / "path.png").exists()
-    card = student_card(report, folder.resolve().name, folder.as_posix(), teacher_card, picture)
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text(_card(folder, report, folder.as_posix()))
 
 
-def path_of_run(folder: str | Path) -> DegradationPath | None:
-    """The path that a run recorded or went along, if it lies on this machine."""
-    folder = Path(folder)
-    settings = RunFolder(folder).settings() or read_report(folder).get("settings", {})
+def path_of_run(folder: str | Path, teacher: ModelReference | None = None) -> DegradationPath | None:
+    """The path that a run recorded or went along; `None` if it went along none, or along one on the Hub.
+
+    Args:
+        folder (`str` or `Path`): Of the run, or of a path.
+        teacher (`ModelReference`, *optional*): Where the teacher lies on this machine.
+
+    Raises:
+        ValueError: If it went along another path than the one that is there.
+    """
+    folder, report = Path(folder), read_report(Path(folder))
+    settings = RunFolder(folder).settings() or report.get("settings", {})
     elsewhere = settings.get("degradation_path")
-    for place in (folder, folder / "path", *([Path(elsewhere)] if elsewhere and not is_repo_id(elsewhere) else [])):
-        if (place / MANIFEST).is_file():
-            return DegradationPath.from_pretrained(place)
-    return None
+    places = [folder, folder / "path", *([Path(elsewhere)] if elsewhere and not is_repo_id(elsewhere) else [])]
+    found = [place for place in places if (place / MANIFEST).is_file()]
+    if "student" not in report:
+        return DegradationPath.from_pretrained(found[0], teacher=teacher) if found else None
+    if report["path"] is None or "repo_id" in report["path"]:
+        return None
+    for place in found:
+        path = DegradationPath.from_pretrained(place, teacher=teacher)
+        if path.manifest["id"] == report["path"]["id"]:
+            return path
+    raise ValueError(
+        f"The path that the student of {folder} went along is not at {' or '.join(map(str, places[1:]))}. Push from the "
+        "folder in which the run was started, or put the path there."
+    )
 
 
 def push_run(
@@ -82,6 +98,7 @@ def push_run(
     commit_message: str | None = None,
     token: str | None = None,
     cache_dir: str | None = None,
+    teacher: ModelReference | None = None,
 ) -> str:
     """Pushes what a run left: a branch for each node of its path, and on `main` the student, or the path's own card.
 
@@ -96,15 +113,16 @@ def push_run(
         commit_message (`str`, *optional*): Of the commit to `main`.
         token (`str`, *optional*): By default that of `hf auth login`. It is never written anywhere.
         cache_dir (`str`, *optional*): Where the teacher was downloaded to.
+        teacher (`ModelReference`, *optional*): Where the teacher lies on this machine; by default where the run says.
 
     Returns:
         `str`: The repository's full id.
 
     Raises:
-        ValueError: If there is nothing to push.
+        ValueError: If there is nothing to push, or the path is not where it was.
         HubError: If the repository holds something else, or the Hub fails for good.
     """
-    folder, path = Path(folder), path_of_run(folder)
+    folder, path = Path(folder), path_of_run(folder, teacher)
     report = read_report(folder)
     if "student" not in report or not (folder / "README.md").is_file():
         if path is None:
@@ -114,16 +132,18 @@ def push_run(
         return path.push_to_hub(repo_id, private, create_pr, commit_message, token, cache_dir)
     repository = Repository(repo_id, token)
     repository.create(private)
-    files = student_files(folder, repository.repo_id)
-    manifest = None
 
     def check(head: str) -> None:
         check_student(repository, head, report, None if path is None else path.manifest)
 
     check(repository.head())
+    if teacher is None:
+        settings = report["settings"]
+        teacher = ModelReference(*(settings[key] for key in ("pretrained_model_name_or_path", "revision", "variant")))
+    check_teacher_may_be_shared(teacher, repository)
+    files = student_files(folder, repository.repo_id)
     if path is not None:
-        manifest = path.push_nodes(repository, cache_dir)
-        files[MANIFEST] = to_bytes(manifest)
+        files[MANIFEST] = to_bytes(path.push_nodes(repository, cache_dir, claim=not create_pr))
     message = commit_message or "Add the one-step student"
     repository.commit(files, message, exact=("unet/",), check=check, create_pr=create_pr)
     return repository.repo_id
@@ -151,30 +171,34 @@ def check_student(
     """
     tree = repository.tree(commit)
     theirs = repository.read_json(REPORT, commit)
-    if theirs is not None:
-        was, is_ = theirs["settings"], report["settings"]
-        changed = [
-            f"{name} was {was.get(name)!r}, is {is_.get(name)!r}"
-            for name in is_
-            if name not in FREE_SETTINGS and was.get(name) != is_.get(name)
-        ]
+    if isinstance(theirs, dict) and "settings" in theirs and "student" in theirs:
+        was, is_ = _settings_that_count(theirs), _settings_that_count(report)
+        changed = [f"{name} was {was.get(name)!r}, is {is_[name]!r}" for name in is_ if was.get(name) != is_[name]]
         if changed:
             raise HubError(
                 f"{repository.repo_id} holds the student of another run: {'; '.join(changed)}. Nothing was overwritten: "
                 "push to another repository."
             )
+    elif MANIFEST not in tree:
+        check_empty(repository, commit)
     elif INDEX in tree:
         raise HubError(
             f"{repository.repo_id} holds a pipeline that is not this run's. Nothing was overwritten: push to another "
             "repository."
         )
-    if manifest is None and MANIFEST in tree:
-        raise HubError(
-            f"{repository.repo_id} holds a degradation path, but this run has none. Nothing was overwritten: push to "
-            "another repository."
-        )
-    if manifest is not None and theirs is None:
+    if MANIFEST in tree:
+        if manifest is None:
+            raise HubError(
+                f"{repository.repo_id} holds a degradation path, but this run has none of its own. Nothing was "
+                "overwritten: push to another repository."
+            )
         check_main(repository, commit, manifest)
+
+
+def _settings_that_count(report: dict[str, Any]) -> dict[str, Any]:
+    """What makes a student another run's: its settings and its path."""
+    settings = {name: value for name, value in report["settings"].items() if name not in FREE_SETTINGS}
+    return {**settings, "path": (report.get("path") or {}).get("id")}
 
 
 def pull(
@@ -205,26 +229,34 @@ def pull(
         raise ValueError(f"{folder} is not empty; nothing was written. Choose another folder.")
     head = repository.head(revision)
     tree = repository.tree(head)
-    place = folder
-    if INDEX in tree:
-        place = folder / "path"
-        repository.download_to(folder, [path for path in tree if path not in (MANIFEST, ".gitattributes")], head)
-    elif MANIFEST not in tree:
+    if INDEX not in tree and MANIFEST not in tree:
         raise ValueError(f"{repo_id} holds neither a pipeline nor a degradation path at {revision or 'main'}.")
-    if MANIFEST not in tree:
-        return None
-    DegradationPath.from_pretrained(repo_id, head, cache_dir=cache_dir, token=token).save_pretrained(place)
-    return DegradationPath.from_pretrained(place)
+    draft = folder.with_name(folder.name + ".draft")  # if broken off, it is gone on with
+    place = Path("path") if INDEX in tree else Path()
+    if MANIFEST in tree and not (draft / place / MANIFEST).exists():
+        shared = DegradationPath.from_pretrained(repo_id, head, cache_dir=cache_dir, token=token)
+        shared.save_pretrained(draft / place)
+    repository.download_to(draft, [path for path in tree if path not in (MANIFEST, ".gitattributes")], head)
+    report = read_report(draft)
+    if "student" in report and (draft / "README.md").read_text() == _card(draft, report, repo_id):
+        (draft / "README.md").write_text(_card(draft, report, folder.as_posix()))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        folder.rmdir()
+    os.replace(draft, folder)
+    return DegradationPath.from_pretrained(folder / place) if MANIFEST in tree else None
+
+
+def _card(folder: Path, report: dict[str, Any], where: str) -> str:
+    """A student's card, for the folder or repository that it is read in."""
+    name = where.split("/")[-1] if is_repo_id(where) else Path(where).resolve().name
+    return student_card(report, name, where, report["teacher_card"], (folder / "path.png").exists())
 
 
 def _card_for(folder: Path, repo_id: str) -> bytes:
-    """The card on disk, in which the repository takes the folder's place."""
-    from huggingface_hub import ModelCard
-
-    card = ModelCard((folder / "README.md").read_text())
-    name, report = repo_id.split("/")[-1], read_report(folder)
-    card.data.model_name = name
-    local = Path(report["settings"]["output_dir"])
-    card.text = card.text.replace(json.dumps(local.as_posix()), json.dumps(repo_id))
-    card.text = card.text.replace(f"# {local.resolve().name}\n", f"# {name}\n", 1)
-    return str(card).encode()
+    """The card as the repository's; as it is on disk, if its owner has written in it."""
+    report, there = read_report(folder), (folder / "README.md").read_text()
+    own = {folder.as_posix(), Path(report["settings"]["output_dir"]).as_posix()}
+    return (
+        _card(folder, report, repo_id) if there in {_card(folder, report, place) for place in own} else there
+    ).encode()

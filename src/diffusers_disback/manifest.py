@@ -22,8 +22,14 @@ def write_json(file: Path, content: Any) -> None:
     os.replace(draft, file)
 
 
+def name_of(step: int) -> str:
+    """The folder and branch of the node that was recorded after a step."""
+    return f"degradation-{step:06d}"
+
+
 def identity(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What makes a path another path: teacher, start, and the settings of its recording, in which folders do not count."""
+    """What makes a path another path: teacher, start, the settings of its recording (in which folders do not count), and
+    the recording itself, since equal settings do not give equal bytes everywhere."""
     return {
         "teacher": manifest["teacher"]["sha256"][:12],
         "start": manifest["generator"]["sha256"][:12],
@@ -33,6 +39,7 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
             for name, value in manifest["recording"].items()
             if name not in ("pretrained_model_name_or_path", "generator_model_name_or_path", "prompts_file")
         },
+        "id": manifest["id"],
     }
 
 
@@ -55,6 +62,12 @@ def read_manifest(file: Path, where: str, pinned: bool) -> dict[str, Any]:
         manifest = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{MANIFEST} of {where} is no valid JSON ({error}).") from error
+    check_manifest(manifest, where, pinned)
+    return manifest
+
+
+def check_manifest(manifest: Any, where: str, pinned: bool) -> None:
+    """Raises a `ValueError` unless a manifest is as the format says; see `read_manifest`."""
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
@@ -67,18 +80,26 @@ def read_manifest(file: Path, where: str, pinned: bool) -> dict[str, Any]:
             manifest["teacher"][key]
         for key in ("name_or_path", "conditioning_timestep", "sha256"):
             manifest["generator"][key]
-        manifest["recording"], manifest["complete"]
+        manifest["id"], manifest["recording"].items()
+        if manifest["complete"]:
+            for key in ("steps", "seconds", "peak_memory_mb"):
+                manifest["cost"][key]
+        last = 0
         for index, node in enumerate(manifest["nodes"], 1):
             _check_node(node, index, where, pinned)
-    except (KeyError, TypeError) as error:
+            if node["step"] <= last:
+                raise ValueError(
+                    f"{MANIFEST} of {where} names node {index} at step {node['step']}, after step {last}."
+                )
+            last = node["step"]
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{MANIFEST} of {where} is not as its format says: {error!r} is missing or wrong.") from error
-    return manifest
 
 
 def _check_node(node: dict[str, Any], index: int, where: str, pinned: bool) -> None:
     what = f"{MANIFEST} of {where} names node {index}"
-    if not _NAME.fullmatch(node["name"]):
-        raise ValueError(f"{what} {node['name']!r}; names are like degradation-000200.")
+    if not _NAME.fullmatch(node["name"]) or node["name"] != name_of(node["step"]):
+        raise ValueError(f"{what} {node['name']!r}; names are like degradation-000200, where 200 is the step.")
     if node["kind"] not in ("full", "adapter"):
         raise ValueError(f"{what} of kind {node['kind']!r}; kinds are full and adapter.")
     if not node["files"]:
@@ -88,5 +109,5 @@ def _check_node(node: dict[str, Any], index: int, where: str, pinned: bool) -> N
             raise ValueError(f"{what} with the file {name!r} of SHA-256 {sha256!r}, which cannot be.")
     if pinned and not (node["branch"] == node["name"] and _COMMIT.fullmatch(node["commit"])):
         raise ValueError(f"{what} at branch {node['branch']!r}, commit {node['commit']!r}, which cannot be.")
-    for key in ("step", "loss", "dtype", "bytes"):
+    for key in ("loss", "dtype", "bytes"):
         node[key]

@@ -187,6 +187,26 @@ def check_fit(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], wh
         )
 
 
+def check_adapter_fit(network: nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:
+    """Raises a `ValueError` unless an adapter's weights are pairs of the shapes that a network's layers take."""
+    layers = {name: layer.weight.shape for name, layer in network.named_modules() if hasattr(layer, "weight")}
+    pairs: dict[str, dict[str, torch.Size]] = {}
+    for key, tensor in weights.items():
+        name, _, part = key.partition(".lora_")
+        pairs.setdefault(name, {})[part] = tensor.shape
+    for name, pair in pairs.items():
+        own, down, up = layers.get(name), pair.get("A.weight"), pair.get("B.weight")
+        if own is None or len(pair) != 2 or down is None or up is None:
+            raise ValueError(
+                f"{what} adapts {name} by {sorted(pair)}, which the teacher's architecture does not take."
+            )
+        if down[1:] != own[1:] or up[:2] != (own[0], down[0]):
+            raise ValueError(
+                f"{what} does not fit: it adapts {name} by {tuple(down)} and {tuple(up)}, but the teacher has "
+                f"{tuple(own)} there. It belongs to another architecture."
+            )
+
+
 def fill(network: nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:
     """Copies weights into a network, if names and shapes agree in everything."""
     check_fit(network.state_dict(), weights, what)

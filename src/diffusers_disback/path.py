@@ -1,10 +1,11 @@
 """The degradation path: an ordered sequence of diffusers model folders, from the teacher to the initial generator."""
 
 import json
+import logging
 import os
-import re
 import shutil
 import time
+import uuid
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +17,13 @@ from torch import nn
 
 from .branches import FolderNodes, HubNodes, Nodes
 from .cards import path_card
-from .manifest import FORMAT_VERSION, MANIFEST, read_manifest, to_bytes, write_json
-from .model_reference import ModelReference, check_fit, fill, fill_adapter
-from .repository import Files, Repository, in_background, is_repo_id, sha256_of
-from .sharing import check_main, push_nodes
+from .manifest import FORMAT_VERSION, MANIFEST, name_of, read_manifest, to_bytes, write_json
+from .model_reference import ModelReference, check_adapter_fit, check_fit, fill, fill_adapter
+from .repository import Files, HubError, Repository, in_background, is_repo_id, sha256_of
+from .sharing import check_main, check_teacher_may_be_shared, push_nodes
+
+
+logger = logging.getLogger(__name__)
 
 
 class DegradationPath:
@@ -32,12 +36,16 @@ class DegradationPath:
         folders (`Nodes`): Where its nodes lie.
         manifest (`dict`): The content of `path.json`.
         teacher (`ModelReference`): Where node 0 is loaded from.
+        cache_dir (`str`, *optional*): Where downloads are kept.
     """
 
-    def __init__(self, folders: Nodes, manifest: dict[str, Any], teacher: ModelReference):
+    def __init__(
+        self, folders: Nodes, manifest: dict[str, Any], teacher: ModelReference, cache_dir: str | None = None
+    ):
         self.folders = folders
         self.manifest = manifest
         self.teacher = teacher
+        self.cache_dir = cache_dir
         self.seconds_waited = 0.0
         self._coming: dict[int, Future[list[Path]]] = {}
 
@@ -66,13 +74,14 @@ class DegradationPath:
             raise ValueError(f"{folder} holds a degradation path already; choose another folder, or remove it.")
         manifest = {
             "format_version": FORMAT_VERSION,
+            "id": uuid.uuid4().hex,
             "teacher": {**asdict(teacher), "commit": teacher.commit(cache_dir), "sha256": teacher_sha256},
             "generator": generator,
             "recording": recording,
             "complete": False,
             "nodes": [],
         }
-        return cls(FolderNodes(folder), manifest, teacher)
+        return cls(FolderNodes(folder), manifest, teacher, cache_dir)
 
     @classmethod
     def from_pretrained(
@@ -101,14 +110,13 @@ class DegradationPath:
         """
         if is_repo_id(folder_or_repo):
             repository = Repository(str(folder_or_repo), token)
-            head = repository.head(revision)
-            if MANIFEST not in repository.tree(head):
+            file = repository.file(MANIFEST, revision, cache_dir)
+            if file is None:
                 raise ValueError(
                     f"{folder_or_repo} holds no degradation path: it has no {MANIFEST} at {revision or 'main'}."
                 )
-            file = repository.file(MANIFEST, head, cache_dir)
             manifest = read_manifest(file, str(folder_or_repo), pinned=True)
-            folders: Nodes = HubNodes(repository, head, manifest["nodes"], cache_dir, disk_budget_gb)
+            folders: Nodes = HubNodes(repository, file.parent.name, manifest["nodes"], cache_dir, disk_budget_gb)
         else:
             folder = Path(folder_or_repo)
             if revision is not None:
@@ -124,7 +132,7 @@ class DegradationPath:
         if teacher is None:
             known = manifest["teacher"]
             teacher = ModelReference(known["name_or_path"], known["commit"] or known["revision"], known["variant"])
-        return cls(folders, manifest, teacher)
+        return cls(folders, manifest, teacher, cache_dir)
 
     def __len__(self) -> int:
         return len(self.manifest["nodes"])
@@ -168,7 +176,7 @@ class DegradationPath:
         """
         if self.nodes and step <= self.nodes[-1]["step"]:
             raise ValueError(f"node {len(self) + 1} at step {step} does not come after step {self.nodes[-1]['step']}.")
-        name = f"degradation-{step:06d}"
+        name = name_of(step)
         draft = self.folder / f"{name}.draft"
         shutil.rmtree(draft, ignore_errors=True)
         if adapter is None:
@@ -185,7 +193,7 @@ class DegradationPath:
             "bytes": sum(file.stat().st_size for file in files),
             "files": {file.name: sha256_of(file) for file in files},
         }
-        write_json(draft / "node.json", node)
+        write_json(draft / "node.json", {**node, "path": self.manifest["id"]})
         # A folder of this name can only be left from a recording that was cut off before `path.json` knew of it.
         shutil.rmtree(self.folder / name, ignore_errors=True)
         os.replace(draft, self.folder / name)
@@ -234,7 +242,7 @@ class DegradationPath:
                 is none, or the other way round.
         """
         if index == 0:
-            self.teacher.load_into(into)
+            self.teacher.load_into(into, self.cache_dir)
             return
         kind = self._node(index)["kind"]
         if (kind == "adapter") != (adapter is not None):
@@ -253,7 +261,14 @@ class DegradationPath:
         `seconds_waited` is then how long the node's files had to be waited for.
         """
         started = time.monotonic()
-        files = self._coming.pop(index).result() if index in self._coming else self._files(index)
+        coming = self._coming.pop(index, None)
+        try:
+            files = self._files(index) if coming is None else coming.result()
+        except HubError as error:
+            if coming is None:
+                raise
+            logger.warning(f"Node {index} could not be fetched ahead. {error} Trying again now.")
+            files = self._files(index)
         self.seconds_waited = time.monotonic() - started
         weights: dict[str, torch.Tensor] = {}
         for file in files:
@@ -299,10 +314,7 @@ class DegradationPath:
         if self._node(index)["kind"] == "full":
             check_fit(network.state_dict(), weights, what)
         else:
-            modules = {name for name, _ in network.named_modules()}
-            foreign = [key for key in weights if re.sub(r"\.lora_.*", "", key) not in modules]
-            if foreign:
-                raise ValueError(f"{what} adapts {foreign[0]}, which the teacher does not have.")
+            check_adapter_fit(network, weights, what)
         return len(weights)
 
     def check(self, teacher_sha256: str, generator: dict[str, Any]) -> None:
@@ -343,7 +355,7 @@ class DegradationPath:
     # Sharing -----------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the path into a folder: a copy, every node of which was checked.
+        """Writes the path into a folder: a copy, every node of which was checked. If broken off, it can be repeated.
 
         Args:
             folder (`str` or `Path`): Must not hold a path yet.
@@ -353,9 +365,10 @@ class DegradationPath:
             raise ValueError(f"{folder} holds a degradation path already; choose another folder, or remove it.")
         folder.mkdir(parents=True, exist_ok=True)
         for index, node in enumerate(self.nodes, 1):
+            if (folder / node["name"]).exists():  # of a copy that was broken off: it is whole, or not ours
+                self._checked(index, folder / node["name"])
+                continue
             draft = folder / f"{node['name']}.draft"
-            for old in (draft, folder / node["name"]):
-                shutil.rmtree(old, ignore_errors=True)
             self.folders.copy(node, draft)
             self._checked(index, draft)
             os.replace(draft, folder / node["name"])
@@ -389,7 +402,7 @@ class DegradationPath:
         """
         repository = Repository(repo_id, token)
         repository.create(private)
-        manifest = self.push_nodes(repository, cache_dir)
+        manifest = self.push_nodes(repository, cache_dir, claim=not create_pr)
         files: Files = {MANIFEST: to_bytes(manifest)}
         if "model_index.json" not in repository.tree(repository.head()):  # a student has a card of its own
             picture = Path(self.where, "path.png")
@@ -404,12 +417,18 @@ class DegradationPath:
         )
         return repository.repo_id
 
-    def push_nodes(self, repository: Repository, cache_dir: str | None = None) -> dict[str, Any]:
+    def push_nodes(self, repository: Repository, cache_dir: str | None = None, claim: bool = True) -> dict[str, Any]:
         """Pushes the nodes alone. Returns the manifest for `main`, with the commit of each.
+
+        Args:
+            repository (`Repository`): It exists.
+            cache_dir (`str`, *optional*): Where the teacher was downloaded to.
+            claim (`bool`): First write to `main` whose it is.
 
         Raises:
             HubError: If the repository holds something else, or the Hub fails for good.
         """
         dtype = self.nodes[0]["dtype"] if self.nodes else "float32"
         teacher_files = self.teacher.component_files(dtype, cache_dir)
-        return push_nodes(self.manifest, self.folders, teacher_files, repository)
+        check_teacher_may_be_shared(self.teacher, repository)
+        return push_nodes(self.manifest, self.folders, teacher_files, repository, claim)

@@ -1,5 +1,6 @@
 """A model repository on the Hub. What is written to it can be repeated: a repetition changes nothing."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -31,12 +32,14 @@ class HubError(ValueError):
         message (`str`): In words for the user.
         passes (`bool`): Whether the same may succeed later, unchanged.
         wait (`float`): Seconds that the Hub asked to wait before.
+        kind (`str`): The same for errors of the same reason, whatever their words.
     """
 
-    def __init__(self, message: str, passes: bool = False, wait: float = 0.0):
+    def __init__(self, message: str, passes: bool = False, wait: float = 0.0, kind: str = ""):
         super().__init__(message)
         self.passes = passes
         self.wait = wait
+        self.kind = kind or message
 
 
 def is_repo_id(name: str | Path) -> bool:
@@ -96,15 +99,29 @@ class Repository:
         self.repo_id = self._try(
             lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True, repo_type="model").repo_id
         )
+        if private and not self.is_private():
+            raise HubError(
+                f"{self.repo_id} is there and is public, but a private one was asked for. Make it private in its "
+                "settings, or push to another repository."
+            )
 
-    def branches(self) -> dict[str, str]:
+    def branches(self, patient: bool = True) -> dict[str, str]:
         """The head commit of every branch."""
-        refs = self._try(lambda: self.api.list_repo_refs(self.repo_id))
+        refs = self._try(lambda: self.api.list_repo_refs(self.repo_id), patient)
         return {branch.name: branch.target_commit for branch in refs.branches}
+
+    def pull_requests(self) -> list[str]:
+        """The head commit of every pull request."""
+        refs = self._try(lambda: self.api.list_repo_refs(self.repo_id, include_pull_requests=True))
+        return [pull_request.target_commit for pull_request in refs.pull_requests or []]
 
     def head(self, revision: str | None = None) -> str:
         """The commit that a branch or tag means now."""
         return self._try(lambda: self.api.model_info(self.repo_id, revision=revision).sha)
+
+    def is_private(self) -> bool:
+        """Whether others cannot see it."""
+        return self._try(lambda: bool(self.api.model_info(self.repo_id).private))
 
     def history(self, branch: str = "main") -> set[str]:
         """All commits of a branch."""
@@ -118,33 +135,65 @@ class Repository:
             self._trees[commit] = {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
         return self._trees[commit]
 
-    def file(self, path: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
-        """One file, downloaded into the cache."""
-        from huggingface_hub import hf_hub_download
+    def file(self, path: str, revision: str | None = None, cache_dir: str | None = None) -> Path | None:
+        """One file, downloaded into the cache, or found there if the Hub cannot be asked; `None` if there is none.
 
-        return Path(
-            self._try(
-                lambda: hf_hub_download(self.repo_id, path, revision=revision, cache_dir=cache_dir, token=self.token)
-            )
-        )
+        Its folder's name is the commit.
+        """
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    def read_json(self, path: str, commit: str) -> dict[str, Any] | None:
-        """The content of a JSON file at a commit; `None` if there is none."""
-        if path not in self.tree(commit):
+        def attempt() -> Path | None:
+            try:
+                return Path(
+                    hf_hub_download(self.repo_id, path, revision=revision, cache_dir=cache_dir, token=self.token)
+                )
+            except RemoteEntryNotFoundError:
+                return None
+
+        try:
+            return self._try(attempt)
+        except HubError as error:
+            cached = try_to_load_from_cache(self.repo_id, path, cache_dir, revision)
+            if not error.passes or not isinstance(cached, str):
+                raise
+            logger.warning(f"{error} {path} is taken from the cache.")
+            return Path(cached)
+
+    def read_json(self, path: str, commit: str) -> Any:
+        """The content of a JSON file at a commit; `None` if there is none, or it is no JSON."""
+        file = self.file(path, commit) if path in self.tree(commit) else None
+        try:
+            return file and json.loads(file.read_text())
+        except json.JSONDecodeError:
             return None
-        return json.loads(self.file(path, commit).read_text())
 
     def download(self, patterns: list[str], revision: str | None = None, cache_dir: str | None = None) -> Path:
-        """The folder in the cache with the files of a revision that match."""
+        """The folder in the cache with the files of a revision that match; if the Hub cannot be asked, with those that
+        are there."""
         from huggingface_hub import snapshot_download
 
-        return Path(
-            self._try(
-                lambda: snapshot_download(
-                    self.repo_id, revision=revision, allow_patterns=patterns, cache_dir=cache_dir, token=self.token
+        def attempt(local: bool) -> Path:
+            return Path(
+                snapshot_download(
+                    self.repo_id,
+                    revision=revision,
+                    allow_patterns=patterns,
+                    cache_dir=cache_dir,
+                    token=self.token,
+                    local_files_only=local,
                 )
             )
-        )
+
+        try:
+            return self._try(lambda: attempt(local=False))
+        except HubError as error:
+            if not error.passes:
+                raise
+            try:
+                return attempt(local=True)
+            except OSError:  # nothing of it is in the cache
+                raise error from None
 
     def download_to(self, folder: Path, patterns: list[str], revision: str) -> None:
         """Writes the files of a revision that match into a folder, past the cache."""
@@ -200,6 +249,11 @@ class Repository:
             ]
             if not operations:
                 return head
+            if create_pr:
+                for proposed in self.pull_requests():
+                    tree = self.tree(proposed)
+                    if all(path in tree and _is_same(tree[path], content) for path, content in files.items()):
+                        return proposed
             info = self.api.create_commit(
                 self.repo_id,
                 operations,
@@ -212,24 +266,21 @@ class Repository:
 
         return self._try(attempt)
 
-    def _try(self, action: Callable[[], T]) -> T:
+    def _try(self, action: Callable[[], T], patient: bool = True) -> T:
         """Does it, again and again while the reason for a failure may pass.
 
         Raises:
             HubError: In the end, or at once for a reason that does not pass.
         """
-        from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HTTPError
 
-        for wait in (*(WAITS if self.patient else ()), None):
+        for wait in (*(WAITS if self.patient and patient else ()), None):
             try:
                 return action()
             except HubError:
                 raise  # of an action within this one, which has had its attempts
-            except (HTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError, RuntimeError) as error:
-                # The client tells of a failed upload by a RuntimeError, caused by the error that says why.
-                problem = explain(
-                    error.__cause__ if type(error) is RuntimeError and error.__cause__ else error, self.repo_id
-                )
+            except (HTTPError, OSError, RuntimeError) as error:
+                problem = explain(error, self.repo_id)
                 if not problem.passes or wait is None:
                     raise problem from error
                 wait = max(wait, problem.wait)
@@ -240,51 +291,63 @@ class Repository:
 
 def explain(error: Exception, repo_id: str) -> HubError:
     """An error of the Hub's client in words that tell what to do."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
+    # The client tells of a failed upload by a RuntimeError, caused by the error that says why.
+    uploading = type(error) is RuntimeError
+    error = error.__cause__ if uploading and isinstance(error.__cause__, Exception) else error
+    said = _own_words(error)
     if isinstance(error, errors.OfflineModeIsEnabled) or isinstance(error.__cause__, errors.OfflineModeIsEnabled):
-        return HubError(f"{repo_id} is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub for it.")
+        return HubError(f"What is asked of {repo_id} is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub.")
     if isinstance(error, errors.GatedRepoError):
         return HubError(
-            f"{repo_id} is gated: accept its conditions at https://huggingface.co/{repo_id}, and log in with `hf auth "
+            f"{repo_id} is gated: accept its conditions at {constants.ENDPOINT}/{repo_id}, and log in with `hf auth "
             "login` as who accepted them."
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return HubError(f"{repo_id} has no such branch, tag or commit. {_own_words(error)}")
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return HubError(f"{repo_id} has no such file. {_own_words(error)}")
+        return HubError(f"{repo_id} has no such branch, tag or commit. {said}")
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-    said = _own_words(error)
-    if status == 401:
+    if status == 401 or "Authentication" in type(error).__name__:
         return HubError(
             f"The Hub knows no {repo_id} for this token: the name is wrong, the repository is private, or the token "
-            f"has expired or is missing. Log in with `hf auth login`, or pass --hub_token. {said}"
+            f"has expired or is missing. Log in with `hf auth login`, or pass a token. {said}",
+            kind="401",
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return HubError(
             f"{repo_id} is no model on the Hub that this token may see: check its name, or log in with `hf auth login`."
         )
     if status == 412:
-        return HubError(f"{repo_id} was changed by somebody else at the same time. {said}", passes=True)
-    if status in (402, 413) or re.search(r"quota|storage limit|too large", said, re.IGNORECASE):
+        return HubError(f"{repo_id} was changed by somebody else at the same time. {said}", passes=True, kind="412")
+    if status in (402, 413) or (status and re.search(r"quota|storage limit|too large", said, re.IGNORECASE)):
         return HubError(f"The Hub does not take more into {repo_id}: a quota or limit of the account. {said}")
-    if status == 403:
+    if status == 403 and not uploading:  # an upload's address, which goes to the storage, may just have expired
         return HubError(
-            f"This token may not write to {repo_id}: it belongs to somebody else, or the token is for reading. {said}"
+            f"This token has no right to do this with {repo_id}: it belongs to somebody else, or the token is for "
+            f"reading. {said}"
         )
-    if status in (408, 429) or (status is not None and status >= 500):
+    if status in (403, 408, 429) or (status is not None and status >= 500):
         wait = error.response.headers.get("Retry-After", "")
         seconds = min(float(wait), 600.0) if wait.isdigit() else 0.0
-        return HubError(f"The Hub cannot serve {repo_id} now (status {status}). {said}", passes=True, wait=seconds)
+        message = f"The Hub cannot serve {repo_id} now (status {status}). {said}"
+        return HubError(message, passes=True, wait=seconds, kind=f"status {status}")
     if status is not None:
-        return HubError(f"The Hub refused {repo_id} (status {status}). {said}")
-    return HubError(f"The Hub cannot be reached for {repo_id}. {said}", passes=True)
+        return HubError(f"The Hub refused {repo_id} (status {status}). {said}", kind=f"status {status}")
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return HubError(f"There is no space left on this machine's disk. {said}", kind="disk")
+    is_local = isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
+    if is_local and not isinstance(error, errors.LocalEntryNotFoundError):
+        return HubError(f"What {repo_id} is asked for, or given, is not there. {said}")
+    return HubError(f"The Hub cannot be reached for {repo_id}. {said}", passes=True, kind="unreachable")
 
 
 def _own_words(error: Exception) -> str:
-    """The first line of what the client said, without addresses of single requests."""
-    said = getattr(error, "server_message", None) or str(error)
-    return f"({type(error).__name__}: {said.strip().splitlines()[0] if said.strip() else 'no reason given'})"
+    """What the client said, without addresses: they name single requests, and may hold a right to upload."""
+    said = getattr(error, "server_message", None)
+    if said is None and not hasattr(error, "response"):
+        said = re.sub(r"https?://\S+", "...", str(error))
+    lines = (said or "").strip().splitlines()
+    return f"({type(error).__name__}{': ' + lines[0] if lines else ''})"
 
 
 def sha256_of(file: Path) -> str:

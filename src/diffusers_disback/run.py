@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from .backtracking import BacktrackingConfig, BacktrackingTrainer, TargetSchedule, guidance_of_node
 from .branches import HubNodes
@@ -21,6 +22,7 @@ from .hub import write_model_card
 from .manifest import MANIFEST
 from .model_reference import ModelReference, fingerprint
 from .path import DegradationPath
+from .repository import HubError
 from .run_folder import FREE_SETTINGS, RunFolder, flat
 from .upload import repository_of
 
@@ -114,14 +116,20 @@ def _open_shared(
 ) -> DegradationPath:
     """A path on the Hub, to be gone along."""
     training, _, backtracking = configs
-    with state.main_process_first():
-        path = DegradationPath.from_pretrained(
+
+    def read(revision: str | None) -> DegradationPath:
+        return DegradationPath.from_pretrained(
             training.degradation_path,
-            teacher=reference,
-            cache_dir=training.cache_dir,
-            token=training.hub_token,
-            disk_budget_gb=training.path_disk_budget_gb if state.is_local_main_process else None,
+            revision,
+            reference,
+            training.cache_dir,
+            training.hub_token,
+            training.path_disk_budget_gb if state.is_local_main_process else None,
         )
+
+    path = read(training.degradation_path_revision) if state.is_main_process else None
+    (commit,) = broadcast_object_list([None if path is None else path.folders.commit])  # a branch may move meanwhile
+    path = read(commit) if path is None else path
     path.check(teacher_sha256, start)
     if not path.complete:
         raise ValueError(
@@ -187,12 +195,19 @@ def write_results(
         stages["degradation"] = path.manifest["cost"]
         if not (training.path_is_shared and training.path_disk_budget_gb):  # or it would be downloaded once more
             scales = [guidance_of_node(i, len(path), backtracking) for i in range(len(path) + 1)]
-            report.write_path(path, scales, folder / "path.png")
+            try:
+                report.write_path(path, scales, folder / "path.png")
+            except HubError as error:  # nodes may have left the cache since
+                print(f"path.png is not drawn. {error}")
             if training.stage == "record":
                 shutil.copyfile(folder / "path.png", path.folder / "path.png")
+    card = family.reference.card(training.cache_dir)
     content = {
+        "teacher_card": {
+            key: card[key] for key in ("license", "license_name", "license_link", "base_model") if key in card
+        },
         "stages": stages,
-        "path": path and _origin(path),
+        "path": None if path is None else _origin(path),
         "resolution": family.resolution(training.resolution),
         "seed": training.seed,
         "versions": versions(),
@@ -209,13 +224,13 @@ def write_results(
         content["command"] = shlex.join([*launch, script, *without_token(arguments)])
     written = report.write(folder, **content)
     if trainer is not None:
-        write_model_card(folder, written, family.reference.card(training.cache_dir))
+        write_model_card(folder, written)
     return summary(folder)
 
 
 def _origin(path: DegradationPath) -> dict[str, Any]:
     """Where a path came from, for the report."""
-    origin = {"num_nodes": len(path), "nodes": path.nodes}
+    origin = {"id": path.manifest["id"], "num_nodes": len(path), "nodes": path.nodes}
     if isinstance(path.folders, HubNodes):
         origin |= {"repo_id": path.where, "commit": path.folders.commit}
     return origin
@@ -225,9 +240,10 @@ def without_token(arguments: list[str]) -> list[str]:
     """A command line for others to read."""
     kept, skip = [], False
     for argument in arguments:
-        if not skip and argument.split("=")[0] != "--hub_token":
+        flag = argument.split("=")[0].replace("-", "_")  # the parser takes --hub-token, too
+        if not skip and flag != "__hub_token":
             kept.append(argument)
-        skip = argument == "--hub_token"
+        skip = flag == "__hub_token" and "=" not in argument
     return kept
 
 

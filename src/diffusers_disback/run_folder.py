@@ -16,6 +16,7 @@ FREE_SETTINGS = {
     *("dataloader_num_workers", "report_to", "logging_dir", "logging_steps", "tracker_project_name"),
     *("validation_prompts", "num_validation_images", "validation_steps"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "path_disk_budget_gb"),
+    *("degradation_path_revision",),
 }
 _RESULTS = {"degradation": ("path/path.json",), "backtracking": ("model_index.json", "README.md")}
 

@@ -1,14 +1,16 @@
 """A path on its way to the Hub: a claim on `main`, and a branch for each node. Every part of it can be repeated."""
 
+import re
 from typing import Any
 
 from .branches import Nodes, node_files
-from .manifest import MANIFEST, identity, to_bytes
-from .repository import Files, HubError, Repository, is_file
+from .manifest import MANIFEST, check_manifest, identity, to_bytes
+from .model_reference import ModelReference
+from .repository import Files, HubError, Repository, is_file, is_repo_id
 
 
 def push_nodes(
-    manifest: dict[str, Any], folders: Nodes, teacher_files: Files, repository: Repository
+    manifest: dict[str, Any], folders: Nodes, teacher_files: Files, repository: Repository, claim: bool = True
 ) -> dict[str, Any]:
     """Claims a repository for a path, and makes a branch of each node, as far as there is none of it yet.
 
@@ -17,6 +19,7 @@ def push_nodes(
         folders (`Nodes`): Where its nodes lie.
         teacher_files (`Files`): What makes a pipeline of a node.
         repository (`Repository`): It exists.
+        claim (`bool`): Write to `main` whose it is, before anything else.
 
     Returns:
         `dict`: The manifest, with the `branch` and `commit` of each node.
@@ -26,24 +29,54 @@ def push_nodes(
     """
     head = repository.head()
     check_main(repository, head, manifest)
-    if MANIFEST not in repository.tree(head):
-        claim = to_bytes({**manifest, "complete": False, "nodes": []})
-        repository.commit({MANIFEST: claim}, "Begin a path", check=lambda head: check_main(repository, head, manifest))
+    if claim and MANIFEST not in repository.tree(head):
+        empty = {**manifest, "complete": False, "nodes": []}
+        repository.commit(
+            {MANIFEST: to_bytes(empty)}, "Begin a path", check=lambda head: check_main(repository, head, manifest)
+        )
     pushed = []
     branches = repository.branches()
     for node in manifest["nodes"]:
-        name = node["name"]
-        if name in branches:
-            _check_branch(repository, node, branches[name])
-        else:
-            repository.create_branch(name)
-        files = {**teacher_files, **node_files(folders.fetch(node))}
-        commit = repository.commit(files, f"Add node {name}", branch=name, exact=("",))
-        pushed.append({**node, "branch": name, "commit": commit})
-    there = repository.read_json(MANIFEST, repository.head())
-    if there is not None and there["complete"] and there["nodes"] == pushed:
-        return there  # recorded twice: the first one's cost stands
+        commit = branches.get(node["name"])
+        if commit is None or not _is_whole(repository, node, commit):
+            commit = _push_node(repository, node, manifest["id"], {**teacher_files, **node_files(folders.fetch(node))})
+        pushed.append({**node, "branch": node["name"], "commit": commit})
     return {**manifest, "nodes": pushed}
+
+
+def _push_node(repository: Repository, node: dict[str, Any], path_id: str, files: Files) -> str:
+    """Makes a node's branch hold it, and nothing else."""
+
+    def check(head: str) -> None:
+        # What a push that was cut off leaves is at a commit of main. A node of this recording that main does not list was
+        # pushed and then recorded anew, by a run that was resumed from before it. Nothing is lost by writing over either.
+        there = repository.read_json("node.json", head)
+        if isinstance(there, dict) and there.get("path") == path_id and not _is_listed(repository, node, head):
+            return
+        if there is None and head in repository.history():
+            return
+        raise HubError(
+            f"The branch {node['name']} of {repository.repo_id} holds something else than this path's node. Nothing "
+            f"was overwritten: push to another repository, or delete the branch "
+            f"(`hf repos branch delete {repository.repo_id} {node['name']}`)."
+        )
+
+    repository.create_branch(node["name"])
+    return repository.commit(files, f"Add node {node['name']}", branch=node["name"], exact=("",), check=check)
+
+
+def _is_whole(repository: Repository, node: dict[str, Any], commit: str) -> bool:
+    """Whether a commit holds a node's weights. What others added beside them is theirs."""
+    tree = repository.tree(commit)
+    return "node.json" in tree and all(
+        is_file(tree.get(f"unet/{name}"), sha256) for name, sha256 in node["files"].items()
+    )
+
+
+def _is_listed(repository: Repository, node: dict[str, Any], commit: str) -> bool:
+    """Whether `main` pins a branch at this commit, or says that the path is complete."""
+    listed = repository.read_json(MANIFEST, repository.head())
+    return listed is not None and (listed["complete"] or any(other["commit"] == commit for other in listed["nodes"]))
 
 
 def check_main(repository: Repository, commit: str, manifest: dict[str, Any]) -> None:
@@ -52,34 +85,55 @@ def check_main(repository: Repository, commit: str, manifest: dict[str, Any]) ->
     Raises:
         HubError: With what differs.
     """
-    tree = repository.tree(commit)
-    if MANIFEST not in tree:
-        foreign = sorted(path for path in tree if not path.startswith((".git", "README", "LICEN")))
-        if foreign:
-            raise HubError(
-                f"{repository.repo_id} holds {', '.join(foreign[:3])}, which are no part of a degradation path. Nothing "
-                "was overwritten: push to another repository."
-            )
+    if MANIFEST not in repository.tree(commit):
+        check_empty(repository, commit)
         return
-    there, ours = identity(repository.read_json(MANIFEST, commit)), identity(manifest)
-    changed = {name: (there.get(name), ours.get(name)) for name in there | ours if there.get(name) != ours.get(name)}
+    there = repository.read_json(MANIFEST, commit)
+    try:
+        check_manifest(there, repository.repo_id, pinned=True)
+    except ValueError as error:
+        raise HubError(f"{error} Nothing was overwritten: push to another repository.") from error
+    theirs, ours = identity(there), identity(manifest)
+    changed = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
     if changed:
-        what = "; ".join(f"its {name} is {was}, this one's is {is_}" for name, (was, is_) in changed.items())
+        what = "; ".join(f"its {name} is {theirs.get(name)}, this one's is {ours.get(name)}" for name in changed)
         raise HubError(
             f"{repository.repo_id} holds another degradation path: {what}. Nothing was overwritten: push to another "
             "repository."
         )
 
 
-def _check_branch(repository: Repository, node: dict[str, Any], head: str) -> None:
-    """Sees that a branch holds a node, or nothing of its own yet."""
-    tree = repository.tree(head)
-    if all(is_file(tree.get(f"unet/{name}"), sha256) for name, sha256 in node["files"].items()):
-        return
-    # A push that was cut off leaves a branch at a commit of main: nothing is lost by writing to it.
-    if "node.json" in tree or head not in repository.history():
+def check_empty(repository: Repository, commit: str) -> None:
+    """Sees that nothing is lost by writing to a commit: it holds at most a licence, and a card without a text.
+
+    Raises:
+        HubError: With what it holds.
+    """
+    foreign = [
+        path
+        for path in sorted(repository.tree(commit))
+        if not path.upper().startswith((".GIT", "LICENSE", "LICENCE")) and path != "README.md"
+    ]
+    if "README.md" in repository.tree(commit):
+        text = repository.file("README.md", commit).read_text()
+        foreign += ["README.md"] if re.sub(r"\A\s*---\n.*?\n---\s*", "", text, flags=re.DOTALL).strip() else []
+    if foreign:
         raise HubError(
-            f"The branch {node['name']} of {repository.repo_id} holds something else than this path's node. Nothing "
-            f"was overwritten: push to another repository, or delete the branch "
-            f"(`hf repos branch delete {repository.repo_id} {node['name']}`)."
+            f"{repository.repo_id} holds {', '.join(foreign[:3])}, which this run did not put there. Nothing was "
+            "overwritten: push to another repository."
+        )
+
+
+def check_teacher_may_be_shared(teacher: ModelReference, repository: Repository) -> None:
+    """Sees that a private teacher's text encoder and autoencoder, which go along, do not become public.
+
+    Raises:
+        HubError: If they would, or the Hub fails for good.
+    """
+    if not is_repo_id(teacher.name_or_path):
+        return
+    if Repository(teacher.name_or_path, repository.token).is_private() and not repository.is_private():
+        raise HubError(
+            f"{teacher.name_or_path} is private, but {repository.repo_id}, which its text encoder and autoencoder would "
+            "be copied to, is public. Push to a private repository."
         )

@@ -56,22 +56,26 @@ class BackgroundUpload:
                 self.problem = None
             except Exception as error:  # whatever it is, training goes on
                 self.problem = error
-                self._tell(f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error))
+                self._tell(error)
             finally:
                 self._waiting.task_done()
 
-    def _tell(self, problem: str) -> None:
-        if problem not in self._told:
-            self._told.add(problem)
+    def _tell(self, error: Exception) -> None:
+        kind = getattr(error, "kind", str(error))
+        if kind not in self._told:
+            self._told.add(kind)
+            problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             self.say(
-                f"Nothing is lost, but the Hub does not have it: {problem} All is on disk; push it later with\n  {self.command}"
+                f"Nothing is lost, but the Hub does not have it: {problem} All is on disk; push it later, from this "
+                f"folder, with\n  {self.command}"
             )
 
 
-def push_command(folder: str | Path, repo_id: str, private: bool) -> str:
+def push_command(training: TrainingConfig, repo_id: str) -> str:
     """The command line that pushes a run's folder. It holds no token."""
-    command = ["diffusers-disback", "push", str(folder), repo_id]
-    return shlex.join([*command, *(["--private"] if private else [])])
+    command = ["diffusers-disback", "push", training.output_dir, repo_id]
+    command += ["--private"] if training.hub_private_repo else []
+    return shlex.join([*command, *(["--cache_dir", training.cache_dir] if training.cache_dir else [])])
 
 
 def repository_of(training: TrainingConfig) -> Repository:
@@ -90,7 +94,7 @@ class RunUpload:
         self.training = training
         self.repository = repository_of(training)
         self.background = BackgroundUpload(
-            push_command(training.output_dir, self.repository.repo_id, training.hub_private_repo),
+            push_command(training, self.repository.repo_id),
             lambda line: tqdm.write(line, file=sys.stderr),
         )
         self.background.submit(self._create)  # tells early that it cannot be written to

@@ -140,7 +140,7 @@ def draw_path(
     """Writes a picture of what each node draws, from the same noise. The teacher's own UNet stays in CPU memory.
 
     Args:
-        path (`DegradationPath`): Of full nodes.
+        path (`DegradationPath`): Any.
         teacher (`DiffusionPipeline`): The teacher with a many-step sampler.
         evaluation (`Evaluation`): Its prompts are the rows.
         scales (`list[float]`): The guidance of nodes 0..N.
@@ -152,9 +152,17 @@ def draw_path(
     teacher.unet = copy.deepcopy(kept).to(teacher.vae.device)
     for index, scale in enumerate(scales):
         title = f"node {index}, step {path.nodes[index - 1]['step']}" if index else "teacher"
-        if index:
+        adapter = index > 0 and path.nodes[index - 1]["kind"] == "adapter"
+        if adapter:
+            path.read(index)  # which checks it
+            teacher.unet.load_lora_adapter(
+                path.node_folder(index), subfolder="unet", prefix=None, use_safetensors=True
+            )
+        elif index:
             path.load(index, teacher.unet)
         pictures, _ = evaluation.draw(teacher, num_inference_steps=num_inference_steps, guidance_scale=scale)
+        if adapter:
+            teacher.unet.unload_lora()
         columns[f"{title}\nw={scale:.3g}"] = pictures
     teacher.unet = kept
     columns |= others or {}
