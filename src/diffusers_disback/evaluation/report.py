@@ -107,7 +107,8 @@ class Report:
             file (`Path`): PNG.
         """
         last = {"initial student\n1 step": self.shown["initial"]}
-        draw_path(path, self.teacher, self.gallery, scales, self.teacher_steps, file, last)
+        drawn = self.shown["teacher"]
+        draw_path(path, self.teacher, self.gallery, scales, self.teacher_steps, file, last, drawn)
 
     def write(self, folder: Path, **others: Any) -> dict[str, Any]:
         """Writes `report.json`: the measures by name, and what else is passed."""
@@ -136,6 +137,7 @@ def draw_path(
     num_inference_steps: int,
     file: Path,
     others: dict[str, Tensor] | None = None,
+    drawn: Tensor | None = None,
 ) -> None:
     """Writes a picture of what each node draws, from the same noise. The teacher's own UNet stays in CPU memory.
 
@@ -147,6 +149,7 @@ def draw_path(
         num_inference_steps (`int`): Of the sampler.
         file (`Path`): PNG.
         others (`dict[str, Tensor]`, *optional*): More columns: title -> pictures.
+        drawn (`Tensor`, *optional*): The teacher's pictures, if they are there already.
     """
     kept, columns = teacher.unet, {}
     teacher.unet = copy.deepcopy(kept).to(teacher.vae.device)
@@ -160,7 +163,9 @@ def draw_path(
             )
         elif index:
             path.load(index, teacher.unet)
-        pictures, _ = evaluation.draw(teacher, num_inference_steps=num_inference_steps, guidance_scale=scale)
+        pictures = drawn
+        if index or drawn is None:
+            pictures, _ = evaluation.draw(teacher, num_inference_steps=num_inference_steps, guidance_scale=scale)
         if adapter:
             teacher.unet.unload_lora()
         columns[f"{title}\nw={scale:.3g}"] = pictures
