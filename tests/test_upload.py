@@ -66,12 +66,16 @@ def test_a_run_is_pushed_and_its_path_replayed_from_the_hub(run, repo, hub, caps
     assert equal(student(third), expected) and not (third / "path.png").exists()
 
 
-def test_a_student_of_a_shared_path_names_it(run, repo, hub):
+def test_a_student_of_a_shared_path_names_it(run, repo, hub, capsys):
     run("first", stage="record", push_to_hub=True, hub_model_id=repo)
     own = f"{repo}-student"
     run("second", stage="backtrack", degradation_path=repo, push_to_hub=True, hub_model_id=own)
     assert sorted(hub.repos[own].branches) == ["main"] and "path.json" not in hub.files(own)
     assert json.loads(hub.files(own)["report.json"])["path"]["repo_id"] == repo
+    run("third", stage="record", push_to_hub=True, hub_model_id=f"{repo}-2")  # the same settings, another recording
+    before = hub.snapshot(own)
+    run("fourth", stage="backtrack", degradation_path=f"{repo}-2", push_to_hub=True, hub_model_id=own)
+    assert "holds the student of another run: path was" in capsys.readouterr().err and hub.snapshot(own) == before
 
 
 def test_a_recording_is_pushed_with_a_card_of_its_own_and_then_joined_by_a_student(run, repo, hub):
