@@ -68,6 +68,43 @@ def path_verify(parsed: argparse.Namespace) -> None:
     print(f"{path.where}: {len(path)} nodes, {'complete' if path.complete else 'unfinished'}")
 
 
+def timestep_sweep(parsed: argparse.Namespace) -> None:
+    """Asks a teacher once at each of a range of timesteps: a table, a picture, and the one that is nearest to it."""
+    import torch
+    from diffusers.utils.logging import disable_progress_bar
+
+    from .data import PromptFile
+    from .evaluation import Evaluation
+    from .evaluation.sweep import recommended
+    from .evaluation.sweep import timestep_sweep as sweep
+    from .families import load_family
+    from .manifest import write_json
+    from .model_reference import ModelReference
+
+    disable_progress_bar()
+    reference = ModelReference(parsed.pretrained_model_name_or_path, parsed.revision, parsed.variant)
+    family = load_family(reference, parsed.cache_dir)
+    for t in parsed.timesteps:
+        family.schedule.check_timestep(t)
+    prompts = (
+        parsed.prompt if parsed.prompts_file is None else list(PromptFile(parsed.prompts_file, parsed.num_prompts))
+    )
+    repeated = [prompt for prompt in prompts for _ in range(parsed.num_images_per_prompt)]
+    teacher = family.pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    evaluation, picture = Evaluation(repeated, batch_size=parsed.batch_size), Path(parsed.output)
+    measures = sweep(teacher, parsed.timesteps, evaluation, parsed.guidance_scale, parsed.num_inference_steps, picture)
+    names = list(next(iter(measures.values())))
+    print(f"{'timestep':>8}  " + "  ".join(f"{name:>16}" for name in names))
+    for t, values in measures.items():
+        print(f"{t:>8}  " + "  ".join(f"{values[name]:>16.4f}" for name in names))
+    best = recommended(measures)
+    write_json(
+        picture.with_suffix(".json"), {"recommended": best, "timesteps": measures, "num_pictures": len(repeated)}
+    )
+    print(f"recommended: --conditioning_timestep {best} (least drift, over {len(repeated)} pictures)")
+    print(f"see {picture} and {picture.with_suffix('.json')}")
+
+
 def push(parsed: argparse.Namespace) -> None:
     """Pushes a run's folder, or a path's, to the Hub. It can be repeated."""
     from .hub import push_run
@@ -126,6 +163,20 @@ def parser() -> argparse.ArgumentParser:
     pulling.add_argument("folder", help="new, or empty")
     pulling.add_argument("--revision", help="branch, tag or commit of main")
 
+    sweep = command(commands, "timestep-sweep", timestep_sweep)
+    sweep.add_argument("pretrained_model_name_or_path", help="the teacher: a folder, or a model on the Hub")
+    sweep.add_argument("--revision", help="branch, tag or commit of the teacher on the Hub")
+    sweep.add_argument("--variant", help="of the teacher's weights' files, such as fp16")
+    sweep.add_argument("--timesteps", type=int, nargs="+", default=[99, 199, 299, 399, 499, 599, 699, 799, 899, 999])
+    sweep.add_argument("--prompt", action="append", help="can be given several times")
+    sweep.add_argument("--prompts_file", help="a text file with one prompt a line, instead")
+    sweep.add_argument("--num_prompts", type=int, default=16, help="of the file, from the top")
+    sweep.add_argument("--num_images_per_prompt", type=int, default=4)
+    sweep.add_argument("--batch_size", type=int, default=4, help="pictures drawn at once")
+    sweep.add_argument("--guidance_scale", type=float, default=7.5, help="of the teacher's many-step pictures")
+    sweep.add_argument("--num_inference_steps", type=int, default=25, help="of their sampler (DDIM)")
+    sweep.add_argument("--output", default="timesteps.png", help="the picture; the table goes beside it, as JSON")
+
     path = commands.add_parser("path", help="look at a degradation path").add_subparsers(dest="verb", required=True)
     for name, function in (("show", path_show), ("verify", path_verify)):
         made = command(path, name, function)
@@ -143,7 +194,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
-    if parsed.command == "path" and parsed.verb == "show":
+    if "prompt" in parsed:
         parsed.prompt = parsed.prompt or ["a photograph of a cat", "a red house by the sea"]
     try:
         parsed.function(parsed)

@@ -1,0 +1,61 @@
+"""Which timestep to ask a student at: the teacher, asked once at each of a range."""
+
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from ..generator import to_pipeline
+from . import Evaluation
+from .drift import DriftEvaluator
+from .pictures import picture_grid
+from .report import many_step_pipeline
+
+
+def timestep_sweep(
+    teacher: DiffusionPipeline,
+    timesteps: list[int],
+    evaluation: Evaluation,
+    guidance_scale: float,
+    num_inference_steps: int,
+    file: Path,
+) -> dict[int, dict[str, float]]:
+    """Measures what a teacher's copy draws as a one-step student, before any training, at each timestep.
+
+    Args:
+        teacher (`DiffusionPipeline`): On the device that is to draw.
+        timesteps (`list[int]`): Of the teacher's schedule.
+        evaluation (`Evaluation`): Prompts, noise and how many pictures at once.
+        guidance_scale (`float`): Of the teacher's many-step pictures, from which drift is measured.
+        num_inference_steps (`int`): Of their sampler (DDIM).
+        file (`Path`): PNG with up to six prompts as rows, and a column for each timestep.
+
+    Returns:
+        `dict[int, dict[str, float]]`: By timestep, the drift of mean, standard deviation and saturation, and `total`, the
+        sum of their magnitudes. 0 is best.
+
+    Raises:
+        ValueError: If a timestep is outside the schedule, or has no signal and the network predicts the noise.
+    """
+    many_step = many_step_pipeline(teacher)
+    arguments = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    reference, _ = evaluation.draw(many_step, **arguments)
+    drift = DriftEvaluator(reference)
+    columns, measures = {f"teacher\n{num_inference_steps} steps": reference}, {}
+    for t in timesteps:
+        student = to_pipeline(teacher.unet, t, teacher)
+        student.set_progress_bar_config(disable=True)
+        student.safety_checker = None
+        pictures, _ = evaluation.draw(student)
+        columns[f"t={t}"] = pictures
+        measures[t] = drift(pictures, evaluation.prompts)
+        measures[t]["total"] = sum(abs(value) for value in measures[t].values())
+    first = {prompt: row for row, prompt in reversed(list(enumerate(evaluation.prompts)))}
+    rows = {prompt: first[prompt] for prompt in list(dict.fromkeys(evaluation.prompts))[:6]}
+    grid = {prompt: [pictures[row] for pictures in columns.values()] for prompt, row in rows.items()}
+    picture_grid(grid, list(columns), file)
+    return measures
+
+
+def recommended(measures: dict[int, dict[str, float]]) -> int:
+    """The timestep whose pictures drift least from the teacher's, by `total`."""
+    return min(measures, key=lambda t: measures[t]["total"])
