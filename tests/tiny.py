@@ -3,8 +3,14 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusers_disback.model_reference import ModelReference, fingerprint
 from diffusers_disback.path import DegradationPath
@@ -83,6 +89,39 @@ def pipeline(prediction_type: str = "epsilon", seed: int = 0, **unet_config) -> 
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def pipeline_xl(prediction_type: str = "epsilon", seed: int = 0, **unet_config) -> StableDiffusionXLPipeline:
+    """SDXL's structure: two text encoders, a pooled embedding, and a UNet without cross-attention in its first block."""
+    one = pipeline(prediction_type, seed)
+    torch.manual_seed(seed + 100)
+    config = {**one.text_encoder.config.to_dict(), "projection_dim": WIDTH}
+    pipe = StableDiffusionXLPipeline(
+        vae=one.vae,
+        text_encoder=one.text_encoder,
+        tokenizer=one.tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**config)).eval(),
+        tokenizer_2=make_tokenizer(),
+        unet=unet(
+            seed,
+            **{
+                "cross_attention_dim": 2 * WIDTH,
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+                "transformer_layers_per_block": (1, 2),
+                "use_linear_projection": True,
+                **unet_config,
+            },
+        ).eval(),
+        scheduler=scheduler(prediction_type),
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PIPELINES = {"stable_diffusion": pipeline, "stable_diffusion_xl": pipeline_xl}
 
 
 def save_teacher(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:

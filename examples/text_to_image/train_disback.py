@@ -9,6 +9,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -86,14 +87,16 @@ def main(arguments: list[str]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = training.allow_tf32
 
     # The teacher, the prompts, the student's start, and what will be measured.
-    reference = ModelReference(training.pretrained_model_name_or_path, training.revision, training.variant)
+    reference = training.teacher
     teacher = load_family(reference, training.cache_dir).to(state.device)
+    if doubt := teacher.doubt():
+        state.print(doubt)
     teacher.schedule.check_timestep(timestep)
     prompts = load_prompts(training)
     start = training.generator_model_name_or_path and ModelReference(training.generator_model_name_or_path)
     generator = teacher.initial_generator(start, training.resolution, training.cache_dir).to(state.device)
     path = open_path(configs, teacher, generator, state)
-    data = PromptData(prompts, teacher.encode)
+    data = PromptData(prompts, partial(teacher.encode, resolution=training.resolution))
     upload = RunUpload(training) if training.push_to_hub and state.is_main_process else None
     report = initial = None
     if state.is_main_process:

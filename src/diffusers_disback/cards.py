@@ -53,26 +53,7 @@ image = pipe({{ prompt }}).images[0]
 The bare UNet, asked once, at timestep {{ timestep }}:
 
 ```python
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers.image_processor import VaeImageProcessor
-from transformers import CLIPTextModel, CLIPTokenizer
-
-repo = {{ repo }}
-tokenizer = CLIPTokenizer.from_pretrained(repo, subfolder="tokenizer")
-text_encoder = CLIPTextModel.from_pretrained(repo, subfolder="text_encoder")
-unet = UNet2DConditionModel.from_pretrained(repo, subfolder="unet")
-scheduler = DDIMScheduler.from_pretrained(repo, subfolder="scheduler")
-vae = AutoencoderKL.from_pretrained(repo, subfolder="vae")
-
-with torch.no_grad():
-    tokens = tokenizer({{ prompt }}, padding="max_length", truncation=True, return_tensors="pt")
-    prompt_embeds = text_encoder(tokens.input_ids)[0]
-    noise = torch.randn(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    scheduler.set_timesteps(1)
-    (t,) = scheduler.timesteps  # {{ timestep }}
-    x0 = scheduler.step(unet(noise, t, prompt_embeds).sample, t, noise).prev_sample
-    image = VaeImageProcessor().postprocess(vae.decode(x0 / vae.config.scaling_factor).sample)[0]
+{{ bare }}
 ```
 
 ## Figures
@@ -122,6 +103,48 @@ The student inherits the teacher's limits, makes pictures in one step only, take
 {{ resolution }}x{{ resolution }} pixels.{% if behind %} By these measures it is behind its teacher in {{ behind }}.{% endif %}
 
 """
+
+_BARE = """import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+repo = {{ repo }}
+tokenizer = CLIPTokenizer.from_pretrained(repo, subfolder="tokenizer")
+text_encoder = CLIPTextModel.from_pretrained(repo, subfolder="text_encoder")
+unet = UNet2DConditionModel.from_pretrained(repo, subfolder="unet")
+scheduler = DDIMScheduler.from_pretrained(repo, subfolder="scheduler")
+vae = AutoencoderKL.from_pretrained(repo, subfolder="vae")
+
+with torch.no_grad():
+    tokens = tokenizer({{ prompt }}, padding="max_length", truncation=True, return_tensors="pt")
+    prompt_embeds = text_encoder(tokens.input_ids)[0]
+    noise = torch.randn(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    scheduler.set_timesteps(1)
+    (t,) = scheduler.timesteps  # {{ timestep }}
+    x0 = scheduler.step(unet(noise, t, prompt_embeds).sample, t, noise).prev_sample
+    image = VaeImageProcessor().postprocess(vae.decode(x0 / vae.config.scaling_factor).sample)[0]"""
+
+# Two text encoders: the stock pipeline's encode_prompt, without its UNet and autoencoder, is the shortest way.
+_BARE_XL = """import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+
+repo, side = {{ repo }}, {{ resolution }}
+encoders = StableDiffusionXLPipeline.from_pretrained(repo, unet=None, vae=None)
+unet = UNet2DConditionModel.from_pretrained(repo, subfolder="unet")
+scheduler = DDIMScheduler.from_pretrained(repo, subfolder="scheduler")
+vae = AutoencoderKL.from_pretrained(repo, subfolder="vae")
+
+with torch.no_grad():
+    prompt_embeds, _, pooled, _ = encoders.encode_prompt({{ prompt }}, do_classifier_free_guidance=False)
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([[side, side, 0, 0, side, side]])}
+    noise = torch.randn(1, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    scheduler.set_timesteps(1)
+    (t,) = scheduler.timesteps  # {{ timestep }}
+    output = unet(noise, t, prompt_embeds, added_cond_kwargs=added).sample
+    x0 = scheduler.step(output, t, noise).prev_sample
+    image = VaeImageProcessor().postprocess(vae.decode(x0 / vae.config.scaling_factor).sample)[0]"""
 
 _PATH = """---
 {{ card_data }}
@@ -205,6 +228,7 @@ def student_card(
         path_picture (`bool`): Whether there is a `path.png`.
     """
     from huggingface_hub import EvalResult
+    from jinja2 import Template
 
     evaluation, settings = report["evaluation"], report["settings"]
     measured = {name: report[name] for name in ("floor", "teacher", "initial", "student") if name in report}
@@ -220,6 +244,13 @@ def student_card(
         for name, value in report["student"].items()
         if name != "seconds_per_image"
     ]
+    texts = {
+        "repo": json.dumps(repo),
+        "prompt": json.dumps(report["example_prompt"], ensure_ascii=False),
+        "timestep": settings["conditioning_timestep"],
+        "resolution": report["resolution"],
+    }
+    bare = _BARE_XL if report["pipeline_class"] == "StableDiffusionXLPipeline" else _BARE
     return _render(
         _STUDENT,
         settings["pretrained_model_name_or_path"],
@@ -227,9 +258,8 @@ def student_card(
         ["one-step", "distillation", "disback"],
         title=title,
         results=results,
-        repo=json.dumps(repo),
-        prompt=json.dumps(report["example_prompt"], ensure_ascii=False),
-        timestep=settings["conditioning_timestep"],
+        **texts,
+        bare=Template(bare).render(texts),
         figures=table(measured),
         num_pictures=evaluation["num_pictures"],
         dataset=evaluation["name"],
@@ -243,7 +273,6 @@ def student_card(
         machine=", ".join(f"{name} {value}" for name, value in report["machine"].items()),
         versions=report["versions"],
         versions_line=", ".join(f"{name} {value}" for name, value in report["versions"].items()),
-        resolution=report["resolution"],
         behind=_behind(report),
     )
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from diffusers.optimization import SchedulerType
 
+from .model_reference import ModelReference
 from .objectives import OBJECTIVES
 from .repository import is_repo_id
 
@@ -31,6 +32,12 @@ class TrainingConfig:
     )
     revision: str | None = setting(None, "Branch, tag or commit of the teacher on the Hub.")
     variant: str | None = setting(None, "Variant of the teacher's weights' files, such as fp16.")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = setting(
+        None, "What the teacher predicts, if its scheduler's config says something else, as of some fine-tunes."
+    )
+    pretrained_vae_model_name_or_path: str | None = setting(
+        None, "An autoencoder in place of the teacher's own: a folder, or a model on the Hub."
+    )
     generator_model_name_or_path: str | None = setting(
         None, "Start the student from the UNet of this folder or Hub model instead of the teacher's copy."
     )
@@ -109,6 +116,17 @@ class TrainingConfig:
         4, "Pictures of each validation prompt that are measured. (The shapes teacher is measured on 2,000 others.)"
     )
     validation_steps: int = setting(500, "Measure and draw the student every so many generator updates.")
+
+    @property
+    def teacher(self) -> ModelReference:
+        """Where the teacher lies, and what is to be taken otherwise than it says."""
+        return ModelReference(
+            self.pretrained_model_name_or_path,
+            self.revision,
+            self.variant,
+            self.prediction_type,
+            self.pretrained_vae_model_name_or_path,
+        )
 
     @property
     def path_is_shared(self) -> bool:

@@ -64,4 +64,5 @@ def to_pipeline(network: nn.Module, timestep: int, teacher: DiffusionPipeline) -
     """
     components = {**teacher.components, "unet": network, "scheduler": one_step_scheduler(teacher.scheduler, timestep)}
     accepted = DisBackOneStepPipeline.component_names()
-    return DisBackOneStepPipeline(**{name: components[name] for name in accepted if name in components})
+    settings = {key: teacher.config[key] for key in ("force_zeros_for_empty_prompt",) if key in teacher.config}
+    return DisBackOneStepPipeline(**{name: components[name] for name in accepted if name in components}, **settings)

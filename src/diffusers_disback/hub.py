@@ -139,7 +139,7 @@ def push_run(
     check(repository.head())
     if teacher is None:
         settings = report["settings"]
-        teacher = ModelReference(*(settings[key] for key in ("pretrained_model_name_or_path", "revision", "variant")))
+        teacher = ModelReference(settings["pretrained_model_name_or_path"], settings["revision"], settings["variant"])
     check_teacher_may_be_shared(teacher, repository)
     files = student_files(folder, repository.repo_id)
     if path is not None:

@@ -40,11 +40,15 @@ class ModelReference:
         name_or_path (`str`): A folder, or a Hub id.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         variant (`str`, *optional*): Of the weights' files, such as `fp16`.
+        prediction_type (`str`, *optional*): What it predicts, if its scheduler's config says something else.
+        vae (`str`, *optional*): The folder or Hub id of an autoencoder that takes the place of its own.
     """
 
     name_or_path: str
     revision: str | None = None
     variant: str | None = None
+    prediction_type: str | None = None
+    vae: str | None = None
 
     def commit(self, cache_dir: str | None = None) -> str | None:
         """The commit that a downloaded model is of; `None` for a folder, or if it was not downloaded."""
@@ -83,11 +87,34 @@ class ModelReference:
         files: Files = {"model_index.json": root / "model_index.json"}
         files |= {file.name: file for file in root.iterdir() if file.name.upper().startswith(("LICENSE", "LICENCE"))}
         for name, kind in index.items():
-            if name != "unet" and isinstance(kind, list) and kind[0] is not None:
+            if name == "vae" and self.vae is not None:
+                files |= {f"vae/{n}": file for n, file in _own_files(self.vae_folder(cache_dir), None, dtype).items()}
+            elif name != "unet" and isinstance(kind, list) and kind[0] is not None:
                 files |= {
                     f"{name}/{n}": content for n, content in _own_files(root / name, self.variant, dtype).items()
                 }
+        if self.prediction_type is not None:
+            path = "scheduler/scheduler_config.json"
+            config = json.loads(files[path].read_text())
+            files[path] = (json.dumps({**config, "prediction_type": self.prediction_type}, indent=2) + "\n").encode()
         return files
+
+    def vae_folder(self, cache_dir: str | None = None) -> Path:
+        """Where the files of the other autoencoder lie on this machine: at its root, or in its `vae/`.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        root = Path(self.vae)
+        if not root.is_dir():
+            root = Repository(self.vae).download(["config.json", "*.safetensors", "vae/*"], None, cache_dir)
+        for folder in (root, root / "vae"):
+            if (folder / "config.json").is_file():
+                name = json.loads((folder / "config.json").read_text()).get("_class_name")
+                if name != "AutoencoderKL":
+                    raise ValueError(f"{self.vae} is a {name}; an AutoencoderKL is needed.")
+                return folder
+        raise ValueError(f"{self.vae} holds no autoencoder: it has no config.json, at its root or in vae/.")
 
     def card(self, cache_dir: str | None = None) -> dict[str, Any]:
         """The metadata of the model's card; empty if it has none."""

@@ -131,7 +131,13 @@ class DegradationPath:
             folders = FolderNodes(folder)
         if teacher is None:
             known = manifest["teacher"]
-            teacher = ModelReference(known["name_or_path"], known["commit"] or known["revision"], known["variant"])
+            teacher = ModelReference(
+                known["name_or_path"],
+                known["commit"] or known["revision"],
+                known["variant"],
+                known.get("prediction_type"),
+                known.get("vae"),
+            )
         return cls(folders, manifest, teacher, cache_dir)
 
     def __len__(self) -> int:

@@ -13,21 +13,23 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers import StableDiffusionPipeline as _StockPipeline
+from diffusers import StableDiffusionXLPipeline as _StockXLPipeline
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.utils.torch_utils import randn_tensor
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 class DisBackOneStepPipeline(
-    DiffusionPipeline, StableDiffusionMixin, TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin
+    DiffusionPipeline, StableDiffusionMixin, TextualInversionLoaderMixin, StableDiffusionXLLoraLoaderMixin
 ):
     """Text-to-image generation by a student that was distilled into one step (DisBack, arXiv 2408.15991).
 
-    The conditioning timestep is the scheduler's one and only step. What `save_pretrained` writes is a folder of the
+    One class for Stable Diffusion 1.x and 2.x and for SDXL, which has a second text encoder. The conditioning timestep is
+    the scheduler's one and only step. What `save_pretrained` writes is a folder of the
     *stock* pipeline, so that it loads without this class: call the stock pipeline with `num_inference_steps=1,
     guidance_scale=0`.
 
@@ -39,14 +41,17 @@ class DisBackOneStepPipeline(
         scheduler (`DDIMScheduler`): Its schedule ends at the conditioning timestep.
         safety_checker (`StableDiffusionSafetyChecker`, *optional*): The teacher's.
         feature_extractor (`CLIPImageProcessor`, *optional*): The safety checker's.
+        requires_safety_checker (`bool`): Of the stock Stable Diffusion pipeline's config.
+        text_encoder_2 (`CLIPTextModelWithProjection`, *optional*): SDXL's second.
+        tokenizer_2 (`CLIPTokenizer`, *optional*): SDXL's second.
+        force_zeros_for_empty_prompt (`bool`): Of the stock SDXL pipeline's config.
     """
 
-    model_cpu_offload_seq = "text_encoder->unet->vae"
-    _optional_components = ["safety_checker", "feature_extractor"]
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
+    _optional_components = ["safety_checker", "feature_extractor", "text_encoder_2", "tokenizer_2"]
     _exclude_from_cpu_offload = ["safety_checker"]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
 
-    encode_prompt = _StockPipeline.encode_prompt
     run_safety_checker = _StockPipeline.run_safety_checker
 
     def __init__(
@@ -59,6 +64,9 @@ class DisBackOneStepPipeline(
         safety_checker: StableDiffusionSafetyChecker | None = None,
         feature_extractor: CLIPImageProcessor | None = None,
         requires_safety_checker: bool = False,
+        text_encoder_2: CLIPTextModelWithProjection | None = None,
+        tokenizer_2: CLIPTokenizer | None = None,
+        force_zeros_for_empty_prompt: bool = True,
     ):
         super().__init__()
         self.register_modules(
@@ -69,19 +77,29 @@ class DisBackOneStepPipeline(
             scheduler=scheduler,
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
         )
-        self.register_to_config(requires_safety_checker=requires_safety_checker)
+        self.register_to_config(
+            requires_safety_checker=requires_safety_checker, force_zeros_for_empty_prompt=force_zeros_for_empty_prompt
+        )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
     def component_names(cls) -> list[str]:
         """The names of the components that the constructor takes."""
-        return [
-            name
-            for name in inspect.signature(cls.__init__).parameters
-            if name not in ("self", "requires_safety_checker")
-        ]
+        settings = ("self", "requires_safety_checker", "force_zeros_for_empty_prompt")
+        return [name for name in inspect.signature(cls.__init__).parameters if name not in settings]
+
+    @property
+    def stock_class(self) -> type[DiffusionPipeline]:
+        """The class of diffusers in whose name it is saved."""
+        return _StockPipeline if self.text_encoder_2 is None else _StockXLPipeline
+
+    def encode_prompt(self, *arguments: Any, **keywords: Any) -> tuple:
+        """As of the stock pipeline."""
+        return self.stock_class.encode_prompt(self, *arguments, **keywords)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Writes `model_index.json` in the stock pipeline's name, and this file beside it as `pipeline.py`."""
@@ -89,8 +107,13 @@ class DisBackOneStepPipeline(
         file = os.path.join(save_directory, self.config_name)
         with open(file) as stream:
             index = json.load(stream)
-        index["_class_name"] = _StockPipeline.__name__
-        index["requires_safety_checker"] = self.safety_checker is not None
+        index["_class_name"] = self.stock_class.__name__
+        if self.text_encoder_2 is None:
+            foreign = ("text_encoder_2", "tokenizer_2", "force_zeros_for_empty_prompt")
+            index["requires_safety_checker"] = self.safety_checker is not None
+        else:
+            foreign = ("safety_checker", "requires_safety_checker")
+        index = {name: value for name, value in index.items() if name not in foreign}
         with open(file, "w") as stream:
             stream.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
         source, copy = inspect.getsourcefile(type(self)), os.path.join(save_directory, "pipeline.py")
@@ -108,6 +131,7 @@ class DisBackOneStepPipeline(
         self,
         prompt,
         prompt_embeds,
+        pooled_prompt_embeds,
         height,
         width,
         num_inference_steps,
@@ -129,6 +153,8 @@ class DisBackOneStepPipeline(
             raise ValueError("negative_prompt has no effect without guidance, and a one-step student takes none.")
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("Pass `prompt` or `prompt_embeds`, one of the two.")
+        if (prompt_embeds is not None) != (pooled_prompt_embeds is not None) and self.text_encoder_2 is not None:
+            raise ValueError("SDXL takes `prompt_embeds` and `pooled_prompt_embeds` together.")
         if prompt is not None and not isinstance(prompt, (str, list)):
             raise ValueError(f"`prompt` has to be a `str` or a `list`, but is a {type(prompt).__name__}.")
         if height % self.vae_scale_factor or width % self.vae_scale_factor:
@@ -155,6 +181,61 @@ class DisBackOneStepPipeline(
         norms = [module for name, module in self.text_encoder.named_modules() if name.endswith("final_layer_norm")]
         return norms[0](states.hidden_states[-(clip_skip + 1)])
 
+    def encode(
+        self,
+        prompt: str | list[str] | None,
+        prompt_2: str | list[str] | None,
+        num_images_per_prompt: int,
+        prompt_embeds: torch.Tensor | None,
+        pooled_prompt_embeds: torch.Tensor | None,
+        lora_scale: float | None,
+        clip_skip: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Text embeddings, `[B, tokens, width]`, and for SDXL the pooled ones, `[B, pooled width]`."""
+        device = self._execution_device
+        if self.text_encoder_2 is not None:
+            prompt_embeds, _, pooled_prompt_embeds, _ = self.encode_prompt(
+                prompt,
+                prompt_2,
+                device,
+                num_images_per_prompt,
+                False,
+                prompt_embeds=prompt_embeds,
+                pooled_prompt_embeds=pooled_prompt_embeds,
+                lora_scale=lora_scale,
+                clip_skip=clip_skip,
+            )
+            return prompt_embeds, pooled_prompt_embeds
+        if clip_skip is not None and prompt_embeds is None:
+            prompt_embeds = self.encode_skipping(prompt, clip_skip, device)
+        prompt_embeds, _ = self.encode_prompt(
+            prompt, device, num_images_per_prompt, False, prompt_embeds=prompt_embeds, lora_scale=lora_scale
+        )
+        return prompt_embeds, None
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures, `[B, 3, H, W]` around -1..1.
+
+        An autoencoder that overflows in half precision, as SDXL's, computes in float32 where its config says so.
+        """
+        config = self.vae.config
+        upcast = self.vae.dtype == torch.float16 and config.force_upcast
+        if upcast:
+            self.vae.to(dtype=torch.float32)
+            latents = latents.float()
+        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+            mean, std = (
+                torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
+                for values in (config.latents_mean, config.latents_std)
+            )
+            latents = latents * std / config.scaling_factor + mean
+        else:
+            latents = latents / config.scaling_factor
+        images = self.vae.decode(latents, return_dict=False)[0]
+        if upcast:
+            self.vae.to(dtype=torch.float16)
+        return images
+
     def prepare_latents(self, shape, dtype, device, generator, latents):
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators were passed for a batch of {shape[0]}.")
@@ -177,6 +258,11 @@ class DisBackOneStepPipeline(
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
+        prompt_2: str | list[str] | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
@@ -197,6 +283,10 @@ class DisBackOneStepPipeline(
             latents (`torch.Tensor`, *optional*): Standard normal noise, `[B, C, height / 8, width / 8]` for an
                 8x autoencoder.
             prompt_embeds (`torch.Tensor`, *optional*): Text embeddings, `[B, tokens, width]`.
+            prompt_2 (`str` or `list[str]`, *optional*): For SDXL's second text encoder; by default `prompt`.
+            pooled_prompt_embeds (`torch.Tensor`, *optional*): SDXL's, with `prompt_embeds`, `[B, pooled width]`.
+            original_size, crops_coords_top_left, target_size (`tuple[int, int]`, *optional*): What SDXL is told of the
+                picture's size and crop, in pixels, height first; by default an uncropped picture of `(height, width)`.
             output_type (`str`): `"pil"`, `"np"`, `"pt"` (`[B, 3, height, width]` in 0..1) or `"latent"`.
             return_dict (`bool`): An output object, or a tuple.
             cross_attention_kwargs (`dict`, *optional*): For the attention processors; `scale` is the LoRA scale.
@@ -218,6 +308,7 @@ class DisBackOneStepPipeline(
         self.check_inputs(
             prompt,
             prompt_embeds,
+            pooled_prompt_embeds,
             height,
             width,
             num_inference_steps,
@@ -234,16 +325,20 @@ class DisBackOneStepPipeline(
                 f"{self.scheduler.config.num_train_timesteps}, which is not its last: it is no one-step scheduler. "
                 "Load the one that was saved with the student."
             )
-        if clip_skip is not None and prompt_embeds is None:
-            prompt_embeds = self.encode_skipping(prompt, clip_skip, device)
-        prompt_embeds, _ = self.encode_prompt(
+        prompt_embeds, pooled = self.encode(
             prompt,
-            device,
+            prompt_2,
             num_images_per_prompt,
-            False,
-            prompt_embeds=prompt_embeds,
-            lora_scale=(cross_attention_kwargs or {}).get("scale"),
+            prompt_embeds,
+            pooled_prompt_embeds,
+            (cross_attention_kwargs or {}).get("scale"),
+            clip_skip,
         )
+        added = None
+        if pooled is not None:
+            sizes = (*(original_size or (height, width)), *crops_coords_top_left, *(target_size or (height, width)))
+            time_ids = torch.tensor([sizes] * len(pooled), device=device, dtype=prompt_embeds.dtype)
+            added = {"text_embeds": pooled.to(device), "time_ids": time_ids}
         shape = (
             len(prompt_embeds),
             self.unet.config.in_channels,
@@ -257,6 +352,7 @@ class DisBackOneStepPipeline(
                 t,
                 encoder_hidden_states=prompt_embeds,
                 cross_attention_kwargs=cross_attention_kwargs,
+                added_cond_kwargs=added,
                 return_dict=False,
             )[0]
             latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
@@ -268,7 +364,7 @@ class DisBackOneStepPipeline(
         if output_type == "latent":
             images, objections = latents, None
         else:
-            images = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+            images = self.decode(latents)
             images, objections = self.run_safety_checker(images, device, prompt_embeds.dtype)
         denormalize = [True] * len(images) if objections is None else [not objection for objection in objections]
         images = self.image_processor.postprocess(images, output_type=output_type, do_denormalize=denormalize)

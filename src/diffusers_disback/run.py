@@ -208,6 +208,7 @@ def write_results(
         },
         "stages": stages,
         "path": None if path is None else _origin(path),
+        "pipeline_class": type(family.pipeline).__name__,
         "resolution": family.resolution(training.resolution),
         "seed": training.seed,
         "versions": versions(),

@@ -26,8 +26,13 @@ def many_step_pipeline(teacher: DiffusionPipeline) -> DiffusionPipeline:
     scheduler = DDIMScheduler.from_config(
         teacher.scheduler.config, clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True
     )
-    components = {**teacher.components, "scheduler": scheduler, "safety_checker": None}
-    pipeline = type(teacher)(**components, requires_safety_checker=False)
+    components = {**teacher.components, "scheduler": scheduler}
+    if "safety_checker" in components:
+        settings = {"safety_checker": None, "requires_safety_checker": False}
+    else:
+        zeros = teacher.config.force_zeros_for_empty_prompt
+        settings = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+    pipeline = type(teacher)(**{**components, **settings})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -3,14 +3,16 @@
 import os
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 
 from ..model_reference import ModelReference
 from .stable_diffusion import ModelFamily
+from .stable_diffusion_xl import StableDiffusionXL
 
 
 FAMILIES: dict[str, type[ModelFamily]] = {
     "stable_diffusion": ModelFamily,
+    "stable_diffusion_xl": StableDiffusionXL,
 }
 
 
@@ -54,6 +56,11 @@ def load_family(reference: ModelReference, cache_dir: str | None = None) -> Mode
             f"The teacher {name!r} cannot be loaded: it is neither a folder with a diffusers pipeline in safetensors "
             f"nor such a model on the Hub (revision {reference.revision}, variant {reference.variant}). {error}"
         ) from error
+    if reference.vae is not None:
+        pipeline.vae = AutoencoderKL.from_pretrained(reference.vae_folder(cache_dir), torch_dtype=torch.float32)
+    if reference.prediction_type is not None:
+        scheduler = pipeline.scheduler
+        pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=reference.prediction_type)
     family = family_of(pipeline, reference)
     reference.folder(cache_dir)  # so that the Hub is not needed for the teacher's files when training is over
     return family

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x: one text encoder, a UNet, latents of an 8x autoencoder. Also the base of other families."""
+"""Stable Diffusion 1.x and 2.x: a text encoder, a UNet, latents of an 8x autoencoder. Also the base of other families."""
 
 import torch
 from diffusers import DiffusionPipeline
@@ -18,24 +18,46 @@ class ModelFamily:
         reference (`ModelReference`, *optional*): Where it came from.
 
     Raises:
-        ValueError: If the denoiser takes more than the autoencoder's latents, as for inpainting.
+        ValueError: If its components do not fit together, or the denoiser takes more than latents, as for inpainting.
     """
 
     pipeline_classes: tuple[str, ...] = ("StableDiffusionPipeline",)
 
     def __init__(self, pipeline: DiffusionPipeline, reference: ModelReference | None = None):
-        channels, latent_channels = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
-        if channels != latent_channels:
-            raise ValueError(
-                f"The teacher's UNet takes {channels} channels, but its autoencoder makes {latent_channels}: it is a "
-                "model for inpainting, depth or editing, not for text-to-image."
-            )
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
         self.pipeline = pipeline
         self.reference = reference
+        self.check()
         self.schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
+
+    def check(self) -> None:
+        """Sees that the components fit together.
+
+        Raises:
+            ValueError: With what does not fit.
+        """
+        unet, vae = self.pipeline.unet.config, self.pipeline.vae.config
+        if unet.in_channels != vae.latent_channels:
+            raise ValueError(
+                f"The teacher's UNet takes {unet.in_channels} channels, but its autoencoder makes "
+                f"{vae.latent_channels}: it is a model for inpainting, depth or editing, not for text-to-image, or the "
+                "autoencoder is another model's."
+            )
+        width = sum(encoder.config.hidden_size for encoder in self.text_encoders)
+        if unet.cross_attention_dim != width:
+            raise ValueError(
+                f"The teacher's UNet takes text embeddings of width {unet.cross_attention_dim}, but its "
+                f"{'text encoder makes' if len(self.text_encoders) == 1 else 'text encoders make'} {width}: they belong "
+                "to different models."
+            )
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        """Whose outputs, side by side, condition the denoiser."""
+        encoders = [self.pipeline.components.get(name) for name in ("text_encoder", "text_encoder_2")]
+        return [encoder for encoder in encoders if encoder is not None]
 
     @property
     def network(self) -> nn.Module:
@@ -100,8 +122,37 @@ class ModelFamily:
         return call_network(network, x_t, t, condition)
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Condition:
-        """The condition of prompts, batch first, on the text encoder's device."""
+    def doubt(self) -> str | None:
+        """What speaks against the prediction type of the scheduler's config, if anything does.
+
+        At the highest noise level x_t is all but the noise itself. A network that predicts the noise gives it back; one
+        that predicts v or x0 does not, since the picture is hardly to be seen.
+        """
+        device = self.text_encoders[0].device
+        condition, shape = self.encode([""]), self.latent_shape()
+        noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+        t = torch.full((1,), self.schedule.num_timesteps - 1, device=device)
+        home = next(self.network.parameters()).device
+        output = self.score_model(self.network.to(device)).predict(noise, t, condition)
+        self.network.to(home)
+        loss, declared = (output - noise).square().mean().item(), self.schedule.prediction_type
+        if (declared == "epsilon") == (loss < 0.5):
+            return None
+        other = "v_prediction or sample" if declared == "epsilon" else "epsilon"
+        return (
+            f"The teacher's scheduler says prediction_type={declared!r}, but at the highest noise level its output is "
+            f"{'not ' if declared == 'epsilon' else ''}the noise (mean squared difference {loss:.2g}). If its pictures are "
+            f"wrong, try --prediction_type {other}."
+        )
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], resolution: int | None = None) -> Condition:
+        """The condition of prompts, batch first, on the text encoder's device. That of `""` is the negative one.
+
+        Args:
+            prompts (`list[str]`): Any.
+            resolution (`int`, *optional*): Of the pictures, in pixels, for networks that are told it.
+        """
         device = self.pipeline.text_encoder.device
         prompt_embeds, _ = self.pipeline.encode_prompt(prompts, device, 1, False)
         return {"encoder_hidden_states": prompt_embeds}

@@ -1,0 +1,313 @@
+"""Every family, seen from the pipelines of diffusers that it has to agree with."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from diffusers import (
+    AutoPipelineForText2Image,
+    DiffusionPipeline,
+    LCMScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from script import student
+from stages import equal
+
+from diffusers_disback import DisBackOneStepPipeline
+from diffusers_disback.families import FAMILIES, family_of
+from diffusers_disback.generator import OneStepGenerator, to_pipeline
+from diffusers_disback.objectives import OBJECTIVES
+
+
+PREDICTIONS = ["epsilon", "v_prediction", "sample"]
+# Each pair of a row's values is in one of these; the full product is slow.
+PAIRS = [
+    (family, prediction, list(OBJECTIVES)[(i + j) % len(OBJECTIVES)])
+    for i, family in enumerate(FAMILIES)
+    for j, prediction in enumerate(PREDICTIONS)
+]
+PRODUCT = list(itertools.product(FAMILIES, PREDICTIONS, OBJECTIVES))
+CELLS = [*PAIRS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in PRODUCT if cell not in PAIRS)]
+
+
+def test_every_family_has_a_tiny_pipeline():
+    assert tiny.PIPELINES.keys() == FAMILIES.keys()
+    for name, make in tiny.PIPELINES.items():
+        assert type(family_of(make())) is FAMILIES[name]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_network_is_asked_as_the_stock_pipeline_asks_it(name):
+    """Two prompts, with guidance: one step of the stock pipeline from given noise."""
+    pipe = tiny.PIPELINES[name]()
+    family = family_of(pipe)
+    seen, forward = [], pipe.unet.forward
+
+    def spy(sample, timestep, **arguments):
+        seen.append((sample, timestep, arguments))
+        return forward(sample, timestep, **arguments)
+
+    pipe.unet.forward = spy
+    noise = torch.randn(2, 4, 8, 8)
+    pipe(tiny.PROMPTS[:2], latents=noise, num_inference_steps=1, guidance_scale=3.0, output_type="latent")
+    ((sample, t, _),) = seen
+    pipe.unet.forward = forward
+    stock = forward(sample, t, **{**seen[0][2], "return_dict": False})[0]
+    condition, negative = family.encode(tiny.PROMPTS[:2]), family.encode(["", ""])
+    both = {key: torch.cat([negative[key], condition[key]]) for key in condition}
+    own = family.call(family.network, sample, t.expand(4), both)
+    assert torch.equal(own, stock)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("t", [0, 399, 999])
+def test_the_deployed_student_is_the_generator_bit_for_bit(name, prediction, t, tmp_path):
+    teacher = tiny.PIPELINES[name](prediction)
+    family = family_of(teacher)
+    generator = OneStepGenerator(family.score_model(), t)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        x0 = generator(noise, family.encode(tiny.PROMPTS[:2]))
+    pipe = to_pipeline(family.network, t, teacher)
+    arguments = {"latents": noise, "output_type": "latent"}
+    assert torch.equal(pipe(tiny.PROMPTS[:2], **arguments).images, x0)
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == family.pipeline_classes[0]
+    stock = {"num_inference_steps": 1, "guidance_scale": 0, **arguments}
+    for cls in (DiffusionPipeline, AutoPipelineForText2Image):
+        assert torch.equal(cls.from_pretrained(tmp_path)(tiny.PROMPTS[:2], **stock).images, x0)
+    own = DisBackOneStepPipeline.from_pretrained(tmp_path)
+    assert torch.equal(own(tiny.PROMPTS[:2], **arguments).images, x0)
+    lcm = DiffusionPipeline.from_pretrained(tmp_path)
+    lcm.scheduler = LCMScheduler.from_config(teacher.scheduler.config)
+    drawn = lcm(tiny.PROMPTS[:2], timesteps=[t], guidance_scale=0, **arguments).images
+    # LCM mixes in its input at low noise (its boundary condition): 0.25 / (t^2 / 0.01 + 0.25).
+    assert t == 0 or torch.allclose(drawn, x0, atol=1e-5 * x0.abs().max())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pictures_are_those_of_the_stock_pipeline(name, tmp_path):
+    to_pipeline(tiny.PIPELINES[name]().unet, 399, tiny.PIPELINES[name]()).save_pretrained(tmp_path)
+    one = DisBackOneStepPipeline.from_pretrained(tmp_path)
+    two = DiffusionPipeline.from_pretrained(tmp_path)
+    call = {"num_images_per_prompt": 2, "output_type": "pt"}
+    pictures = one(tiny.PROMPTS[:2], generator=torch.Generator().manual_seed(3), **call).images
+    stock = {"num_inference_steps": 1, "guidance_scale": 0, **call}
+    assert torch.equal(two(tiny.PROMPTS[:2], generator=torch.Generator().manual_seed(3), **stock).images, pictures)
+    half = DisBackOneStepPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    drawn = half(tiny.PROMPTS[:2], generator=torch.Generator().manual_seed(3), **call).images.float()
+    assert (drawn - pictures).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize(("name", "prediction", "objective"), CELLS)
+def test_every_teacher_is_distilled(run, tmp_path, name, prediction, objective):
+    """Both stages by the script, without a flag that names a family; the result loads in its stock pipeline."""
+    tiny.PIPELINES[name](prediction).save_pretrained(tmp_path / "teacher")
+    folder = run(pretrained_model_name_or_path=tmp_path / "teacher", objective=objective)
+    own, stock = DisBackOneStepPipeline.from_pretrained(folder), DiffusionPipeline.from_pretrained(folder)
+    assert type(stock).__name__ in FAMILIES[name].pipeline_classes
+    noise = torch.randn(1, 4, 8, 8)
+    arguments = {"latents": noise, "output_type": "pt"}
+    one = own(tiny.PROMPTS[0], **arguments).images
+    assert torch.equal(stock(tiny.PROMPTS[0], num_inference_steps=1, guidance_scale=0, **arguments).images, one)
+    snippets = (folder / "README.md").read_text().split("```python")[1:]
+    scope = {}
+    exec(snippets[2].split("```")[0], scope)
+    assert scope["image"].size == (16, 16)
+
+
+# SDXL ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_the_empty_prompt_of_sdxl_is_zero_where_its_config_says_so(zeros):
+    pipe = tiny.pipeline_xl()
+    pipe.register_to_config(force_zeros_for_empty_prompt=zeros)
+    condition = family_of(pipe).encode(["", "a red circle"])
+    for key in ("encoder_hidden_states", "text_embeds"):
+        assert (condition[key][0] == 0).all() == zeros and (condition[key][1] != 0).any()
+
+
+def test_sdxl_is_told_the_resolution():
+    family = family_of(tiny.pipeline_xl())
+    assert family.encode(["a"])["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
+    assert family.encode(["a"], resolution=32)["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]]
+
+
+def test_sdxl_arguments_are_those_of_the_stock_pipeline(tmp_path):
+    to_pipeline(tiny.pipeline_xl().unet, 399, tiny.pipeline_xl()).save_pretrained(tmp_path)
+    own, stock = DisBackOneStepPipeline.from_pretrained(tmp_path), StableDiffusionXLPipeline.from_pretrained(tmp_path)
+    noise = torch.randn(1, 4, 8, 12)
+    for arguments in (
+        {"prompt_2": "a blue star"},
+        {"clip_skip": 1},
+        {"original_size": (64, 32), "crops_coords_top_left": (3, 5), "target_size": (48, 24)},
+    ):
+        call = {
+            "prompt": "a red circle",
+            "height": 16,
+            "width": 24,
+            "latents": noise,
+            "output_type": "pt",
+            **arguments,
+        }
+        assert torch.equal(own(**call).images, stock(num_inference_steps=1, guidance_scale=0, **call).images)
+    embeds, _, pooled, _ = stock.encode_prompt("a red circle", do_classifier_free_guidance=False)
+    given = own(
+        prompt_embeds=embeds, pooled_prompt_embeds=pooled, latents=noise, height=16, width=24, output_type="pt"
+    )
+    plain = own("a red circle", latents=noise, height=16, width=24, output_type="pt")
+    assert torch.equal(given.images, plain.images)
+    with pytest.raises(ValueError, match="takes `prompt_embeds` and `pooled_prompt_embeds` together"):
+        own(prompt_embeds=embeds)
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_computes_in_float32():
+    teacher = tiny.pipeline_xl()
+    pipe = to_pipeline(teacher.unet, 399, teacher)
+    latents = torch.randn(1, 4, 8, 8)
+    expected = pipe.decode(latents)
+    pipe.vae.half()
+    pipe.vae.register_to_config(force_upcast=True)
+    assert (pipe.decode(latents.half()) - expected).abs().max() < 1e-2 and pipe.vae.dtype == torch.float16
+
+
+# Parts that do not fit ----------------------------------------------------------------------------------------------
+
+
+def with_parts(pipe, **parts):
+    for name, part in parts.items():
+        setattr(pipe, name, part)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: tiny.pipeline(in_channels=9), "UNet takes 9 channels, but its autoencoder makes 4"),
+        (lambda: tiny.pipeline(cross_attention_dim=48), "text embeddings of width 48, but its text encoder makes 32"),
+        (lambda: with_parts(tiny.pipeline_xl(), unet=tiny.unet()), "width 32, but its text encoders make 64"),
+        (
+            lambda: with_parts(tiny.pipeline_xl(), unet=tiny.unet(cross_attention_dim=64)),
+            "addition_embed_type is None",
+        ),
+        (lambda: tiny.pipeline_xl(projection_class_embeddings_input_dim=64), "pooled embedding of width 16, but its"),
+    ],
+    ids=["inpainting", "text-encoder", "unet-of-sd", "no-pooled", "other-pooled"],
+)
+def test_parts_of_different_models_are_told(make, message):
+    with pytest.raises(ValueError, match=message):
+        family_of(make())
+
+
+# At size, without weights -------------------------------------------------------------------------------------------
+
+SIZES = {
+    "SD 1.5": (
+        {"cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": (320, 640, 1280, 1280)},
+        859_520_964,
+        686,
+    ),
+    "SD 2.1": (
+        {
+            "sample_size": 96,
+            "cross_attention_dim": 1024,
+            "attention_head_dim": (5, 10, 20, 20),
+            "block_out_channels": (320, 640, 1280, 1280),
+            "use_linear_projection": True,
+        },
+        865_910_724,
+        686,
+    ),
+    "SDXL": (
+        {
+            "sample_size": 128,
+            "cross_attention_dim": 2048,
+            "attention_head_dim": (5, 10, 20),
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        2_567_463_684,
+        1_680,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_full_size_networks_have_the_names_and_shapes_of_the_originals(name):
+    config, parameters, tensors = SIZES[name]
+    with torch.device("meta"):
+        network = UNet2DConditionModel(**config)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert len(network.state_dict()) == tensors
+
+
+# What a teacher's files say, and what is said otherwise ---------------------------------------------------------------
+
+
+def test_a_wrong_prediction_type_can_be_overridden(run, tmp_path, repo, hub):
+    """A v-prediction teacher whose config says epsilon is distilled as the one whose config is right."""
+    tiny.pipeline("v_prediction").save_pretrained(tmp_path / "right")
+    tiny.pipeline("epsilon").save_pretrained(tmp_path / "wrong")
+    right = run("a", pretrained_model_name_or_path=tmp_path / "right")
+    flags = {"prediction_type": "v_prediction", "push_to_hub": True, "hub_model_id": repo}
+    wrong = run("b", pretrained_model_name_or_path=tmp_path / "wrong", **flags)
+    assert equal(student(wrong), student(right))
+    plain = run("c", pretrained_model_name_or_path=tmp_path / "wrong")
+    assert not equal(student(plain), student(right))
+    node = json.loads(hub.files(repo, "degradation-000002")["scheduler/scheduler_config.json"])
+    assert node["prediction_type"] == "v_prediction", "the degraded teacher draws as it was asked"
+    manifest = json.loads((wrong / "path" / "path.json").read_text())
+    assert manifest["teacher"]["prediction_type"] == "v_prediction"
+
+
+def test_a_config_that_contradicts_the_network_is_told(run, capsys, tmp_path):
+    from train_disback import SHAPES
+
+    from diffusers_disback import ModelReference, load_family
+
+    shapes = ModelReference(str(SHAPES / "teacher"))  # which predicts the noise
+    assert load_family(shapes).doubt() is None
+    for other in ("v_prediction", "sample"):
+        doubt = load_family(replace(shapes, prediction_type=other)).doubt()
+        assert f"says prediction_type={other!r}" in doubt and "try --prediction_type epsilon" in doubt
+    doubt = family_of(tiny.pipeline("epsilon")).doubt()  # random weights predict nothing
+    assert "is not the noise" in doubt and "try --prediction_type v_prediction or sample" in doubt
+    assert family_of(tiny.pipeline_xl("v_prediction")).doubt() is None
+
+
+def test_another_autoencoder(run, tmp_path, repo, hub):
+    torch.manual_seed(77)
+    other = tiny.pipeline(seed=77).vae
+    other.save_pretrained(tmp_path / "alone")
+    tiny.pipeline(seed=77).save_pretrained(tmp_path / "inside")
+    folders = [
+        run(
+            f"run-{name}",
+            pretrained_vae_model_name_or_path=tmp_path / name,
+            push_to_hub=True,
+            hub_model_id=f"{repo}-{name}",
+        )
+        for name in ("alone", "inside")
+    ]
+    for folder, name in zip(folders, ("alone", "inside"), strict=True):
+        weights = DiffusionPipeline.from_pretrained(folder).vae.state_dict()
+        assert equal(weights, other.state_dict())
+        node = DiffusionPipeline.from_pretrained(f"{repo}-{name}", revision="degradation-000002")
+        assert equal(node.vae.state_dict(), other.state_dict())
+    with pytest.raises(ValueError, match="holds no autoencoder: it has no config.json"):
+        run("c", pretrained_vae_model_name_or_path=tmp_path)
+    with pytest.raises(ValueError, match="is a UNet2DConditionModel; an AutoencoderKL is needed"):
+        run("c", pretrained_vae_model_name_or_path=tmp_path / "inside" / "unet")
