@@ -21,7 +21,7 @@ LAYERS = [
     {"config"},
     {"run_folder", "learner"},
     {"trainer"},
-    {"degradation", "backtracking", "evaluation"},
+    {"degradation", "backtracking", "evaluation", "export"},
     {"hub"},
     {"upload"},
     {"run"},
@@ -35,7 +35,7 @@ DOORS = {
     "huggingface_hub": {"repository.py", "branches.py", "model_reference.py", "cards.py", "hub.py"},
     "datasets": {"data.py"},
     "transformers": {"pipeline.py", "evaluation/report.py"},
-    "peft": {"model_reference.py"},
+    "peft": {"model_reference.py", "export.py"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 

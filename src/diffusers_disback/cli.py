@@ -105,6 +105,36 @@ def timestep_sweep(parsed: argparse.Namespace) -> None:
     print(f"see {picture} and {picture.with_suffix('.json')}")
 
 
+def half(parsed: argparse.Namespace) -> None:
+    """Writes float16 weights beside a student's own, as the variant fp16."""
+    from .export import add_half_variant
+
+    for file in add_half_variant(parsed.folder):
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+
+
+def extract_lora(parsed: argparse.Namespace) -> None:
+    """Writes the LoRA that comes nearest to a student from its teacher, for diffusers and for other programs."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from .export import extract_lora, save_lora
+    from .model_reference import ModelReference
+
+    teacher = ModelReference(parsed.pretrained_model_name_or_path, parsed.revision, parsed.variant)
+    networks = [
+        reference.load_network(UNet2DConditionModel, parsed.cache_dir).to(
+            "cuda" if torch.cuda.is_available() else "cpu"
+        )
+        for reference in (ModelReference(parsed.student), teacher)
+    ]
+    layers, residual = extract_lora(*networks, parsed.rank)
+    files = save_lora({key: value.half().cpu() for key, value in layers.items()}, parsed.rank, parsed.output)
+    print(f"rank {parsed.rank}: leaves {residual:.1%} of the difference between student and teacher")
+    for file in files:
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+
+
 def push(parsed: argparse.Namespace) -> None:
     """Pushes a run's folder, or a path's, to the Hub. It can be repeated."""
     from .hub import push_run
@@ -176,6 +206,16 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--guidance_scale", type=float, default=7.5, help="of the teacher's many-step pictures")
     sweep.add_argument("--num_inference_steps", type=int, default=25, help="of their sampler (DDIM)")
     sweep.add_argument("--output", default="timesteps.png", help="the picture; the table goes beside it, as JSON")
+
+    halving = command(commands, "half", half)
+    halving.add_argument("folder", help="a student's, as training wrote it")
+    lora = command(commands, "extract-lora", extract_lora)
+    lora.add_argument("student", help="a folder, or a model on the Hub")
+    lora.add_argument("pretrained_model_name_or_path", help="its teacher: a folder, or a model on the Hub")
+    lora.add_argument("output", help="the folder to write into")
+    lora.add_argument("--rank", type=int, default=64, help="of every layer; alpha is the same")
+    lora.add_argument("--revision", help="branch, tag or commit of the teacher on the Hub")
+    lora.add_argument("--variant", help="of the teacher's weights' files, such as fp16")
 
     path = commands.add_parser("path", help="look at a degradation path").add_subparsers(dest="verb", required=True)
     for name, function in (("show", path_show), ("verify", path_verify)):
