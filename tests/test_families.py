@@ -122,6 +122,41 @@ def test_every_teacher_is_distilled(run, tmp_path, name, prediction, objective):
     assert scope["image"].size == (16, 16)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_teacher_with_zero_terminal_snr_is_asked_where_there_is_no_signal(run, tmp_path, name):
+    teacher = tiny.PIPELINES[name]("v_prediction")
+    teacher.scheduler = tiny.scheduler("v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    teacher.save_pretrained(tmp_path / "teacher")
+    folder = run(pretrained_model_name_or_path=tmp_path / "teacher", conditioning_timestep=999)
+    own, stock = DisBackOneStepPipeline.from_pretrained(folder), DiffusionPipeline.from_pretrained(folder)
+    arguments = {"latents": torch.randn(1, 4, 8, 8), "output_type": "pt"}
+    one = own(tiny.PROMPTS[0], **arguments).images
+    assert torch.equal(stock(tiny.PROMPTS[0], num_inference_steps=1, guidance_scale=0, **arguments).images, one)
+    assert own.scheduler.alphas_cumprod[-1] == 0 and one.isfinite().all()
+    teacher.scheduler = tiny.scheduler("epsilon", rescale_betas_zero_snr=True)
+    teacher.save_pretrained(tmp_path / "epsilon")
+    with pytest.raises(ValueError, match="timestep=999 has zero signal"):
+        run("b", pretrained_model_name_or_path=tmp_path / "epsilon", conditioning_timestep=999)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_student_may_be_smaller_than_its_teacher(run, tmp_path, name):
+    tiny.PIPELINES[name]().save_pretrained(tmp_path / "teacher")
+    tiny.PIPELINES[name](seed=5, block_out_channels=(4, 8), down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D")).save_pretrained(tmp_path / "smaller")  # fmt: skip
+    flags = {
+        "pretrained_model_name_or_path": tmp_path / "teacher",
+        "generator_model_name_or_path": tmp_path / "smaller",
+    }
+    folder = run(**flags)
+    sizes = [
+        sum(tensor.numel() for tensor in UNet2DConditionModel.from_pretrained(place, subfolder="unet").parameters())
+        for place in (folder, tmp_path / "smaller", folder / "path" / "degradation-000004", tmp_path / "teacher")
+    ]
+    assert sizes[0] == sizes[1] < sizes[2] == sizes[3]
+    DiffusionPipeline.from_pretrained(folder)(tiny.PROMPTS[0], num_inference_steps=1, guidance_scale=0)
+
+
 # SDXL ---------------------------------------------------------------------------------------------------------------
 
 

@@ -260,6 +260,35 @@ def test_prompts_of_a_data_set(run, tmp_path):
     run("b", prompts_file=None, dataset_name=tmp_path / "images", caption_column="text", cache_dir=tmp_path / "cache")
 
 
+def test_a_data_set_by_config_split_and_column_stored_or_streamed(run, tmp_path, prompts_file):
+    (tmp_path / "captions").mkdir()
+    rows = [{"words": prompt, "other": 1} for prompt in tiny.PROMPTS]
+    rows += [{"words": "", "other": 1}, {"words": None, "other": 1}]
+    (tmp_path / "captions" / "few.jsonl").write_text("\n".join(map(json.dumps, rows[:3])))
+    (tmp_path / "captions" / "broken.jsonl").write_text(
+        "\n".join(map(json.dumps, rows)).replace("red circle", "red\\ncircle")
+    )
+    card = "configs:\n- config_name: a\n  data_files: [{split: train, path: few.jsonl}, {split: more, path: broken.jsonl}]\n"
+    card += "- config_name: b\n  data_files: [{split: train, path: few.jsonl}]\n"
+    (tmp_path / "captions" / "README.md").write_text(f"---\n{card}---\n")
+    common = {"prompts_file": None, "dataset_name": tmp_path / "captions", "caption_column": "words"}
+    common |= {"cache_dir": tmp_path / "cache", "num_path_nodes": 0, "max_train_steps": 2}
+    expected = student(run("file", num_path_nodes=0, max_train_steps=2))
+    stored = run("stored", **common, dataset_config_name="a")
+    streamed = run("streamed", **common, dataset_config_name="a", dataset_split="more", dataset_streaming=True)
+    assert equal(student(stored), expected) and equal(student(streamed), expected)
+    assert (streamed / "captions.txt").read_text() == prompts_file.read_text()
+    for changes, message in [
+        ({"dataset_config_name": "c"}, "cannot be read.*'c' not found"),
+        ({"dataset_config_name": "a", "dataset_split": "test"}, "cannot be read.*test"),
+        ({"dataset_config_name": "a", "caption_column": "text"}, "has no column 'text'; it has"),
+        ({"dataset_config_name": "a", "caption_column": "other", "dataset_streaming": True}, "is a int, not a text"),
+        ({"dataset_config_name": "a", "caption_column": "text", "dataset_streaming": True}, "has no column 'text'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run("bad", **{**common, **changes})
+
+
 def test_a_variant_is_read_and_its_name_is_dropped(run, tmp_path):
     tiny.pipeline().to(dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
     folder = run(pretrained_model_name_or_path=tmp_path / "half", variant="fp16")

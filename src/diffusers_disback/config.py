@@ -48,6 +48,11 @@ class TrainingConfig:
     # The prompts
     prompts_file: str | None = setting(None, "A text file with one prompt a line.")
     dataset_name: str | None = setting(None, "A data set on the Hub, or a folder; only its captions are read.")
+    dataset_config_name: str | None = setting(None, "The data set's config, if it has several.")
+    dataset_split: str = setting("train", "The data set's split.")
+    dataset_streaming: bool = setting(
+        False, "Do not store the data set: read its captions once into captions.txt in the output folder."
+    )
     train_data_dir: str | None = setting(None, "An image folder with a metadata.jsonl; only its captions are read.")
     caption_column: str = setting("text", "The data set's column of captions.")
     max_train_samples: int | None = setting(None, "Use this many prompts at most, from the top.")

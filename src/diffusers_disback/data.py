@@ -1,5 +1,7 @@
 """Prompts, and what every sample of every batch is made of."""
 
+import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +59,10 @@ def dataset_prompts(
     train_data_dir: str | None = None,
     cache_dir: str | None = None,
     max_samples: int | None = None,
+    config_name: str | None = None,
+    split: str = "train",
 ) -> Sequence[str]:
-    """The caption column of a data set's `train` split; other columns, such as pictures, are not read.
+    """The caption column of a data set; other columns, such as pictures, are not read.
 
     Args:
         caption_column (`str`): Its name.
@@ -66,25 +70,75 @@ def dataset_prompts(
         train_data_dir (`str`, *optional*): An image folder with a `metadata.jsonl`, in place of `dataset_name`.
         cache_dir (`str`, *optional*): Where downloads are kept.
         max_samples (`int`, *optional*): The number of rows to take, from the top.
+        config_name (`str`, *optional*): Of a data set with several configs.
+        split (`str`): Of the data set.
 
     Raises:
-        ValueError: If the column is not there, or the data set is empty.
+        ValueError: If it has no such config, split or column, or is empty.
     """
-    import datasets
-
-    if dataset_name is not None:
-        rows = datasets.load_dataset(dataset_name, split="train", cache_dir=cache_dir)
-    else:
-        rows = datasets.load_dataset("imagefolder", data_dir=train_data_dir, split="train", cache_dir=cache_dir)
-    if caption_column not in rows.column_names:
-        raise ValueError(
-            f"The data set has no column {caption_column!r}; it has {rows.column_names}. Name one by --caption_column."
-        )
+    rows = _load(dataset_name, train_data_dir, config_name, split, cache_dir=cache_dir)
+    _check_column(rows.column_names, caption_column)
     if max_samples is not None:
         rows = rows.select(range(min(max_samples, len(rows))))
     if len(rows) == 0:
         raise ValueError("The data set is empty; it needs one prompt per row.")
     return rows[caption_column]
+
+
+def spool_captions(
+    file: Path,
+    caption_column: str,
+    dataset_name: str | None = None,
+    train_data_dir: str | None = None,
+    max_samples: int | None = None,
+    config_name: str | None = None,
+    split: str = "train",
+) -> None:
+    """Writes the captions of a data set that is streamed, and never stored, into a file with one a line.
+
+    Line breaks in a caption become spaces; rows without a caption are left out. The file is written whole or not at all,
+    and left alone if it is there.
+
+    Args:
+        file (`Path`): To be written.
+        caption_column (`str`), and the others: As of `dataset_prompts`.
+
+    Raises:
+        ValueError: If it has no such config, split or column, or a value is no text.
+    """
+    if file.exists():
+        return
+    rows = _load(dataset_name, train_data_dir, config_name, split, streaming=True)
+    rows = rows.select_columns(caption_column) if rows.column_names and caption_column in rows.column_names else rows
+    draft = file.with_name(file.name + ".draft")
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    with open(draft, "w") as stream:
+        for number, row in enumerate(itertools.islice(rows, max_samples)):
+            _check_column(list(row), caption_column)
+            caption = row[caption_column]
+            if caption is not None and not isinstance(caption, str):
+                raise ValueError(
+                    f"Row {number} of column {caption_column!r} is a {type(caption).__name__}, not a text."
+                )
+            if caption and caption.strip():
+                stream.write(" ".join(caption.split()) + "\n")
+    os.replace(draft, file)
+
+
+def _load(dataset_name: str | None, train_data_dir: str | None, config_name: str | None, split: str, **arguments):
+    import datasets
+
+    try:
+        if dataset_name is not None:
+            return datasets.load_dataset(dataset_name, config_name, split=split, **arguments)
+        return datasets.load_dataset("imagefolder", data_dir=train_data_dir, split=split, **arguments)
+    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise ValueError(f"The data set {dataset_name or train_data_dir!r} cannot be read. {error}") from error
+
+
+def _check_column(names: Sequence[str], wanted: str) -> None:
+    if wanted not in names:
+        raise ValueError(f"The data set has no column {wanted!r}; it has {list(names)}. Name one by --caption_column.")
 
 
 class PromptData:

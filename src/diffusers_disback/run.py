@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from .backtracking import BacktrackingConfig, BacktrackingTrainer, TargetSchedule, guidance_of_node
 from .branches import HubNodes
 from .config import TrainingConfig
-from .data import PromptFile, dataset_prompts
+from .data import PromptFile, dataset_prompts, spool_captions
 from .degradation import DegradationConfig
 from .evaluation import Evaluation
 from .evaluation.report import Report, read_report, summary, versions
@@ -150,8 +150,15 @@ def load_prompts(config: TrainingConfig) -> Sequence[str]:
         return PromptFile(config.prompts_file, config.max_train_samples)
     if config.dataset_name is None and config.train_data_dir is None:
         raise ValueError("There are no prompts: pass --prompts_file, --dataset_name or --train_data_dir.")
+    where = {"dataset_name": config.dataset_name, "train_data_dir": config.train_data_dir}
+    where |= {"config_name": config.dataset_config_name, "split": config.dataset_split}
+    if config.dataset_streaming:
+        file = Path(config.output_dir, "captions.txt")
+        with PartialState().main_process_first():
+            spool_captions(file, config.caption_column, max_samples=config.max_train_samples, **where)
+        return PromptFile(file)
     return dataset_prompts(
-        config.caption_column, config.dataset_name, config.train_data_dir, config.cache_dir, config.max_train_samples
+        config.caption_column, cache_dir=config.cache_dir, max_samples=config.max_train_samples, **where
     )
 
 
