@@ -13,7 +13,7 @@ import diffusers_disback
 SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
     {"noise_schedule", "pipeline", "batch", "repository", "manifest"},
-    {"score_model", "model_reference", "cards"},
+    {"score_model", "model_reference", "cards", "condition_cache"},
     {"branches"},
     {"sharing"},
     {"generator", "path", "data"},

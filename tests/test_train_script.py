@@ -289,6 +289,18 @@ def test_a_data_set_by_config_split_and_column_stored_or_streamed(run, tmp_path,
             run("bad", **{**common, **changes})
 
 
+def test_conditions_on_disk_or_on_the_fly(run, baseline, capsys):
+    folder = run("disk", cache_conditions="disk")
+    assert "3 prompts x" in capsys.readouterr().err and len(list((folder / "conditions").rglob("*.safetensors"))) == 1
+    cached = student(folder)
+    assert all(torch.allclose(cached[key], baseline[key], atol=5e-3) for key in baseline) and not equal(
+        cached, baseline
+    )
+    on_the_fly = student(run("off", cache_conditions="off"))
+    assert all(torch.allclose(on_the_fly[key], baseline[key], atol=1e-4) for key in baseline)
+    assert "are encoded on the fly" in capsys.readouterr().err
+
+
 def test_a_variant_is_read_and_its_name_is_dropped(run, tmp_path):
     tiny.pipeline().to(dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
     folder = run(pretrained_model_name_or_path=tmp_path / "half", variant="fp16")

@@ -9,7 +9,6 @@
 
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -25,7 +24,6 @@ from diffusers_disback import (
     DegradationConfig,
     DegradationRecorder,
     ModelReference,
-    PromptData,
     TrainingConfig,
     load_family,
 )
@@ -39,6 +37,7 @@ from diffusers_disback.run import (
     load_prompts,
     open_path,
     picture_evaluation,
+    prompt_data,
     validation_prompts,
     write_results,
 )
@@ -90,13 +89,13 @@ def main(arguments: list[str]) -> None:
     reference = training.teacher
     teacher = load_family(reference, training.cache_dir).to(state.device)
     if doubt := teacher.doubt():
-        state.print(doubt)
+        state.print(doubt, file=sys.stderr)
     teacher.schedule.check_timestep(timestep)
     prompts = load_prompts(training)
     start = training.generator_model_name_or_path and ModelReference(training.generator_model_name_or_path)
     generator = teacher.initial_generator(start, training.resolution, training.cache_dir).to(state.device)
     path = open_path(configs, teacher, generator, state)
-    data = PromptData(prompts, partial(teacher.encode, resolution=training.resolution))
+    data = prompt_data(training, teacher, prompts, state)
     upload = RunUpload(training) if training.push_to_hub and state.is_main_process else None
     report = initial = None
     if state.is_main_process:

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _MODULE_OF_NAME = {
     "BacktrackingConfig": "backtracking",
     "BacktrackingTrainer": "backtracking",
+    "ConditionCache": "condition_cache",
     "Batch": "batch",
     "DegradationConfig": "degradation",
     "DegradationPath": "path",

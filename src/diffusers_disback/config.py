@@ -56,6 +56,11 @@ class TrainingConfig:
     train_data_dir: str | None = setting(None, "An image folder with a metadata.jsonl; only its captions are read.")
     caption_column: str = setting("text", "The data set's column of captions.")
     max_train_samples: int | None = setting(None, "Use this many prompts at most, from the top.")
+    cache_conditions: Literal["auto", "disk", "off"] = setting(
+        "auto",
+        "Encode prompts once and keep their conditions: auto keeps few in memory and many on disk if they take at most "
+        "half of what is free; disk is always on disk; off encodes every batch when it is needed.",
+    )
     resolution: int | None = setting(None, "The pictures' side in pixels; by default what the teacher was made for.")
     cache_dir: str | None = setting(None, "Where downloaded models and data sets are kept.")
 

@@ -1,5 +1,6 @@
 """Prompts, and what every sample of every batch is made of."""
 
+import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .batch import Batch, Condition
+from .condition_cache import ConditionCache
+
+
+CAPACITY = 4096  # prompts whose conditions are kept in memory
 
 
 class PromptFile(Sequence[str]):
@@ -46,6 +51,11 @@ class PromptFile(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+    def digest(self) -> str:
+        """A SHA-256 of the file and of how many of its prompts are taken."""
+        with open(self.file, "rb") as stream:
+            return f"{hashlib.file_digest(stream, 'sha256').hexdigest()} {len(self)}"
 
     def __getitem__(self, index: int) -> str:
         with open(self.file, "rb") as stream:
@@ -144,29 +154,49 @@ def _check_column(names: Sequence[str], wanted: str) -> None:
 class PromptData:
     """Prompts by number, and their conditions, a pure function of the list of prompts that is asked for.
 
-    If there are few prompts, each is encoded once, beforehand, and kept in CPU memory; otherwise every batch is
-    encoded when it is needed.
+    If there are few prompts, each is encoded once, beforehand, and kept in CPU memory; or they are read from a cache on
+    disk; otherwise every batch is encoded when it is needed.
 
     Args:
         prompts (`Sequence[str]`): Random access.
         encode (`Callable`): A list of prompts -> a condition, batch first.
         capacity (`int`): The number of prompts up to which they are kept (118 kB each for SD 1.5 in half precision).
+        cache (`ConditionCache`, *optional*): A complete one of the same prompts.
     """
 
-    def __init__(self, prompts: Sequence[str], encode: Callable[[list[str]], Condition], capacity: int = 4096):
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        encode: Callable[[list[str]], Condition],
+        capacity: int = CAPACITY,
+        cache: ConditionCache | None = None,
+    ):
+        self.cache = cache
         self.prompts = prompts
         self.encode = encode
         self.empty = encode([""])
         self.rows: dict[str, int] = {}
         self.table: Condition | None = None
-        if len(prompts) <= capacity:
+        if cache is None and len(prompts) <= capacity:
             distinct = list(dict.fromkeys(["", *prompts]))
             parts = [encode(distinct[first : first + 32]) for first in range(0, len(distinct), 32)]
             self.rows = {prompt: row for row, prompt in enumerate(distinct)}
             self.table = {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
 
-    def conditions(self, prompts: list[str]) -> Condition:
-        """Batch first, on the CPU or on the text encoder's device."""
+    def conditions(self, prompts: list[str], rows: list[int] | None = None) -> Condition:
+        """Batch first, on the CPU or on the text encoder's device.
+
+        Args:
+            prompts (`list[str]`): Dropped ones are empty.
+            rows (`list[int]`, *optional*): Their numbers, needed if there is a cache; any for dropped ones.
+        """
+        if self.cache is not None:
+            found = self.cache.read(rows)
+            for place, prompt in enumerate(prompts):
+                if prompt == "":
+                    for key, values in found.items():
+                        values[place] = self.empty[key][0]
+            return found
         if self.table is None:
             return self.encode(prompts)
         rows = torch.tensor([self.rows[prompt] for prompt in prompts])
@@ -174,7 +204,7 @@ class PromptData:
 
     def batch(self, draw: "Draw", device: torch.device) -> Batch:
         """The batch of a draw, on a device."""
-        condition = {key: value.to(device) for key, value in self.conditions(draw.prompts).items()}
+        condition = {key: value.to(device) for key, value in self.conditions(draw.prompts, draw.rows).items()}
         negative = {
             key: value.to(device).expand(len(draw.prompts), *value.shape[1:]) for key, value in self.empty.items()
         }
@@ -188,6 +218,7 @@ class Draw:
     noise: Tensor
     prompts: list[str]
     generators: list[torch.Generator]
+    rows: list[int]
 
 
 class PromptBatches(Dataset):
@@ -238,7 +269,7 @@ class PromptBatches(Dataset):
         ]
 
     def _draw(self, n: int, samples: range) -> Draw:
-        noise, prompts, generators = [], [], []
+        noise, prompts, generators, rows = [], [], [], []
         for j in samples:
             state = np.random.SeedSequence([self.seed, self.stage, n, j]).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
@@ -247,7 +278,8 @@ class PromptBatches(Dataset):
             prompts.append("" if dropped else self.prompts[row])
             noise.append(torch.randn(self.latent_shape, generator=generator))
             generators.append(generator)
-        return Draw(torch.stack(noise), prompts, generators)
+            rows.append(row)
+        return Draw(torch.stack(noise), prompts, generators, rows)
 
     def loader(self, batches: Iterator[int] | range, num_workers: int = 0) -> torch.utils.data.DataLoader:
         """The given global batches, in order, drawn ahead by `num_workers` processes."""

@@ -2,7 +2,9 @@
 
 import shlex
 import shutil
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from accelerate.utils import broadcast_object_list
 
 from .backtracking import BacktrackingConfig, BacktrackingTrainer, TargetSchedule, guidance_of_node
 from .branches import HubNodes
+from .condition_cache import ConditionCache, choose_cache
 from .config import TrainingConfig
-from .data import PromptFile, dataset_prompts, spool_captions
+from .data import CAPACITY, PromptData, PromptFile, dataset_prompts, spool_captions
 from .degradation import DegradationConfig
 from .evaluation import Evaluation
 from .evaluation.report import Report, read_report, summary, versions
@@ -160,6 +163,22 @@ def load_prompts(config: TrainingConfig) -> Sequence[str]:
     return dataset_prompts(
         config.caption_column, cache_dir=config.cache_dir, max_samples=config.max_train_samples, **where
     )
+
+
+def prompt_data(
+    training: TrainingConfig, teacher: ModelFamily, prompts: Sequence[str], state: PartialState
+) -> PromptData:
+    """Prompts and the way to their conditions, as `--cache_conditions` says. Tells what was decided."""
+    encode = partial(teacher.encode, resolution=training.resolution)
+    folder = Path(training.cache_dir or training.output_dir, "conditions")
+    cache = ConditionCache(folder, prompts, encode, teacher.encoder_id(training.resolution))
+    on_disk, why = choose_cache(cache, training.cache_conditions, CAPACITY)
+    state.print(why, file=sys.stderr)
+    if not on_disk:
+        return PromptData(prompts, encode, capacity=0 if training.cache_conditions == "off" else CAPACITY)
+    with state.main_process_first():
+        cache.build(show_progress=state.is_main_process)
+    return PromptData(prompts, encode, cache=cache)
 
 
 def validation_prompts(training: TrainingConfig, prompts: Sequence[str]) -> list[str]:

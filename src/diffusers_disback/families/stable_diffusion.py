@@ -5,7 +5,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..batch import Condition
-from ..model_reference import ModelReference
+from ..model_reference import ModelReference, fingerprint
 from ..noise_schedule import NoiseSchedule
 from ..score_model import ScoreModel, call_network
 
@@ -120,6 +120,13 @@ class ModelFamily:
     def call(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's output, `[B, C, H, W]`."""
         return call_network(network, x_t, t, condition)
+
+    def encoder_id(self, resolution: int | None = None) -> str:
+        """What `encode` depends on: a text that is equal for equal conditions."""
+        zeros = self.pipeline.config.get("force_zeros_for_empty_prompt")
+        return f"{type(self).__name__} {zeros} {self.resolution(resolution)} " + " ".join(
+            fingerprint(encoder) for encoder in self.text_encoders
+        )
 
     @torch.no_grad()
     def doubt(self) -> str | None:
