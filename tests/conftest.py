@@ -38,6 +38,12 @@ def fresh_accelerate_state():
     PartialState._reset_state()
 
 
+@pytest.fixture(autouse=True)
+def teachers_that_draw_in_two_steps(monkeypatch):
+    """Tiny ones: their pictures were half of a run's time."""
+    monkeypatch.setattr("diffusers_disback.evaluation.report.TEACHER_STEPS", 2)
+
+
 @pytest.fixture
 def hub():
     """An empty Hub."""

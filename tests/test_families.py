@@ -15,7 +15,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from script import student
-from stages import equal
+from stages import close, equal, weights
 
 from diffusers_disback import DisBackOneStepPipeline
 from diffusers_disback.families import FAMILIES, family_of
@@ -346,3 +346,57 @@ def test_another_autoencoder(run, tmp_path, repo, hub):
         run("c", pretrained_vae_model_name_or_path=tmp_path)
     with pytest.raises(ValueError, match="is a UNet2DConditionModel; an AutoencoderKL is needed"):
         run("c", pretrained_vae_model_name_or_path=tmp_path / "inside" / "unet")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_lora_is_fused_into_the_teacher(run, tmp_path, name):
+    """The run is that of a teacher that was saved with the LoRA fused by diffusers."""
+    from test_export import changed
+
+    from diffusers_disback import DegradationPath
+    from diffusers_disback.export import extract_lora, save_lora
+
+    plain = tiny.PIPELINES[name]()
+    plain.save_pretrained(tmp_path / "plain")
+    save_lora(extract_lora(changed(plain.unet, rank=2), plain.unet, 2)[0], 2, tmp_path / "lora")
+    plain.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
+    plain.fuse_lora()
+    plain.unload_lora_weights()
+    plain.save_pretrained(tmp_path / "fused")
+    expected = student(run("a", pretrained_model_name_or_path=tmp_path / "fused"))
+    common = {"pretrained_model_name_or_path": tmp_path / "plain"}
+    folder = run("b", **common, teacher_lora=tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert close(student(folder), expected, atol=1e-5)
+    assert close(
+        student(run("c", **common, teacher_lora=tmp_path / "lora" / "kohya.safetensors")), expected, atol=1e-5
+    )
+    assert not close(student(run("d", **common)), expected, atol=1e-3)
+    network = tiny.PIPELINES[name](seed=3).unet
+    DegradationPath.from_pretrained(folder / "path").load(0, into=network)
+    assert close(weights(network), weights(plain.unet), atol=1e-6), "node 0 is the fused teacher"
+
+
+def test_loras_that_cannot_be_fused(run, tmp_path):
+    from safetensors.torch import load_file, save_file
+    from test_export import changed
+
+    from diffusers_disback.export import extract_lora, save_lora
+
+    plain = tiny.pipeline()
+    file = save_lora(extract_lora(changed(plain.unet, rank=2), plain.unet, 2)[0], 2, tmp_path / "lora")[0]
+    stored = load_file(file)
+    save_file({**stored, "text_encoder.x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "text.safetensors")
+    save_file(
+        {key.replace("mid_block", "middle"): value for key, value in stored.items()}, tmp_path / "keys.safetensors"
+    )
+    wide = tiny.pipeline(block_out_channels=(8, 24))
+    save_lora(extract_lora(changed(wide.unet, rank=2), wide.unet, 2)[0], 2, tmp_path / "wide")
+    for lora, message in [
+        (tmp_path / "text.safetensors", "adapts more than the UNet .text_encoder.x"),
+        (tmp_path / "keys.safetensors", "belongs to another model: unet.middle"),
+        (tmp_path / "wide" / "pytorch_lora_weights.safetensors", "belongs to another model"),
+        (tmp_path / "nothing.safetensors", "cannot be read"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(teacher_lora=lora)
+    assert not (tmp_path / "run").exists()

@@ -38,6 +38,9 @@ class TrainingConfig:
     pretrained_vae_model_name_or_path: str | None = setting(
         None, "An autoencoder in place of the teacher's own: a folder, or a model on the Hub."
     )
+    teacher_lora: str | None = setting(
+        None, "A LoRA to fuse into the teacher's UNet before anything else: a file, a folder, or a model on the Hub."
+    )
     generator_model_name_or_path: str | None = setting(
         None, "Start the student from the UNet of this folder or Hub model instead of the teacher's copy."
     )
@@ -136,6 +139,7 @@ class TrainingConfig:
             self.variant,
             self.prediction_type,
             self.pretrained_vae_model_name_or_path,
+            self.teacher_lora,
         )
 
     @property

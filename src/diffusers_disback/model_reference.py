@@ -42,6 +42,7 @@ class ModelReference:
         variant (`str`, *optional*): Of the weights' files, such as `fp16`.
         prediction_type (`str`, *optional*): What it predicts, if its scheduler's config says something else.
         vae (`str`, *optional*): The folder or Hub id of an autoencoder that takes the place of its own.
+        lora (`str`, *optional*): The file, folder or Hub id of a LoRA that is fused into its denoiser.
     """
 
     name_or_path: str
@@ -49,6 +50,7 @@ class ModelReference:
     variant: str | None = None
     prediction_type: str | None = None
     vae: str | None = None
+    lora: str | None = None
 
     def commit(self, cache_dir: str | None = None) -> str | None:
         """The commit that a downloaded model is of; `None` for a folder, or if it was not downloaded."""
@@ -145,6 +147,8 @@ class ModelReference:
         wrong = {kind: keys for kind, keys in info.items() if keys}
         if wrong:
             raise ValueError(f"The UNet of {self.name_or_path!r} does not fit its own config: {wrong}.")
+        if self.lora is not None:
+            fuse_lora(network, self.lora, cache_dir)
         return network
 
     def skeleton(self, cache_dir: str | None = None) -> nn.Module:
@@ -246,6 +250,47 @@ def fill_adapter(network: nn.Module, weights: dict[str, torch.Tensor], adapter: 
 
     check_fit(get_peft_model_state_dict(network, adapter_name=adapter), weights, what)
     set_peft_model_state_dict(network, weights, adapter_name=adapter)
+
+
+def fuse_lora(network: nn.Module, lora: str, cache_dir: str | None = None) -> None:
+    """Adds a LoRA to a denoiser's weights, once and for all.
+
+    Args:
+        network (`nn.Module`): A diffusers UNet.
+        lora (`str`): A file, a folder or a Hub id, in any layout that `load_lora_weights` reads, in safetensors.
+        cache_dir (`str`, *optional*): Where downloads are kept.
+
+    Raises:
+        ValueError: If it cannot be read, adapts text encoders, or does not fit the network.
+    """
+    from diffusers import StableDiffusionXLPipeline
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    try:
+        weights, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
+            lora, unet_config=network.config, return_lora_metadata=True, use_safetensors=True, cache_dir=cache_dir
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The LoRA {lora!r} cannot be read. {error}") from error
+    others = sorted(key for key in weights if not key.startswith("unet."))
+    if others:
+        raise ValueError(
+            f"The LoRA {lora!r} adapts more than the UNet ({others[0]}). A student keeps its teacher's text encoders as "
+            "they are; fuse such a LoRA into a copy of the teacher by diffusers' own fuse_lora, and distil that."
+        )
+    weights = convert_unet_state_dict_to_peft(weights)  # of kohya's layout diffusers makes its own older one
+    modules = {name for name, _ in network.named_modules()}
+    foreign = sorted(key for key in weights if re.sub(r"\.lora[_.].*", "", key.removeprefix("unet.")) not in modules)
+    if foreign or not weights:
+        raise ValueError(
+            f"The LoRA {lora!r} belongs to another model: {(foreign or ['it is empty'])[0]} fits nothing."
+        )
+    try:
+        network.load_lora_adapter(weights, prefix="unet", network_alphas=alphas, metadata=metadata)
+    except RuntimeError as error:  # of other shapes
+        raise ValueError(f"The LoRA {lora!r} belongs to another model. {error}") from error
+    network.fuse_lora()
+    network.unload_lora()
 
 
 def _own_files(folder: Path, variant: str | None, dtype: str) -> Files:

@@ -137,6 +137,7 @@ class DegradationPath:
                 known["variant"],
                 known.get("prediction_type"),
                 known.get("vae"),
+                known.get("lora"),
             )
         return cls(folders, manifest, teacher, cache_dir)
 

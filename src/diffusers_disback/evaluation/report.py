@@ -16,6 +16,7 @@ from .pictures import convergence_plot, picture_grid
 
 
 REPORT = "report.json"
+TEACHER_STEPS = 25
 
 
 def many_step_pipeline(teacher: DiffusionPipeline) -> DiffusionPipeline:
@@ -45,7 +46,7 @@ class Report:
         wanted (`list[str]`): Prompts whose pictures are shown.
         teacher (`DiffusionPipeline`): The teacher's pipeline.
         guidance_scale (`float`): The teacher's guidance.
-        teacher_steps (`int`): Steps of the teacher's sampler (DDIM).
+        teacher_steps (`int`, *optional*): Steps of the teacher's sampler (DDIM); by default 25.
     """
 
     def __init__(
@@ -54,19 +55,19 @@ class Report:
         wanted: list[str],
         teacher: DiffusionPipeline,
         guidance_scale: float,
-        teacher_steps: int = 25,
+        teacher_steps: int | None = None,
     ):
         self.evaluation = evaluation
         self.gallery = Evaluation(wanted, evaluation.seed, evaluation.batch_size)
         self.guidance_scale = guidance_scale
-        self.teacher_steps = teacher_steps
+        self.teacher_steps = teacher_steps or TEACHER_STEPS
         self.teacher = many_step_pipeline(teacher)
         self.measures: dict[str, dict[str, float]] = dict(evaluation.references)
         self.shown: dict[str, Tensor] = {}
         pictures, seconds = self.draw_teacher(evaluation, guidance_scale)
         evaluation.evaluators.append(DriftEvaluator(pictures))
         self._keep("teacher", pictures, seconds, self.draw_teacher(self.gallery, guidance_scale)[0])
-        self.measures["teacher"] |= {"num_inference_steps": teacher_steps, "guidance_scale": guidance_scale}
+        self.measures["teacher"] |= {"num_inference_steps": self.teacher_steps, "guidance_scale": guidance_scale}
 
     def draw_teacher(self, evaluation: Evaluation, guidance_scale: float) -> tuple[Tensor, float]:
         """The teacher's pictures in many steps, and seconds per picture. Its UNet is on the device just for that."""

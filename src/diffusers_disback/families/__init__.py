@@ -5,7 +5,7 @@ import os
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from ..model_reference import ModelReference
+from ..model_reference import ModelReference, fuse_lora
 from .stable_diffusion import ModelFamily
 from .stable_diffusion_xl import StableDiffusionXL
 
@@ -58,6 +58,8 @@ def load_family(reference: ModelReference, cache_dir: str | None = None) -> Mode
         ) from error
     if reference.vae is not None:
         pipeline.vae = AutoencoderKL.from_pretrained(reference.vae_folder(cache_dir), torch_dtype=torch.float32)
+    if reference.lora is not None:
+        fuse_lora(pipeline.unet, reference.lora, cache_dir)
     if reference.prediction_type is not None:
         scheduler = pipeline.scheduler
         pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=reference.prediction_type)
