@@ -2,6 +2,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -72,6 +73,22 @@ def test_killed_at_ten_points_it_is_whole_in_the_end(tmp_path):
     rows = list(range(0, 5000, 7))
     expected = family.encode([MANY[row] for row in rows])["encoder_hidden_states"]
     assert (cache.read(rows)["encoder_hidden_states"] - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+def test_a_half_written_shard_is_no_shard(tmp_path, monkeypatch):
+    cache = make(tmp_path, family_of(tiny.pipeline()), MANY[:8])
+
+    def broken_off(tensors, file):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(condition_cache, "save_file", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        cache.build(show_progress=False)
+    monkeypatch.undo()
+    assert cache.missing == 8 * cache.bytes_per_prompt
+    cache.build(show_progress=False)
+    assert len(cache.read(list(range(8)))["encoder_hidden_states"]) == 8
 
 
 def test_batches_are_the_same_with_and_without(tmp_path, family):
