@@ -23,7 +23,7 @@ def family(request):
 
 
 def make(folder, family, prompts, **arguments):
-    return ConditionCache(folder, prompts, family.encode, family.encoder_id(), **arguments)
+    return ConditionCache(folder, prompts, family.encode, family.encoder_id, **arguments)
 
 
 def test_rows_are_the_conditions_in_half_precision(tmp_path, family):
@@ -136,12 +136,12 @@ def test_the_size_of_a_row_at_full_size():
         "text_embeds": torch.zeros(1, 1280),
         "time_ids": torch.zeros(1, 6),
     }
-    sizes = [ConditionCache("x", ["a"], lambda prompts, c=c: c, "id").bytes_per_prompt for c in (sd, xl)]
+    sizes = [ConditionCache("x", ["a"], lambda prompts, c=c: c, str).bytes_per_prompt for c in (sd, xl)]
     assert [round(size / 1e3) for size in sizes] == [118, 318]
 
 
 def test_values_beyond_half_precision_are_told(tmp_path):
-    cache = ConditionCache(tmp_path, ["a"], lambda prompts: {"x": torch.full((1, 100), 1e6)}, "id")
+    cache = ConditionCache(tmp_path, ["a"], lambda prompts: {"x": torch.full((1, 100), 1e6)}, str)
     with pytest.raises(ValueError, match="x has values beyond half precision; pass --cache_conditions off"):
         cache.build(show_progress=False)
     assert not list(cache.folder.glob("*.safetensors"))

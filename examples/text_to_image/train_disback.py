@@ -33,6 +33,7 @@ from diffusers_disback.generator import to_pipeline
 from diffusers_disback.hub import save_student
 from diffusers_disback.run import (
     check_settings,
+    flag_of,
     is_finished,
     load_prompts,
     open_path,
@@ -53,8 +54,7 @@ SHAPES = Path(__file__).parent / "shapes"
 
 def parse(arguments: list[str]) -> tuple[TrainingConfig, DegradationConfig, BacktrackingConfig]:
     """The settings. Without a teacher, the embedded one with the settings of `shapes/quickstart.args`."""
-    flags = {a.split("=")[0].replace("-", "_") for a in arguments}  # the parser takes dashes, too
-    embedded = "__pretrained_model_name_or_path" not in flags
+    embedded = "--pretrained_model_name_or_path" not in map(flag_of, arguments)
     configs = (TrainingConfig, DegradationConfig, BacktrackingConfig)
     parser = HfArgumentParser(configs, description=__doc__, allow_abbrev=False)
     training, degradation, backtracking = parser.parse_args_into_dataclasses(
@@ -88,8 +88,8 @@ def main(arguments: list[str]) -> None:
     # The teacher, the prompts, the student's start, and what will be measured.
     reference = training.teacher
     teacher = load_family(reference, training.cache_dir).to(state.device)
-    if doubt := teacher.doubt():
-        state.print(doubt, file=sys.stderr)
+    if state.is_main_process and (doubt := teacher.doubt()):
+        print(doubt, file=sys.stderr)
     teacher.schedule.check_timestep(timestep)
     prompts = load_prompts(training)
     start = training.generator_model_name_or_path and ModelReference(training.generator_model_name_or_path)

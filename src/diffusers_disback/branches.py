@@ -1,11 +1,10 @@
 """A path's nodes where they lie: folders, or branches on the Hub that are fetched as they are needed."""
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
-from .repository import Files, HubError, Repository
+from .repository import Files, HubError, Repository, write_files
 
 
 logger = logging.getLogger(__name__)
@@ -44,9 +43,7 @@ class FolderNodes:
         return self.folder / node["name"]
 
     def copy(self, node: dict[str, Any], folder: Path) -> None:
-        for path, file in node_files(self.fetch(node)).items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, folder / path)
+        write_files(node_files(self.fetch(node)), folder)
 
     def release(self, node: dict[str, Any]) -> None:
         """Nothing: what was recorded stays."""
@@ -153,7 +150,7 @@ class HubNodes:
             logger.warning(f"Offline: whether the branches of {self.where} have moved is not known.")
             return
         try:
-            branches = self.repository.branches(patient=False)
+            branches = Repository(self.where, self.repository.token, patient=False).branches()
         except HubError as error:
             if not error.passes:
                 raise

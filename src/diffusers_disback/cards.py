@@ -215,16 +215,13 @@ Start of the student: {{ start }}, asked at timestep {{ timestep }}.{% if cost %
 """
 
 
-def student_card(
-    report: dict[str, Any], title: str, repo: str, teacher_card: dict[str, Any], path_picture: bool
-) -> str:
+def student_card(report: dict[str, Any], title: str, repo: str, path_picture: bool) -> str:
     """`README.md` of a student.
 
     Args:
         report (`dict`): The content of `report.json`.
         title (`str`): Its name.
         repo (`str`): The folder or repository of the snippets.
-        teacher_card (`dict`): The metadata of the teacher's card.
         path_picture (`bool`): Whether there is a `path.png`.
     """
     from huggingface_hub import EvalResult
@@ -254,7 +251,7 @@ def student_card(
     return _render(
         _STUDENT,
         settings["pretrained_model_name_or_path"],
-        teacher_card,
+        report["teacher_card"],
         ["one-step", "distillation", "disback"],
         title=title,
         results=results,
@@ -369,7 +366,7 @@ def _behind(report: dict[str, Any]) -> str:
     student, teacher = report["student"], report["teacher"]
     worse = []
     for name in student.keys() & teacher.keys():
-        lost = {"distance": student[name] - teacher[name]}.get(name, teacher[name] - student[name])
+        lost = student[name] - teacher[name] if name == "distance" else teacher[name] - student[name]
         if (name == "distance" or name.endswith("_accuracy")) and lost > 0:
             worse.append(f"{name.replace('_', ' ')} ({student[name]:.4g} against {teacher[name]:.4g})")
     return " and ".join(sorted(worse))

@@ -28,6 +28,13 @@ def teacher_of(parsed: argparse.Namespace) -> "ModelReference | None":
     return name and ModelReference(name, variant=parsed.variant)
 
 
+def device() -> str:
+    """The GPU, if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def path_show(parsed: argparse.Namespace) -> None:
     """Prints a table of a path's nodes, and draws what each of them paints."""
     path = open_path(parsed)
@@ -70,7 +77,6 @@ def path_verify(parsed: argparse.Namespace) -> None:
 
 def timestep_sweep(parsed: argparse.Namespace) -> None:
     """Asks a teacher once at each of a range of timesteps: a table, a picture, and the one that is nearest to it."""
-    import torch
     from diffusers.utils.logging import disable_progress_bar
 
     from .data import PromptFile
@@ -90,7 +96,7 @@ def timestep_sweep(parsed: argparse.Namespace) -> None:
         parsed.prompt if parsed.prompts_file is None else list(PromptFile(parsed.prompts_file, parsed.num_prompts))
     )
     repeated = [prompt for prompt in prompts for _ in range(parsed.num_images_per_prompt)]
-    teacher = family.pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = family.pipeline.to(device())
     evaluation, picture = Evaluation(repeated, batch_size=parsed.batch_size), Path(parsed.output)
     measures = sweep(teacher, parsed.timesteps, evaluation, parsed.guidance_scale, parsed.num_inference_steps, picture)
     names = list(next(iter(measures.values())))
@@ -115,7 +121,6 @@ def half(parsed: argparse.Namespace) -> None:
 
 def extract_lora(parsed: argparse.Namespace) -> None:
     """Writes the LoRA that comes nearest to a student from its teacher, for diffusers and for other programs."""
-    import torch
     from diffusers import UNet2DConditionModel
 
     from .export import extract_lora, save_lora
@@ -123,9 +128,7 @@ def extract_lora(parsed: argparse.Namespace) -> None:
 
     teacher = ModelReference(parsed.pretrained_model_name_or_path, parsed.revision, parsed.variant)
     networks = [
-        reference.load_network(UNet2DConditionModel, parsed.cache_dir).to(
-            "cuda" if torch.cuda.is_available() else "cpu"
-        )
+        reference.load_network(UNet2DConditionModel, parsed.cache_dir).to(device())
         for reference in (ModelReference(parsed.student), teacher)
     ]
     layers, residual = extract_lora(*networks, parsed.rank)
@@ -170,33 +173,45 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
 
-    def add_teacher(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--pretrained_model_name_or_path", help="where the teacher is, if not where the path says")
+    def add_variant(made: argparse.ArgumentParser) -> None:
         made.add_argument("--variant", help="of the teacher's weights' files, such as fp16")
 
-    def command(group: Any, name: str, function: Any) -> argparse.ArgumentParser:
+    def add_teacher(made: argparse.ArgumentParser) -> None:
+        """Of a path, which says where it is."""
+        made.add_argument("--pretrained_model_name_or_path", help="where the teacher is, if not where the path says")
+        add_variant(made)
+
+    def add_version_of_teacher(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--revision", help="branch, tag or commit of the teacher on the Hub")
+        add_variant(made)
+
+    def command(group: Any, name: str, function: Any, *more: str) -> argparse.ArgumentParser:
+        """A subcommand, with those of the flags that several have which it asks for."""
+        shared = {
+            "--token": "of the Hub; by default that of `hf auth login`, which is safer",
+            "--cache_dir": "where downloads are kept",
+        }
         made = group.add_parser(name, help=function.__doc__, description=function.__doc__)
         made.set_defaults(function=function)
-        made.add_argument("--token", help="of the Hub; by default that of `hf auth login`, which is safer")
-        made.add_argument("--cache_dir", help="where downloads are kept")
+        for flag in more:
+            made.add_argument(flag, help=shared[flag])
         return made
 
-    pushing = command(commands, "push", push)
+    pushing = command(commands, "push", push, "--token", "--cache_dir")
     pushing.add_argument("folder", help="a run's --output_dir, or the folder with path.json")
     pushing.add_argument("repo_id", help="user/name on the Hub; made if it is not there")
     pushing.add_argument("--private", action="store_true", help="make a new repository private")
     pushing.add_argument("--create_pr", action="store_true", help="propose what goes to main as a pull request")
     pushing.add_argument("--commit_message", help="of the commit to main")
     add_teacher(pushing)
-    pulling = command(commands, "pull", pull)
+    pulling = command(commands, "pull", pull, "--token", "--cache_dir")
     pulling.add_argument("repo_id", help="user/name on the Hub")
     pulling.add_argument("folder", help="new, or empty")
     pulling.add_argument("--revision", help="branch, tag or commit of main")
 
-    sweep = command(commands, "timestep-sweep", timestep_sweep)
+    sweep = command(commands, "timestep-sweep", timestep_sweep, "--cache_dir")
     sweep.add_argument("pretrained_model_name_or_path", help="the teacher: a folder, or a model on the Hub")
-    sweep.add_argument("--revision", help="branch, tag or commit of the teacher on the Hub")
-    sweep.add_argument("--variant", help="of the teacher's weights' files, such as fp16")
+    add_version_of_teacher(sweep)
     sweep.add_argument("--timesteps", type=int, nargs="+", default=[99, 199, 299, 399, 499, 599, 699, 799, 899, 999])
     sweep.add_argument("--prompt", action="append", help="can be given several times")
     sweep.add_argument("--prompts_file", help="a text file with one prompt a line, instead")
@@ -209,17 +224,16 @@ def parser() -> argparse.ArgumentParser:
 
     halving = command(commands, "half", half)
     halving.add_argument("folder", help="a student's, as training wrote it")
-    lora = command(commands, "extract-lora", extract_lora)
+    lora = command(commands, "extract-lora", extract_lora, "--cache_dir")
     lora.add_argument("student", help="a folder, or a model on the Hub")
     lora.add_argument("pretrained_model_name_or_path", help="its teacher: a folder, or a model on the Hub")
     lora.add_argument("output", help="the folder to write into")
     lora.add_argument("--rank", type=int, default=64, help="of every layer; alpha is the same")
-    lora.add_argument("--revision", help="branch, tag or commit of the teacher on the Hub")
-    lora.add_argument("--variant", help="of the teacher's weights' files, such as fp16")
+    add_version_of_teacher(lora)
 
     path = commands.add_parser("path", help="look at a degradation path").add_subparsers(dest="verb", required=True)
     for name, function in (("show", path_show), ("verify", path_verify)):
-        made = command(path, name, function)
+        made = command(path, name, function, "--token", "--cache_dir")
         made.add_argument("path", help="the folder with path.json, or user/name on the Hub")
         made.add_argument("--revision", help="branch, tag or commit of a path on the Hub")
         add_teacher(made)

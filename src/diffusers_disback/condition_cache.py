@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class ConditionCache:
         folder (`str` or `Path`): Of all caches; each has a folder of its own in it, named by what its rows depend on.
         prompts (`Sequence[str]`): Random access.
         encode (`Callable`): A list of prompts -> a condition, batch first.
-        encoder_id (`str`): What `encode` depends on.
+        encoder_id (`Callable`): What `encode` depends on, as a text; asked when the cache is looked for on disk.
         shard_size (`int`): Rows of a file.
         batch_size (`int`): Prompts that are encoded at once.
     """
@@ -36,18 +36,24 @@ class ConditionCache:
         folder: str | Path,
         prompts: Sequence[str],
         encode: Callable[[list[str]], Condition],
-        encoder_id: str,
+        encoder_id: Callable[[], str],
         shard_size: int = 512,
         batch_size: int = 32,
     ):
-        key = hashlib.sha256(f"{encoder_id} {digest(prompts)} {shard_size}".encode()).hexdigest()
-        self.folder = Path(folder, key[:16])
+        self.root = Path(folder)
+        self.encoder_id = encoder_id
         self.prompts = prompts
         self.encode = encode
         self.shard_size = shard_size
         self.batch_size = batch_size
 
-    @property
+    @cached_property
+    def folder(self) -> Path:
+        """Of this cache."""
+        key = hashlib.sha256(f"{self.encoder_id()} {digest(self.prompts)} {self.shard_size}".encode()).hexdigest()
+        return self.root / key[:16]
+
+    @cached_property
     def bytes_per_prompt(self) -> int:
         """That a row takes on disk: 118 kB for SD 1.5, 318 kB for SDXL."""
         row = _stored(self.encode([self.prompts[0]]))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from .manifest import MANIFEST, to_bytes
 from .model_reference import ModelReference
 from .path import DegradationPath
 from .pipeline import DisBackOneStepPipeline
-from .repository import Files, HubError, Repository, is_repo_id
+from .repository import Files, HubError, Repository, is_licence, is_repo_id, write_files
 from .run_folder import FREE_SETTINGS, RunFolder
 from .sharing import check_empty, check_main, check_teacher_may_be_shared
 
@@ -40,14 +39,12 @@ def save_student(
     pipeline.scheduler.save_pretrained(folder / "scheduler")
     components = {name for name, component in pipeline.components.items() if component is not None}
     dtype = str(pipeline.unet.dtype).split(".")[-1]
+    wanted = {}
     for path, content in teacher.component_files(dtype, cache_dir).items():
         component, *rest = path.split("/")
         if component != INDEX and component != "scheduler" and (not rest or component in components):
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, bytes):
-                (folder / path).write_bytes(content)
-            else:
-                shutil.copyfile(content, folder / path)
+            wanted[path] = content
+    write_files(wanted, folder)
     pipeline.save_config(folder)
 
 
@@ -137,12 +134,11 @@ def push_run(
         check_student(repository, head, report, None if path is None else path.manifest)
 
     check(repository.head())
-    if teacher is None:
-        settings = report["settings"]
-        teacher = ModelReference(settings["pretrained_model_name_or_path"], settings["revision"], settings["variant"])
-    check_teacher_may_be_shared(teacher, repository)
     files = student_files(folder, repository.repo_id)
-    if path is not None:
+    if path is None:
+        teacher = teacher or ModelReference(report["settings"]["pretrained_model_name_or_path"])
+        check_teacher_may_be_shared(teacher, repository)  # as the path does of its own
+    else:
         files[MANIFEST] = to_bytes(path.push_nodes(repository, cache_dir, claim=not create_pr))
     message = commit_message or "Add the one-step student"
     repository.commit(files, message, exact=("unet/",), check=check, create_pr=create_pr)
@@ -154,7 +150,7 @@ def student_files(folder: Path, repo_id: str) -> Files:
     index = json.loads((folder / INDEX).read_text())
     names = [INDEX, "pipeline.py", REPORT, *_PICTURES]
     files: Files = {name: folder / name for name in names if (folder / name).is_file()}
-    files |= {file.name: file for file in folder.iterdir() if file.name.upper().startswith(("LICENSE", "LICENCE"))}
+    files |= {file.name: file for file in folder.iterdir() if is_licence(file.name)}
     for name, kind in index.items():
         if isinstance(kind, list) and kind[0] is not None:
             files |= {f"{name}/{file.name}": file for file in sorted((folder / name).iterdir())}
@@ -250,7 +246,7 @@ def pull(
 def _card(folder: Path, report: dict[str, Any], where: str) -> str:
     """A student's card, for the folder or repository that it is read in."""
     name = where.split("/")[-1] if is_repo_id(where) else Path(where).resolve().name
-    return student_card(report, name, where, report["teacher_card"], (folder / "path.png").exists())
+    return student_card(report, name, where, (folder / "path.png").exists())
 
 
 def _card_for(folder: Path, repo_id: str) -> bytes:

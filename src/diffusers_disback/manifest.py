@@ -18,7 +18,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 def write_json(file: Path, content: Any) -> None:
     """Writes a JSON file whole or not at all."""
     draft = file.with_name(file.name + ".draft")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
+    draft.write_bytes(to_bytes(content))
     os.replace(draft, file)
 
 
@@ -44,6 +44,7 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_bytes(content: Any) -> bytes:
+    """JSON as all of the project's files have it."""
     return (json.dumps(content, indent=2) + "\n").encode()
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .repository import Files, HubError, Repository
+from .manifest import to_bytes
+from .repository import Files, HubError, Repository, is_licence
 
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class ModelReference:
             raise ValueError(f"{root} has no model_index.json: it is no diffusers pipeline's folder.")
         index = json.loads((root / "model_index.json").read_text())
         files: Files = {"model_index.json": root / "model_index.json"}
-        files |= {file.name: file for file in root.iterdir() if file.name.upper().startswith(("LICENSE", "LICENCE"))}
+        files |= {file.name: file for file in root.iterdir() if is_licence(file.name)}
         for name, kind in index.items():
             if name == "vae" and self.vae is not None:
                 files |= {f"vae/{n}": file for n, file in _own_files(self.vae_folder(cache_dir), None, dtype).items()}
@@ -98,7 +99,7 @@ class ModelReference:
         if self.prediction_type is not None:
             path = "scheduler/scheduler_config.json"
             config = json.loads(files[path].read_text())
-            files[path] = (json.dumps({**config, "prediction_type": self.prediction_type}, indent=2) + "\n").encode()
+            files[path] = to_bytes({**config, "prediction_type": self.prediction_type})
         return files
 
     def vae_folder(self, cache_dir: str | None = None) -> Path:
@@ -318,4 +319,4 @@ def _with_dtype(file: Path, dtype: str) -> Path | bytes:
     key = next((key for key in ("dtype", "torch_dtype") if key in config), "torch_dtype")
     if "model_type" not in config or config.get(key) == dtype:
         return file
-    return (json.dumps({**config, key: dtype}, indent=2) + "\n").encode()
+    return to_bytes({**config, key: dtype})

@@ -22,7 +22,7 @@ Files = dict[str, Path | bytes]  # path in the repository -> file on disk, or co
 
 # Seconds before each new attempt at what failed for a reason that may pass. The client's own retries come on top.
 WAITS = (2, 10, 60, 300)
-REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class HubError(ValueError):
@@ -45,7 +45,22 @@ class HubError(ValueError):
 def is_repo_id(name: str | Path) -> bool:
     """Whether a name is a repository's and no folder's: `user/repo`. An existing folder, `./a/b` and `/a/b` are not."""
     name = str(name)
-    return REPO_ID.fullmatch(name) is not None and ".." not in name and not os.path.isdir(name)
+    return _REPO_ID.fullmatch(name) is not None and ".." not in name and not os.path.isdir(name)
+
+
+def is_licence(name: str) -> bool:
+    """Whether a file at the root of a model holds the text of its licence."""
+    return name.upper().startswith(("LICENSE", "LICENCE"))
+
+
+def write_files(files: Files, folder: Path) -> None:
+    """Writes files into a folder; others in it stay."""
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            (folder / path).write_bytes(content)
+        else:
+            shutil.copyfile(content, folder / path)
 
 
 def in_background(function: Callable[..., T], *arguments: Any) -> "Future[T]":
@@ -105,9 +120,9 @@ class Repository:
                 "settings, or push to another repository."
             )
 
-    def branches(self, patient: bool = True) -> dict[str, str]:
+    def branches(self) -> dict[str, str]:
         """The head commit of every branch."""
-        refs = self._try(lambda: self.api.list_repo_refs(self.repo_id), patient)
+        refs = self._try(lambda: self.api.list_repo_refs(self.repo_id))
         return {branch.name: branch.target_commit for branch in refs.branches}
 
     def pull_requests(self) -> list[str]:
@@ -266,7 +281,7 @@ class Repository:
 
         return self._try(attempt)
 
-    def _try(self, action: Callable[[], T], patient: bool = True) -> T:
+    def _try(self, action: Callable[[], T]) -> T:
         """Does it, again and again while the reason for a failure may pass.
 
         Raises:
@@ -274,7 +289,7 @@ class Repository:
         """
         from huggingface_hub.errors import HTTPError
 
-        for wait in (*(WAITS if self.patient and patient else ()), None):
+        for wait in (*(WAITS if self.patient else ()), None):
             try:
                 return action()
             except HubError:

@@ -1,5 +1,6 @@
 """What a run needs besides its two stages: whose results are here, which path, and what is written at the end."""
 
+import re
 import shlex
 import shutil
 import sys
@@ -171,7 +172,7 @@ def prompt_data(
     """Prompts and the way to their conditions, as `--cache_conditions` says. Tells what was decided."""
     encode = partial(teacher.encode, resolution=training.resolution)
     folder = Path(training.cache_dir or training.output_dir, "conditions")
-    cache = ConditionCache(folder, prompts, encode, teacher.encoder_id(training.resolution))
+    cache = ConditionCache(folder, prompts, encode, partial(teacher.encoder_id, training.resolution))
     on_disk, why = choose_cache(cache, training.cache_conditions, CAPACITY)
     state.print(why, file=sys.stderr)
     if not on_disk:
@@ -263,14 +264,20 @@ def _origin(path: DegradationPath) -> dict[str, Any]:
     return origin
 
 
+def flag_of(argument: str) -> str:
+    """The flag that an argument of a command line is or begins with, such as `--hub_token`: the parser takes dashes in it,
+    and a value after `=`, too."""
+    return re.sub(r"(?<=\w)-", "_", argument.split("=")[0])
+
+
 def without_token(arguments: list[str]) -> list[str]:
     """A command line for others to read."""
     kept, skip = [], False
     for argument in arguments:
-        flag = argument.split("=")[0].replace("-", "_")  # the parser takes --hub-token, too
-        if not skip and flag != "__hub_token":
+        is_token = flag_of(argument) == "--hub_token"
+        if not skip and not is_token:
             kept.append(argument)
-        skip = flag == "__hub_token" and "=" not in argument
+        skip = is_token and "=" not in argument
     return kept
 
 

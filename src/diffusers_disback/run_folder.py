@@ -15,8 +15,8 @@ FREE_SETTINGS = {
     *("checkpointing_steps", "checkpoints_total_limit", "mixed_precision", "allow_tf32", "gradient_checkpointing"),
     *("dataloader_num_workers", "report_to", "logging_dir", "logging_steps", "tracker_project_name"),
     *("validation_prompts", "num_validation_images", "validation_steps"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo", "path_disk_budget_gb"),
-    *("degradation_path_revision",),
+    *("push_to_hub", "hub_model_id", "hub_private_repo"),
+    *("degradation_path_revision", "path_disk_budget_gb"),
 }
 _RESULTS = {"degradation": ("path/path.json",), "backtracking": ("model_index.json", "README.md")}
 

@@ -6,7 +6,7 @@ from typing import Any
 from .branches import Nodes, node_files
 from .manifest import MANIFEST, check_manifest, identity, to_bytes
 from .model_reference import ModelReference
-from .repository import Files, HubError, Repository, is_file, is_repo_id
+from .repository import Files, HubError, Repository, is_file, is_licence, is_repo_id
 
 
 def push_nodes(
@@ -27,13 +27,16 @@ def push_nodes(
     Raises:
         HubError: If `main` or a branch of a node's name holds something else, or the Hub fails for good.
     """
+
+    def check(head: str) -> None:
+        check_main(repository, head, manifest)
+
     head = repository.head()
-    check_main(repository, head, manifest)
     if claim and MANIFEST not in repository.tree(head):
         empty = {**manifest, "complete": False, "nodes": []}
-        repository.commit(
-            {MANIFEST: to_bytes(empty)}, "Begin a path", check=lambda head: check_main(repository, head, manifest)
-        )
+        repository.commit({MANIFEST: to_bytes(empty)}, "Begin a path", check=check)
+    else:
+        check(head)
     pushed = []
     branches = repository.branches()
     for node in manifest["nodes"]:
@@ -112,7 +115,7 @@ def check_empty(repository: Repository, commit: str) -> None:
     foreign = [
         path
         for path in sorted(repository.tree(commit))
-        if not path.upper().startswith((".GIT", "LICENSE", "LICENCE")) and path != "README.md"
+        if not (path.startswith(".git") or is_licence(path) or path == "README.md")
     ]
     if "README.md" in repository.tree(commit):
         text = repository.file("README.md", commit).read_text()

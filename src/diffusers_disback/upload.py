@@ -37,9 +37,8 @@ class BackgroundUpload:
 
     def submit(self, push: Callable[[], object]) -> None:
         """Has something pushed, soon. Returns at once."""
-        with contextlib.suppress(
-            queue.Full
-        ):  # the one that waits has not looked at the disk yet: it will see this, too
+        # One that waits has not looked at the disk yet: it will see this, too.
+        with contextlib.suppress(queue.Full):
             self._waiting.put_nowait(push)
 
     def finish(self, push: Callable[[], object]) -> bool:

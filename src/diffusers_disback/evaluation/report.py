@@ -38,6 +38,13 @@ def many_step_pipeline(teacher: DiffusionPipeline) -> DiffusionPipeline:
     return pipeline
 
 
+def unadorned(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The same pipeline without progress bar and safety checker, as it is measured."""
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.safety_checker = None
+    return pipeline
+
+
 class Report:
     """Measures pipelines as a run goes on, and writes what it found.
 
@@ -78,8 +85,7 @@ class Report:
 
     def add_student(self, name: str, pipeline: DiffusionPipeline) -> dict[str, float]:
         """Measures a one-step pipeline under a name (`initial`, `student`); its safety checker is taken off."""
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.safety_checker = None
+        pipeline = unadorned(pipeline)
         pictures, seconds = self.evaluation.draw(pipeline)
         return self._keep(name, pictures, seconds, self.gallery.draw(pipeline)[0])
 

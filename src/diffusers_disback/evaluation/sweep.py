@@ -8,7 +8,7 @@ from ..generator import to_pipeline
 from . import Evaluation
 from .drift import DriftEvaluator
 from .pictures import picture_grid
-from .report import many_step_pipeline
+from .report import many_step_pipeline, unadorned
 
 
 def timestep_sweep(
@@ -42,15 +42,11 @@ def timestep_sweep(
     drift = DriftEvaluator(reference)
     columns, measures = {f"teacher\n{num_inference_steps} steps": reference}, {}
     for t in timesteps:
-        student = to_pipeline(teacher.unet, t, teacher)
-        student.set_progress_bar_config(disable=True)
-        student.safety_checker = None
-        pictures, _ = evaluation.draw(student)
+        pictures, _ = evaluation.draw(unadorned(to_pipeline(teacher.unet, t, teacher)))
         columns[f"t={t}"] = pictures
         measures[t] = drift(pictures, evaluation.prompts)
         measures[t]["total"] = sum(abs(value) for value in measures[t].values())
-    first = {prompt: row for row, prompt in reversed(list(enumerate(evaluation.prompts)))}
-    rows = {prompt: first[prompt] for prompt in list(dict.fromkeys(evaluation.prompts))[:6]}
+    rows = {prompt: evaluation.prompts.index(prompt) for prompt in list(dict.fromkeys(evaluation.prompts))[:6]}
     grid = {prompt: [pictures[row] for pictures in columns.values()] for prompt, row in rows.items()}
     picture_grid(grid, list(columns), file)
     return measures
