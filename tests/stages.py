@@ -32,7 +32,9 @@ def training(output_dir: Path, **changes) -> TrainingConfig:
 def recorder(config, teacher_folder, steps=4, nodes=2, **changes) -> DegradationRecorder:
     reference = ModelReference(str(teacher_folder))
     family = family_of(tiny.pipeline(), reference)
-    generator = family.initial_generator().requires_grad_(True)  # as one that was loaded from elsewhere
+    generator = family.initial_generator(shared=config.all_adapters)
+    if generator is not family.network:
+        generator.requires_grad_(True)  # as one that was loaded from elsewhere
     folder = Path(config.output_dir, "path")
     if (folder / "path.json").exists():
         path = DegradationPath.from_pretrained(folder, teacher=reference)
@@ -60,7 +62,8 @@ def trainer(config, path, evaluate=None, **changes) -> BacktrackingTrainer:
         }
     )
     data = PromptData(tiny.PROMPTS, family.encode)
-    return BacktrackingTrainer(config, backtracking, family, family.initial_generator(), data, path, evaluate)
+    generator = family.initial_generator(shared=config.all_adapters)
+    return BacktrackingTrainer(config, backtracking, family, generator, data, path, evaluate)
 
 
 def weights(network) -> dict[str, torch.Tensor]:

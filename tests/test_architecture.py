@@ -14,6 +14,7 @@ SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
     {"noise_schedule", "pipeline", "batch", "repository", "manifest"},
     {"score_model", "model_reference", "cards", "condition_cache"},
+    {"adapters"},
     {"branches"},
     {"sharing"},
     {"generator", "path", "data"},
@@ -35,7 +36,8 @@ DOORS = {
     "huggingface_hub": {"repository.py", "branches.py", "model_reference.py", "cards.py", "hub.py"},
     "datasets": {"data.py"},
     "transformers": {"pipeline.py", "evaluation/report.py"},
-    "peft": {"model_reference.py", "export.py"},
+    "peft": {"model_reference.py", "export.py", "adapters.py"},
+    "bitsandbytes": {"learner.py"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -161,8 +161,12 @@ def test_fake_score_updates_are_counted(tmp_path, path):
 def test_the_average_is_published(tmp_path, path):
     plain = weights(trainer(training(tmp_path / "plain"), path).train())
     stage = trainer(training(tmp_path / "average"), path, use_ema=True, ema_decay=0.5)
-    averaged = weights(stage.train())
+    stage.run()
+    with stage.student.deployed() as network:
+        deployed = weights(network)
     assert equal(weights(stage.student.unwrapped()), plain), "averaging does not change the training"
+    averaged = weights(stage.student.publish())
+    assert equal(deployed, averaged), "what is measured is what is published"
     assert all(not torch.equal(averaged[key], plain[key]) for key in plain)
 
 

@@ -93,17 +93,26 @@ def main(arguments: list[str]) -> None:
     teacher.schedule.check_timestep(timestep)
     prompts = load_prompts(training)
     start = training.generator_model_name_or_path and ModelReference(training.generator_model_name_or_path)
-    generator = teacher.initial_generator(start, training.resolution, training.cache_dir).to(state.device)
+    generator = teacher.initial_generator(start, training.resolution, training.cache_dir, training.all_adapters)
     path = open_path(configs, teacher, generator, state)
     data = prompt_data(training, teacher, prompts, state)
     upload = RunUpload(training) if training.push_to_hub and state.is_main_process else None
+
+    def measure(network: torch.nn.Module, name: str = "student") -> dict[str, float]:
+        with teacher.drawing(state.device):
+            return report.add_student(name, to_pipeline(network, timestep, teacher.pipeline))
+
     report = initial = None
     if state.is_main_process:
         wanted = validation_prompts(training, prompts)
         shapes = is_shapes_teacher(reference.name_or_path)
         evaluation = shapes_evaluation() if shapes else picture_evaluation(training, wanted)
         report = Report(evaluation, wanted, teacher.pipeline, backtracking.guidance_scale)
-        initial = report.add_student("initial", to_pipeline(generator, timestep, teacher.pipeline))
+    if data.is_encoded:
+        teacher.release_text_encoders()
+    if report:
+        initial = measure(generator.to(state.device), "initial")
+    teacher.rest()
     state.wait_for_everyone()
 
     # Stage 1: the fake score walks from the teacher to the initial generator; its footprints are the path.
@@ -114,18 +123,16 @@ def main(arguments: list[str]) -> None:
     # Stage 2: the generator is pulled back along the path, from node N-1 to the teacher.
     trainer = None
     if training.stage != "record":
-
-        def measure(network: torch.nn.Module) -> dict[str, float]:
-            return report.add_student("student", to_pipeline(network, timestep, teacher.pipeline))
-
         trainer = BacktrackingTrainer(training, backtracking, teacher, generator, data, path, measure, initial)
         student = trainer.train()
         if report:
-            save_student(to_pipeline(student, timestep, teacher.pipeline), reference, folder, training.cache_dir)
+            deployed = to_pipeline(student, timestep, teacher.pipeline)
+            save_student(deployed, reference, folder, training.cache_dir, trainer.student.lora)
 
     if report:
         script = "examples/text_to_image/train_disback.py"
-        print(write_results(report, teacher, path, trainer, configs, script, arguments))
+        with teacher.drawing(state.device):
+            print(write_results(report, teacher, path, trainer, configs, script, arguments))
     if upload:
         print(upload.finish())
 

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .adapters import SharedNetwork
 from .batch import Batch
 from .config import TrainingConfig, setting
 from .data import PromptData
 from .families import ModelFamily
 from .generator import OneStepGenerator
-from .learner import Learner
+from .learner import AdapterLearner, Learner, add_adapter, shared_base
 from .path import DegradationPath
 from .run_folder import RunFolder
 from .trainer import Stage
@@ -114,7 +115,8 @@ class BacktrackingTrainer(Stage):
         config (`TrainingConfig`): What both stages share.
         backtracking (`BacktrackingConfig`): The settings of this stage.
         family (`ModelFamily`): The teacher.
-        generator (`nn.Module`): The initial generator's network; it is trained in place.
+        generator (`nn.Module`): The initial generator's network; it is trained in place. The teacher's own, if all roles
+            are adapters and it is the start: then it is left as it is.
         data (`PromptData`): Prompts and their conditions.
         path (`DegradationPath`): The complete path; or `None`, for none.
         evaluate (`Callable`, *optional*): Network -> measures; called every `validation_steps` and at the end, on the
@@ -145,54 +147,92 @@ class BacktrackingTrainer(Stage):
             RunFolder(config.output_dir).checkpoint_to_resume(self.name, config.resume_from_checkpoint) is not None
         )
         self.schedule = TargetSchedule(num_nodes, backtracking.steps_per_target, backtracking.max_train_steps)
-        fake_score = family.score_model().copy().network
-        if num_nodes and not resumes:  # a checkpoint has its own
-            path.load(num_nodes, into=fake_score)
-            path.prefetch(num_nodes - 1)
-        updates = backtracking.max_train_steps
-        self.student = Learner(
-            "generator",
-            generator,
-            backtracking.generator_learning_rate,
-            updates,
-            config,
-            backtracking.ema_decay if backtracking.use_ema else None,
-        )
-        self.fake_score = Learner(
-            "fake_score",
-            fake_score,
-            config.fake_score_learning_rate,
-            updates * backtracking.fake_score_updates,
-            config,
-        )
+        shared = self._prepare_scores(family, config, resumes)
+        self._prepare_student(family, config, generator, shared)
         super().__init__(
             config,
             backtracking,
             family,
             data,
             [self.student, self.fake_score],
-            steps=updates,
+            steps=backtracking.max_train_steps,
             batches_per_step=backtracking.fake_score_updates,
         )
-        self.generator = OneStepGenerator(family.score_model(self.student.network), config.conditioning_timestep)
-        target = family.score_model().copy().network.requires_grad_(False).to(self.accelerator.device)
-        self.target = self.frozen(target)
+        self.generator = OneStepGenerator(self.student.score_model(family), config.conditioning_timestep)
+        if shared is None:
+            self.target = self.frozen(family.score_model().copy().network.to(self.accelerator.device))
+        else:
+            self.target = self._adapted_teacher = self.on_base(shared, None)
+            self._adapted_target = self.on_base(shared, "target")
+        self.shared = shared
         self.target_node: int | None = None
         self.waits: list[dict[str, float]] = []  # for nodes, at each switch
         if initial_measures is not None:
             self.curve.append({"step": 0, "seconds": 0.0, "node": self.schedule.node(0), **initial_measures})
+
+    def _prepare_scores(self, family: ModelFamily, config: TrainingConfig, resumes: bool) -> SharedNetwork | None:
+        """Makes the fake score, which starts as node N. Returns the network that it shares with the target, if it does.
+
+        Raises:
+            ValueError: If the path's nodes are whole networks and the fake score is to be an adapter, or the other way
+                round.
+        """
+        path, num_nodes = self.path, self.schedule.num_nodes
+        updates = self.backtracking.max_train_steps * self.backtracking.fake_score_updates
+        rate = config.fake_score_learning_rate
+        wanted = "adapter" if config.is_adapter("fake_score") else "full"
+        if num_nodes and path.kind != wanted:
+            said = "an adapter (--lora_rank, --lora_roles)" if wanted == "adapter" else "a whole network"
+            raise ValueError(
+                f"The nodes of the path of {path.where} are of kind {path.kind!r}, but the fake score is to be {said}. "
+                "Train it as the path was recorded, or record another path."
+            )
+        if wanted == "adapter":
+            shared = shared_base(family.network, config)
+            if num_nodes:
+                for role in ("fake_score", "target"):
+                    shared.add(role, path.adapter_config(num_nodes))
+            else:
+                add_adapter(shared, "fake_score", config, config.seed)
+            if num_nodes and not resumes:  # a checkpoint has its own
+                path.load(num_nodes, shared.network, "fake_score")
+                path.prefetch(num_nodes - 1)
+            self.fake_score: Learner = AdapterLearner("fake_score", shared, family.network, rate, updates, config)
+            return shared
+        network = family.score_model().copy().network
+        if num_nodes and not resumes:
+            path.load(num_nodes, into=network)
+            path.prefetch(num_nodes - 1)
+        self.fake_score = Learner("fake_score", network, rate, updates, config)
+        return None
+
+    def _prepare_student(
+        self, family: ModelFamily, config: TrainingConfig, generator: nn.Module, shared: SharedNetwork | None
+    ) -> None:
+        """Makes the student: a whole network; or an adapter, on the network that the scores share if it starts from it."""
+        updates, rate = self.backtracking.max_train_steps, self.backtracking.generator_learning_rate
+        ema_decay = self.backtracking.ema_decay if self.backtracking.use_ema else None
+        if config.is_adapter("generator"):
+            if generator is not family.network:
+                shared = shared_base(generator, config)
+            add_adapter(shared, "generator", config, config.seed + 1)
+            self.student: Learner = AdapterLearner("generator", shared, generator, rate, updates, config, ema_decay)
+        else:
+            self.student = Learner("generator", generator, rate, updates, config, ema_decay)
 
     def switch_target(self, step: int) -> None:
         """Makes the scheduled node the target, if it is not the target already."""
         node = self.schedule.node(step)
         if node == self.target_node:
             return
-        if node == 0:
-            self.target.network.load_state_dict(self.family.network.state_dict(), strict=True)
-            waited = 0.0
-        else:
-            self.path.load(node, into=self.target.network)
+        waited = 0.0
+        if self.shared is not None:
+            self.target = self._adapted_target if node else self._adapted_teacher
+        if node:
+            self.path.load(node, self.target.network, None if self.shared is None else "target")
             waited = self.path.seconds_waited
+        elif self.shared is None:
+            self.target.network.load_state_dict(self.family.network.state_dict(), strict=True)
         for behind in range(self.schedule.num_nodes if self.target_node is None else self.target_node, node, -1):
             self.path.release(behind)
         if node > 1:
@@ -209,7 +249,9 @@ class BacktrackingTrainer(Stage):
     def train_step(self, step: int, batches: list[list[Batch]]) -> dict[str, Tensor]:
         self.switch_target(step)
         first, *others = batches
+        self._make_room_for(self.student)
         samples, generator_loss = self.update_generator(first)
+        self._make_room_for(self.fake_score)
         fake_score_losses = [self.update_fake_score(first, samples)]
         for batch in others:
             fake_score_losses.append(self.update_fake_score(batch, self.samples(batch)))
@@ -217,7 +259,7 @@ class BacktrackingTrainer(Stage):
 
     def update_generator(self, batches: list[Batch]) -> tuple[list[Tensor], Tensor]:
         """One update of the generator. Returns the samples that it was made with, detached, and the mean loss."""
-        fake_score = self.family.score_model(self.fake_score.network)
+        fake_score = self.fake_score.score_model(self.family)
         samples, losses = [], []
         for batch in batches:
             with self.student.accumulate():
@@ -228,8 +270,19 @@ class BacktrackingTrainer(Stage):
             losses.append(loss.detach())
         return samples, torch.stack(losses).mean()
 
+    def _make_room_for(self, learner: Learner) -> None:
+        """Keeps what a learner's turn does not need in CPU memory, if that was asked for."""
+        if not self.config.offload_idle_role:
+            return
+        other = self.fake_score if learner is self.student else self.student
+        other.place_optimizer("cpu")
+        learner.place_optimizer(self.accelerator.device)
+        if self.shared is None:
+            self.target.network.to(self.accelerator.device if learner is self.student else "cpu")
+
     def validate(self, done: int) -> dict[str, float]:
-        return {"node": self.schedule.node(done - 1), **self.evaluate(self.student.averaged())}
+        with self.student.deployed() as network:
+            return {"node": self.schedule.node(done - 1), **self.evaluate(network)}
 
     def state(self) -> dict[str, Any]:
         downloaded = self.path.folders.downloaded if self.path is not None else []
@@ -246,6 +299,10 @@ class BacktrackingTrainer(Stage):
         return {**super().identity(), "path": digest[:16]}
 
     def train(self) -> nn.Module:
-        """Stage 2, whole or resumed. Returns the student's network, averaged if an average is kept."""
+        """Stage 2, whole or resumed. Returns the student's network, averaged if an average is kept; an adapter is fused
+        into a copy of what it was trained on, and stays in `student.lora`."""
         self.run()
-        return self.student.averaged()
+        student = self.student.publish()
+        if self.shared is not None:
+            self.shared.release()
+        return student

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from diffusers.optimization import SchedulerType
 
+from .adapters import TARGET_MODULES
 from .model_reference import ModelReference
 from .objectives import OBJECTIVES
 from .repository import is_repo_id
@@ -100,6 +101,24 @@ class TrainingConfig:
     )
     hub_private_repo: bool = setting(False, "Make a new repository private.")
 
+    # Adapters on one shared network, in place of whole networks
+    lora_rank: int | None = setting(
+        None, "Train adapters of this rank on one frozen teacher, in place of whole networks: far less memory."
+    )
+    lora_alpha: float | None = setting(None, "Scales an adapter's update by alpha / rank; by default the rank.")
+    lora_target_modules: list[str] = setting(
+        TARGET_MODULES, "Ends of the names of the adapted layers. diffusers, for an LCM-LoRA of SDXL: these."
+    )
+    lora_roles: list[str] = setting(
+        ["generator", "fake_score"], "Which of the two are adapters: generator, fake_score or both."
+    )
+    base_quantization: Literal["nf4", "int8"] | None = setting(
+        None, "Keep the shared network in 4 or 8 bits by bitsandbytes; needs a GPU, and both roles as adapters."
+    )
+    node_precision: Literal["fp32", "fp16"] | None = setting(
+        None, "In which nodes of the path are written; by default fp32 for whole networks and fp16 for adapters."
+    )
+
     # Optimisation
     objective: str = setting("dmd", f"How the generator learns from two scores: {', '.join(OBJECTIVES)}.")
     train_batch_size: int = setting(1, "Samples per process and forward pass.")
@@ -117,6 +136,17 @@ class TrainingConfig:
         None, "Precision inside the networks; by default that of `accelerate config`."
     )
     allow_tf32: bool = setting(False, "Let Ampere and newer GPUs multiply float32 matrices in TF32.")
+    use_8bit_adam: bool = setting(False, "AdamW with states of 8 bits, of bitsandbytes.")
+    use_paged_adam: bool = setting(False, "AdamW whose states move out of a full GPU by themselves, of bitsandbytes.")
+    offload_idle_role: bool = setting(
+        False, "Keep the optimiser of the network that is not trained just now, and the target, in CPU memory: slower."
+    )
+    offload_ema: bool = setting(False, "Keep the average of the student's weights in CPU memory: slower.")
+    enable_xformers_memory_efficient_attention: bool = setting(
+        False, "Attention of xformers, if that is installed, in place of torch's own."
+    )
+    channels_last: bool = setting(False, "Lay networks out in memory with channels last: faster on some GPUs.")
+    compile: bool = setting(False, "Compile the networks' repeated blocks by torch.compile.")
     dataloader_num_workers: int = setting(0, "Processes that draw noise and prompts ahead.")
 
     # What is seen of it
@@ -141,6 +171,15 @@ class TrainingConfig:
             self.pretrained_vae_model_name_or_path,
             self.teacher_lora,
         )
+
+    def is_adapter(self, role: str) -> bool:
+        """Whether a role, `generator` or `fake_score`, is an adapter."""
+        return self.lora_rank is not None and role in self.lora_roles
+
+    @property
+    def all_adapters(self) -> bool:
+        """Whether all roles share one network."""
+        return self.is_adapter("generator") and self.is_adapter("fake_score")
 
     @property
     def path_is_shared(self) -> bool:
@@ -171,6 +210,18 @@ class TrainingConfig:
         for name, known in (("objective", list(OBJECTIVES)), ("lr_scheduler", [kind.value for kind in SchedulerType])):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)!r} is none of {', '.join(known)}.")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"--lora_rank has to be at least 1, but is {self.lora_rank}.")
+        unknown = [role for role in self.lora_roles if role not in ("generator", "fake_score")]
+        if unknown or not self.lora_roles:
+            raise ValueError(f"--lora_roles {' '.join(unknown)}: roles are generator and fake_score.")
+        if self.base_quantization is not None and not self.all_adapters:
+            raise ValueError(
+                f"--base_quantization {self.base_quantization} is for adapters on one shared network: pass --lora_rank, "
+                "and leave --lora_roles out."
+            )
+        if self.offload_idle_role and self.use_paged_adam:
+            raise ValueError("--use_paged_adam moves the optimisers' states by itself; leave --offload_idle_role out.")
         if not self.path_is_shared:
             for name in ("degradation_path_revision", "path_disk_budget_gb"):
                 if getattr(self, name) is not None:

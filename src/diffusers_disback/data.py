@@ -183,6 +183,11 @@ class PromptData:
             self.rows = {prompt: row for row, prompt in enumerate(distinct)}
             self.table = {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
 
+    @property
+    def is_encoded(self) -> bool:
+        """Whether every condition is there already, so that text encoders are not asked again."""
+        return self.cache is not None or self.table is not None
+
     def conditions(self, prompts: list[str], rows: list[int] | None = None) -> Condition:
         """Batch first, on the CPU or on the text encoder's device.
 

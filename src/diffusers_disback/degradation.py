@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters import SharedNetwork
 from .batch import Batch
 from .config import TrainingConfig, setting
 from .data import PromptData
 from .families import ModelFamily
 from .generator import OneStepGenerator
-from .learner import Learner
+from .learner import AdapterLearner, Learner, add_adapter, shared_base
 from .path import DegradationPath
 from .trainer import Stage
 
@@ -65,7 +66,8 @@ class DegradationRecorder(Stage):
         config (`TrainingConfig`): What both stages share.
         degradation (`DegradationConfig`): The settings of this stage.
         family (`ModelFamily`): The teacher.
-        generator (`nn.Module`): The initial generator's network; frozen.
+        generator (`nn.Module`): The initial generator's network; frozen. The teacher's own, if all roles are adapters and
+            it is the start.
         data (`PromptData`): Prompts and their conditions.
         path (`DegradationPath`): Where nodes are recorded; empty, or of a recording that is resumed.
         recorded (`Callable`, *optional*): Called on the main process when there is something new in the path's folder.
@@ -87,13 +89,14 @@ class DegradationRecorder(Stage):
         self.path = path
         self.recorded = recorded or (lambda: None)
         self.node_steps = degradation.node_steps
-        self.fake_score = Learner(
-            "fake_score",
-            family.score_model().copy().network,
-            config.fake_score_learning_rate,
-            degradation.degradation_steps,
-            config,
-        )
+        updates, rate = degradation.degradation_steps, config.fake_score_learning_rate
+        shared: SharedNetwork | None = None
+        if config.is_adapter("fake_score"):
+            shared = shared_base(family.network, config)
+            add_adapter(shared, "fake_score", config, config.seed)
+            self.fake_score: Learner = AdapterLearner("fake_score", shared, family.network, rate, updates, config)
+        else:
+            self.fake_score = Learner("fake_score", family.score_model().copy().network, rate, updates, config)
         super().__init__(
             config,
             degradation,
@@ -104,10 +107,11 @@ class DegradationRecorder(Stage):
             batches_per_step=1,
             proportion_empty_prompts=degradation.proportion_empty_prompts,
         )
-        self.generator = OneStepGenerator(
-            self.frozen(generator.requires_grad_(False).to(self.accelerator.device)),
-            config.conditioning_timestep,
-        )
+        if generator is family.network:
+            model = self.on_base(shared, None)
+        else:
+            model = self.frozen(generator.to(self.accelerator.device))
+        self.generator = OneStepGenerator(model, config.conditioning_timestep)
         self._loss_since_node = torch.zeros((), device=self.accelerator.device)
 
     def train_step(self, step: int, batches: list[list[Batch]]) -> dict[str, Tensor]:
@@ -122,10 +126,17 @@ class DegradationRecorder(Stage):
         self.check_finite()
         if self.accelerator.is_main_process:
             since = done - (self.path.nodes[-1]["step"] if self.path.nodes else 0)
-            self.path.append(self.fake_score.unwrapped(), done, (self._loss_since_node / since).item())
+            learner, loss = self.fake_score, (self._loss_since_node / since).item()
+            self.path.append(learner.unwrapped(), done, loss, learner.adapter, self.node_dtype)
             self.recorded()
         self.accelerator.wait_for_everyone()
         self._loss_since_node = torch.zeros_like(self._loss_since_node)
+
+    @property
+    def node_dtype(self) -> torch.dtype:
+        """In which nodes are written."""
+        asked = self.config.node_precision or ("fp32" if self.fake_score.adapter is None else "fp16")
+        return {"fp32": torch.float32, "fp16": torch.float16}[asked]
 
     def record(self) -> DegradationPath:
         """Stage 1, whole or resumed. Returns the complete path; the fake score's memory is free again."""

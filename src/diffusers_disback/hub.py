@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .adapters import Lora, save_lora
 from .cards import student_card
 from .evaluation.report import REPORT, read_report
-from .manifest import MANIFEST, to_bytes
+from .manifest import MANIFEST, to_bytes, write_json
 from .model_reference import ModelReference
 from .path import DegradationPath
 from .pipeline import DisBackOneStepPipeline
@@ -17,11 +18,16 @@ from .sharing import check_empty, check_main, check_teacher_may_be_shared
 
 
 INDEX = "model_index.json"
+LORA = "lora"
 _PICTURES = ("samples.png", "convergence.png", "path.png")
 
 
 def save_student(
-    pipeline: DisBackOneStepPipeline, teacher: ModelReference, folder: str | Path, cache_dir: str | None = None
+    pipeline: DisBackOneStepPipeline,
+    teacher: ModelReference,
+    folder: str | Path,
+    cache_dir: str | None = None,
+    lora: Lora | None = None,
 ) -> None:
     """Writes the student's pipeline: its own UNet and scheduler, and the teacher's files as they are.
 
@@ -33,11 +39,19 @@ def save_student(
         teacher (`ModelReference`): Where the teacher's files lie.
         folder (`str` or `Path`): Other files in it stay.
         cache_dir (`str`, *optional*): Where downloads are kept.
+        lora (`Lora`, *optional*): The adapter that was trained, if one was, and its config. It is written to `lora/`, with
+            the one-step scheduler beside it.
     """
     folder = Path(folder)
+    if lora is not None:
+        save_lora(*lora, folder / LORA)
+        pipeline.scheduler.save_pretrained(folder / LORA / "scheduler")
     pipeline.unet.save_pretrained(folder / "unet")
     pipeline.scheduler.save_pretrained(folder / "scheduler")
-    components = {name for name, component in pipeline.components.items() if component is not None}
+    theirs = json.loads((teacher.folder(cache_dir) / INDEX).read_text())
+    # Text encoders may have left memory; their files are the teacher's.
+    released = [name for name in ("text_encoder", "text_encoder_2") if name in theirs]
+    components = {name for name, component in pipeline.components.items() if component is not None or name in released}
     dtype = str(pipeline.unet.dtype).split(".")[-1]
     wanted = {}
     for path, content in teacher.component_files(dtype, cache_dir).items():
@@ -46,6 +60,8 @@ def save_student(
             wanted[path] = content
     write_files(wanted, folder)
     pipeline.save_config(folder)
+    index = json.loads((folder / INDEX).read_text())
+    write_json(folder / INDEX, {**index, **{name: theirs[name] for name in released if name in index}})
 
 
 def write_model_card(folder: Path, report: dict[str, Any]) -> None:
@@ -154,6 +170,8 @@ def student_files(folder: Path, repo_id: str) -> Files:
     for name, kind in index.items():
         if isinstance(kind, list) and kind[0] is not None:
             files |= {f"{name}/{file.name}": file for file in sorted((folder / name).iterdir())}
+    for file in sorted((folder / LORA).rglob("*.*")):
+        files[file.relative_to(folder).as_posix()] = file
     return {**files, "README.md": _card_for(folder, repo_id)}
 
 

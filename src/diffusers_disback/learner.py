@@ -1,15 +1,27 @@
-"""A network that is trained."""
+"""What is trained: a network, or an adapter on one that several roles share."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration, broadcast
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from .adapters import Lora, SharedNetwork, base_of, fused, lora_config
 from .config import TrainingConfig
+from .families import ModelFamily
+from .manifest import write_json
+from .score_model import ScoreModel
+
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 class Learner:
@@ -27,7 +39,12 @@ class Learner:
 
     Attributes:
         gradient_norm (`Tensor`): Of the last update, before clipping; a scalar, on the device.
+        adapter (`str`, *optional*): The name of the adapter that is trained, if not all of the network is.
+        lora (`tuple`, *optional*): The published adapter: its weights in peft's names, and its config.
     """
+
+    adapter: str | None = None
+    lora: Lora | None = None
 
     def __init__(
         self,
@@ -38,70 +55,112 @@ class Learner:
         config: TrainingConfig,
         ema_decay: float | None = None,
     ):
-        self.name = name
-        self.gradient_norm = torch.zeros(())
-        self.max_grad_norm = config.max_grad_norm
-        self.accelerator = Accelerator(
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            mixed_precision=config.mixed_precision,
-            log_with=None if config.report_to == "none" else config.report_to,
-            project_config=ProjectConfiguration(
-                project_dir=config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir))
-            ),
-            # A learning rate step per update, whatever the number of processes.
-            step_scheduler_with_optimizer=False,
-        )
         # Evaluation mode, so that no dropout draws from global random state; gradients flow all the same.
-        network.requires_grad_(True).eval()
-        if config.gradient_checkpointing:
-            network.enable_gradient_checkpointing()
-        optimizer = torch.optim.AdamW(
-            network.parameters(),
-            lr=learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
+        tuned(network.requires_grad_(True).eval(), config)
+        self._begin(name, network, list(network.parameters()), learning_rate, updates, config)
+        self.network, self.optimizer, self.lr_schedule = self.accelerator.prepare(
+            network, self.optimizer, self.lr_schedule
         )
-        schedule = get_scheduler(
-            config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=updates
+        self._average(ema_decay)
+
+    def _begin(
+        self,
+        name: str,
+        network: nn.Module,
+        parameters: list[nn.Parameter],
+        learning_rate: float,
+        updates: int,
+        config: TrainingConfig,
+    ) -> None:
+        self.name = name
+        self.network = network
+        self.gradient_norm = torch.zeros(())
+        self.config = config
+        self.accelerator = accelerator_of(config)
+        self.bad = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
+        self.optimizer = optimizer_of(parameters, learning_rate, config, self.accelerator.device)
+        self.lr_schedule = get_scheduler(
+            config.lr_scheduler, self.optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=updates
         )
-        self.network, self.optimizer, self.lr_schedule = self.accelerator.prepare(network, optimizer, schedule)
+
+    def _average(self, ema_decay: float | None) -> None:
         self.ema: EMAModel | None = None
         if ema_decay is not None:
-            own = self.unwrapped()
-            self.ema = EMAModel(own.parameters(), decay=ema_decay, model_cls=type(own), model_config=own.config)
+            self.ema = EMAModel(self.parameters(), decay=ema_decay)
+            if self.config.offload_ema:
+                self.ema.to("cpu")
 
     def unwrapped(self) -> nn.Module:
         """The network as diffusers knows it."""
         return self.accelerator.unwrap_model(self.network)
 
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return list(self.unwrapped().parameters())
+
+    def score_model(self, family: ModelFamily) -> ScoreModel:
+        """The way to ask it."""
+        return family.score_model(self.network)
+
     def learn(self, loss: Tensor) -> None:
         """The backward pass, and with the last accumulated gradient an update. Call it under `accumulate`."""
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
-            norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
-            self.optimizer.step()
-            # fp16's loss scaling overflows and skips an update now and then; that is no error.
-            skipped = self.optimizer.step_was_skipped
-            self.gradient_norm = torch.zeros_like(norm) if skipped else norm
-            if not skipped:
-                self.lr_schedule.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.ema is not None:
-                self.ema.step(self.unwrapped().parameters())
+            parameters = list(self.network.parameters())
+            self._update(parameters, self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm))
+
+    def _update(self, parameters: list[nn.Parameter], norm: Tensor) -> None:
+        sharded = self.accelerator.distributed_type in SHARDED
+        if self.accelerator.scaler is None and not sharded:
+            # Once a gradient was not finite, no update is made with it or after it. Nothing waits for the device: the
+            # flag is looked at where losses are logged.
+            self.bad = self.bad | ~torch.isfinite(norm)
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(self.bad, 0.0)
+        self.optimizer.step()
+        # fp16's loss scaling overflows and skips an update now and then; that is no error.
+        skipped = self.optimizer.step_was_skipped
+        self.gradient_norm = torch.zeros_like(norm) if skipped else norm
+        if not skipped:
+            self.lr_schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            if self.config.offload_ema:
+                self.ema.to(self.accelerator.device)
+            self.ema.step(self.parameters())
+            if self.config.offload_ema:
+                self.ema.to("cpu")
 
     def accumulate(self):
         """A context for one slice of a batch."""
         return self.accelerator.accumulate(self.network)
 
-    def averaged(self) -> nn.Module:
-        """The network with its averaged weights, if an average is kept: a copy; otherwise the network itself."""
-        network = self.unwrapped()
+    @contextmanager
+    def deployed(self) -> Iterator[nn.Module]:
+        """The network as it would be published: with its averaged weights, if an average is kept."""
         if self.ema is None:
-            return network
-        average = type(network).from_config(network.config).to(network.device).requires_grad_(False).eval()
-        self.ema.copy_to(average.parameters())
-        return average
+            yield self.unwrapped()
+            return
+        self.ema.store(self.parameters())
+        self.ema.copy_to(self.parameters())
+        try:
+            yield self.unwrapped()
+        finally:
+            self.ema.restore(self.parameters())
+
+    def publish(self) -> nn.Module:
+        """The trained network, averaged if an average is kept. Nothing is trained afterwards."""
+        if self.ema is not None:
+            self.ema.copy_to(self.parameters())
+        return self.unwrapped()
+
+    def place_optimizer(self, device: torch.device | str) -> None:
+        """Moves the optimiser's state, which is of no use while another network is trained."""
+        for state in self.optimizer.state.values():
+            for key, value in state.items():
+                if torch.is_tensor(value) and value.ndim:
+                    state[key] = value.to(device, non_blocking=True)
 
     def release(self) -> None:
         """Lets go of the network and of the optimiser's state."""
@@ -113,13 +172,218 @@ class Learner:
     def save(self, folder: Path) -> None:
         """Writes all state. To be called on every process."""
         self.accelerator.save_state(str(folder / self.name))
-        if self.ema is not None and self.accelerator.is_main_process:
-            self.ema.save_pretrained(folder / f"{self.name}_ema")
+        if self.accelerator.is_main_process:
+            self._save_average(folder / f"{self.name}_ema")
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote."""
         self.accelerator.load_state(str(folder / self.name))
+        self._load_average(folder / f"{self.name}_ema")
+
+    def _save_average(self, folder: Path) -> None:
+        if self.ema is None:
+            return
+        state = self.ema.state_dict()
+        shadow = {f"{number:06d}": tensor.contiguous() for number, tensor in enumerate(state.pop("shadow_params"))}
+        folder.mkdir()
+        save_file(shadow, folder / "average.safetensors")
+        write_json(folder / "average.json", state)
+
+    def _load_average(self, folder: Path) -> None:
+        if self.ema is None:
+            return
+        shadow = load_file(folder / "average.safetensors")
+        state = json.loads((folder / "average.json").read_text())
+        self.ema.load_state_dict({**state, "shadow_params": [shadow[number] for number in sorted(shadow)]})
+        self.ema.to("cpu" if self.config.offload_ema else self.accelerator.device)
+
+
+class AdapterLearner(Learner):
+    """A role's adapter that is trained, on a network that other roles share.
+
+    The network is not wrapped for distributed training, which would reduce what is trainable when it is wrapped: each
+    role's own gradients are averaged over the processes before its update.
+
+    Args:
+        name (`str`): The role, and its folder in a checkpoint.
+        shared (`SharedNetwork`): With an adapter for the role.
+        original (`nn.Module`): The network in float32, without adapters, to fuse the trained adapter into.
+        learning_rate (`float`), and the others: As of `Learner`.
+
+    Raises:
+        ValueError: If the processes shard their networks.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shared: SharedNetwork,
+        original: nn.Module,
+        learning_rate: float,
+        updates: int,
+        config: TrainingConfig,
+        ema_decay: float | None = None,
+    ):
+        self.adapter = name
+        self.shared = shared
+        self.original = original
+        self._begin(name, shared.network, shared.parameters(name), learning_rate, updates, config)
+        kind = self.accelerator.distributed_type
+        if kind in SHARDED:
+            raise ValueError(
+                f"Adapters are trained on a network that every process holds whole, but this launch is of type "
+                f"{kind.value}. Launch with plain data parallelism, or train in full, without --lora_rank."
+            )
+        if self.accelerator.num_processes > 1:
+            for parameter in self.parameters():
+                parameter.data = broadcast(parameter.data)
+        self.optimizer, self.lr_schedule = self.accelerator.prepare(self.optimizer, self.lr_schedule)
+        self._average(ema_decay)
+
+    def unwrapped(self) -> nn.Module:
+        return self.shared.network
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self.shared.parameters(self.adapter)
+
+    def score_model(self, family: ModelFamily) -> ScoreModel:
+        model = in_precision(family.score_model(self.shared.network), self.accelerator)
+        return self.shared.in_role(model, self.adapter)
+
+    def learn(self, loss: Tensor) -> None:
+        self.shared.activate(self.adapter)
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            parameters = self.parameters()
+            if self.accelerator.num_processes > 1:
+                gradients = [parameter.grad for parameter in parameters]
+                mean = self.accelerator.reduce(parameters_to_vector(gradients), "mean")
+                vector_to_parameters(mean, gradients)
+            self._update(parameters, self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm))
+
+    @contextmanager
+    def deployed(self) -> Iterator[nn.Module]:
+        with super().deployed() as network:
+            self.shared.activate(self.adapter)
+            yield network
+
+    def publish(self) -> nn.Module:
+        """A copy of the original network with the trained adapter fused into it; the adapter itself stays in `lora`."""
         if self.ema is not None:
-            saved = EMAModel.from_pretrained(folder / f"{self.name}_ema", self.ema.model_cls)
-            self.ema.load_state_dict(saved.state_dict())
-            self.ema.to(self.accelerator.device)
+            self.ema.copy_to(self.parameters())
+        weights = {key: tensor.detach().cpu().clone() for key, tensor in self.shared.weights(self.adapter).items()}
+        self.lora = weights, self.shared.config(self.adapter)
+        self.shared.release()
+        return fused(self.original, *self.lora)
+
+    def release(self) -> None:
+        self.optimizer, self.lr_schedule = self.accelerator.free_memory(self.optimizer, self.lr_schedule)
+        self.shared.release()
+        self.network = self.ema = None
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        if self.accelerator.is_main_process:
+            weights = {key: tensor.contiguous() for key, tensor in self.shared.weights(self.adapter).items()}
+            save_file(weights, folder / self.name / "adapter.safetensors")
+
+    def load(self, folder: Path) -> None:
+        file = folder / self.name / "adapter.safetensors"
+        self.shared.fill(self.adapter, load_file(file), str(file))
+        super().load(folder)
+
+
+def accelerator_of(config: TrainingConfig) -> Accelerator:
+    """A fresh accelerator, as the settings say."""
+    return Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir))
+        ),
+        # A learning rate step per update, whatever the number of processes.
+        step_scheduler_with_optimizer=False,
+    )
+
+
+def shared_base(network: nn.Module, config: TrainingConfig) -> SharedNetwork:
+    """A network in float32 as the base of several roles' adapters, in the precision and on the device of the run."""
+    accelerator = accelerator_of(config)
+    base = base_of(network, accelerator.device, compute_dtype(accelerator), config.base_quantization)
+    return SharedNetwork(tuned(base, config))
+
+
+def add_adapter(shared: SharedNetwork, role: str, config: TrainingConfig, seed: int) -> None:
+    """Adds a role's adapter, as the settings ask for it."""
+    shared.add(role, lora_config(config.lora_rank, config.lora_alpha, config.lora_target_modules), seed)
+
+
+def compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The precision that networks compute in."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def in_precision(model: ScoreModel, accelerator: Accelerator) -> ScoreModel:
+    """The same way to ask, in the trained networks' precision, operation for operation."""
+    call = model.call
+
+    def call_in_precision(network, x_t, t, condition):
+        with accelerator.autocast():
+            return call(network, x_t, t, condition)
+
+    model.call = call_in_precision
+    return model
+
+
+def optimizer_of(
+    parameters: list[nn.Parameter], learning_rate: float, config: TrainingConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW: torch's, fused on a GPU; or that of bitsandbytes with states of 8 bits, or in pages that a full GPU moves out.
+
+    Raises:
+        ValueError: If bitsandbytes is asked for and not installed.
+    """
+    arguments = {
+        "lr": learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    if not config.use_8bit_adam and not config.use_paged_adam:
+        return torch.optim.AdamW(parameters, **arguments, **({"fused": True} if device.type == "cuda" else {}))
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError(
+            "--use_8bit_adam and --use_paged_adam need bitsandbytes: `pip install bitsandbytes`."
+        ) from error
+    kinds = {
+        (True, False): bitsandbytes.optim.AdamW8bit,
+        (True, True): bitsandbytes.optim.PagedAdamW8bit,
+        (False, True): bitsandbytes.optim.PagedAdamW32bit,
+    }
+    return kinds[config.use_8bit_adam, config.use_paged_adam](parameters, **arguments)
+
+
+def tuned(network: nn.Module, config: TrainingConfig) -> nn.Module:
+    """A network with the settings that change its memory and speed, and not what it computes.
+
+    Raises:
+        ValueError: If xformers is asked for and cannot be used.
+    """
+    if config.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)
+    if config.enable_xformers_memory_efficient_attention:
+        try:
+            network.enable_xformers_memory_efficient_attention()
+        except (ImportError, ModuleNotFoundError, ValueError) as error:
+            raise ValueError(
+                f"--enable_xformers_memory_efficient_attention needs xformers and a GPU ({error}). Leave it out: torch's "
+                "own attention, which is the default, is as frugal."
+            ) from error
+    if config.compile:
+        network.compile_repeated_blocks()
+    return network

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .adapters import config_of, write_adapter
 from .branches import FolderNodes, HubNodes, Nodes
 from .cards import path_card
 from .manifest import FORMAT_VERSION, MANIFEST, name_of, read_manifest, to_bytes, write_json
@@ -172,7 +174,14 @@ class DegradationPath:
 
     # Recording ---------------------------------------------------------------------------------------------------
 
-    def append(self, network: nn.Module, step: int, loss: float, adapter: str | None = None) -> None:
+    def append(
+        self,
+        network: nn.Module,
+        step: int,
+        loss: float,
+        adapter: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Records the next node.
 
         Args:
@@ -180,6 +189,8 @@ class DegradationPath:
             step (`int`): Fake-score updates so far; larger than the last node's.
             loss (`float`): The mean denoising loss since the last node.
             adapter (`str`, *optional*): Record the adapter of this name, which is on the network, instead of all of it.
+            dtype (`torch.dtype`, *optional*): In which weights are written, if not in their own; what rounding takes away
+                is noted as `rounding_error`, a share of their norm.
         """
         if self.nodes and step <= self.nodes[-1]["step"]:
             raise ValueError(f"node {len(self) + 1} at step {step} does not come after step {self.nodes[-1]['step']}.")
@@ -189,14 +200,18 @@ class DegradationPath:
         if adapter is None:
             network.save_pretrained(draft / "unet", safe_serialization=True)
         else:
-            network.save_lora_adapter(draft / "unet", adapter_name=adapter, safe_serialization=True)
+            write_adapter(network, adapter, draft / "unet")
         files = sorted((draft / "unet").glob("*.safetensors"))
+        rounding_error = 0.0 if dtype is None else _cast(files, dtype)
+        with safe_open(files[0], "pt") as stream:
+            written = stream.get_tensor(next(iter(stream.keys()))).dtype
         node = {
             "name": name,
             "kind": "full" if adapter is None else "adapter",
             "step": step,
             "loss": loss,
-            "dtype": str(network.dtype).split(".")[-1],
+            "dtype": str(written).split(".")[-1],
+            "rounding_error": rounding_error,
             "bytes": sum(file.stat().st_size for file in files),
             "files": {file.name: sha256_of(file) for file in files},
         }
@@ -340,6 +355,22 @@ class DegradationPath:
                     f"one's is {is_}. Record a path for this start with stage 1."
                 )
 
+    def adapter_config(self, index: int) -> Any:
+        """Rank, alpha and layers of an adapter node, a `LoraConfig`.
+
+        Raises:
+            ValueError: If it is none, or its file does not say.
+        """
+        if self._node(index)["kind"] != "adapter":
+            raise ValueError(f"node {index} of {self.where} is a whole network, no adapter.")
+        (file,) = self._files(index)
+        return config_of(file)
+
+    @property
+    def kind(self) -> str | None:
+        """What its nodes are, `full` or `adapter`; `None` if there are none."""
+        return self.nodes[0]["kind"] if self.nodes else None
+
     def _node(self, index: int) -> dict[str, Any]:
         if not 1 <= index <= len(self):
             raise IndexError(f"node {index} is not on this path: its recorded nodes are 1..{len(self)}.")
@@ -435,7 +466,30 @@ class DegradationPath:
         Raises:
             HubError: If the repository holds something else, or the Hub fails for good.
         """
-        dtype = self.nodes[0]["dtype"] if self.nodes else "float32"
+        dtype = self.nodes[0]["dtype"] if self.kind == "full" else "float32"  # of the network beside the text encoder
         teacher_files = self.teacher.component_files(dtype, cache_dir)
         check_teacher_may_be_shared(self.teacher, repository)
         return push_nodes(self.manifest, self.folders, teacher_files, repository, claim)
+
+
+def _cast(files: list[Path], dtype: torch.dtype) -> float:
+    """Writes files of weights anew in a precision, if it is another. Returns the share of their norm that rounding took.
+
+    Raises:
+        ValueError: If a weight is beyond the precision's range.
+    """
+    whole = lost = 0.0
+    for file in files:
+        weights = load_file(file)
+        if all(tensor.dtype == dtype for tensor in weights.values()):
+            continue
+        with safe_open(file, "pt") as stream:
+            metadata = stream.metadata()
+        rounded = {key: tensor.to(dtype) for key, tensor in weights.items()}
+        for key, tensor in weights.items():
+            if tensor.isfinite().all() and not rounded[key].isfinite().all():
+                raise ValueError(f"{key} of the node has values beyond {dtype}; pass --node_precision fp32.")
+            whole += tensor.double().square().sum().item()
+            lost += (tensor.double() - rounded[key].double()).square().sum().item()
+        save_file(rounded, file, metadata)
+    return (lost / whole) ** 0.5 if whole else 0.0

@@ -93,9 +93,14 @@ class DisBackOneStepPipeline(
         return [name for name in inspect.signature(cls.__init__).parameters if name not in settings]
 
     @property
+    def is_xl(self) -> bool:
+        """Whether it has SDXL's two tokenizers; text encoders may be left out where embeddings are passed."""
+        return self.tokenizer_2 is not None
+
+    @property
     def stock_class(self) -> type[DiffusionPipeline]:
         """The class of diffusers in whose name it is saved."""
-        return _StockPipeline if self.text_encoder_2 is None else _StockXLPipeline
+        return _StockXLPipeline if self.is_xl else _StockPipeline
 
     def encode_prompt(self, *arguments: Any, **keywords: Any) -> tuple:
         """As of the stock pipeline."""
@@ -108,7 +113,7 @@ class DisBackOneStepPipeline(
         with open(file) as stream:
             index = json.load(stream)
         index["_class_name"] = self.stock_class.__name__
-        if self.text_encoder_2 is None:
+        if not self.is_xl:
             foreign = ("text_encoder_2", "tokenizer_2", "force_zeros_for_empty_prompt")
             index["requires_safety_checker"] = self.safety_checker is not None
         else:
@@ -153,7 +158,7 @@ class DisBackOneStepPipeline(
             raise ValueError("negative_prompt has no effect without guidance, and a one-step student takes none.")
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("Pass `prompt` or `prompt_embeds`, one of the two.")
-        if (prompt_embeds is not None) != (pooled_prompt_embeds is not None) and self.text_encoder_2 is not None:
+        if (prompt_embeds is not None) != (pooled_prompt_embeds is not None) and self.is_xl:
             raise ValueError("SDXL takes `prompt_embeds` and `pooled_prompt_embeds` together.")
         if prompt is not None and not isinstance(prompt, (str, list)):
             raise ValueError(f"`prompt` has to be a `str` or a `list`, but is a {type(prompt).__name__}.")
@@ -193,7 +198,7 @@ class DisBackOneStepPipeline(
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Text embeddings, `[B, tokens, width]`, and for SDXL the pooled ones, `[B, pooled width]`."""
         device = self._execution_device
-        if self.text_encoder_2 is not None:
+        if self.is_xl:
             prompt_embeds, _, pooled_prompt_embeds, _ = self.encode_prompt(
                 prompt,
                 prompt_2,
@@ -334,6 +339,9 @@ class DisBackOneStepPipeline(
             (cross_attention_kwargs or {}).get("scale"),
             clip_skip,
         )
+        # Where text encoder, UNet and autoencoder are of different precisions, each computes in its own.
+        dtype = next(self.unet.parameters()).dtype
+        prompt_embeds, pooled = prompt_embeds.to(dtype), None if pooled is None else pooled.to(dtype)
         added = None
         if pooled is not None:
             sizes = (*(original_size or (height, width)), *crops_coords_top_left, *(target_size or (height, width)))
@@ -364,7 +372,7 @@ class DisBackOneStepPipeline(
         if output_type == "latent":
             images, objections = latents, None
         else:
-            images = self.decode(latents)
+            images = self.decode(latents.to(self.vae.dtype))
             images, objections = self.run_safety_checker(images, device, prompt_embeds.dtype)
         denormalize = [True] * len(images) if objections is None else [not objection for objection in objections]
         images = self.image_processor.postprocess(images, output_type=output_type, do_denormalize=denormalize)

@@ -13,6 +13,7 @@ from .manifest import write_json
 FREE_SETTINGS = {
     *("output_dir", "resume_from_checkpoint", "stage", "degradation_path", "cache_dir", "max_train_steps"),
     *("checkpointing_steps", "checkpoints_total_limit", "mixed_precision", "allow_tf32", "gradient_checkpointing"),
+    *("offload_idle_role", "offload_ema", "enable_xformers_memory_efficient_attention", "channels_last", "compile"),
     *("dataloader_num_workers", "report_to", "logging_dir", "logging_steps", "tracker_project_name"),
     *("validation_prompts", "num_validation_images", "validation_steps"),
     *("push_to_hub", "hub_model_id", "hub_private_repo"),

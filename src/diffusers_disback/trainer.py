@@ -14,12 +14,13 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .adapters import SharedNetwork
 from .batch import Batch
 from .config import TrainingConfig
 from .data import Draw, PromptBatches, PromptData
 from .families import ModelFamily
 from .generator import OneStepGenerator
-from .learner import Learner
+from .learner import Learner, in_precision, tuned
 from .objectives import OBJECTIVES
 from .run_folder import RunFolder, flat
 from .score_model import ScoreModel
@@ -118,23 +119,20 @@ class Stage(ABC):
     def frozen(self, network: nn.Module) -> ScoreModel:
         """A frozen network in float32 that computes in the trained ones' precision, operation for operation: equal
         weights give equal outputs, so that what two scores differ by is never rounding."""
-        model = self.family.score_model(network)
-        call = model.call
+        return in_precision(
+            self.family.score_model(tuned(network.requires_grad_(False), self.config)), self.accelerator
+        )
 
-        def call_in_precision(network, x_t, t, condition):
-            with self.accelerator.autocast():
-                return call(network, x_t, t, condition)
-
-        model.call = call_in_precision
-        return model
+    def on_base(self, shared: SharedNetwork, role: str | None) -> ScoreModel:
+        """A role on a shared network, without gradients of its own; `None` is the network itself."""
+        return shared.in_role(in_precision(self.family.score_model(shared.network), self.accelerator), role)
 
     def update_fake_score(self, batches: list[Batch], samples: list[Tensor]) -> Tensor:
         """One denoising-score-matching update on detached samples. Returns the mean loss."""
         losses = []
         for batch, x0 in zip(batches, samples, strict=True):
             with self.fake_score.accumulate():
-                fake_score = self.family.score_model(self.fake_score.network)
-                loss = self.objective.fake_score_loss(x0, batch, fake_score)
+                loss = self.objective.fake_score_loss(x0, batch, self.fake_score.score_model(self.family))
                 self.fake_score.learn(loss)
             losses.append(loss.detach())
         return torch.stack(losses).mean()

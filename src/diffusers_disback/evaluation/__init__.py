@@ -55,6 +55,38 @@ class Evaluation:
         self.batch_size = batch_size
         self.evaluators: list[Evaluator] = []
         self.references: dict[str, dict[str, float]] = {}
+        self._encoded: dict[str, Tensor] = {}  # the arguments of a pipeline's call, a row for each distinct prompt
+        self._negative: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def encode(self, pipeline: DiffusionPipeline) -> None:
+        """Encodes the prompts once, so that pipelines without text encoders can draw them.
+
+        Args:
+            pipeline (`DiffusionPipeline`): A stock one, with its text encoders.
+        """
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        distinct, rows = list(dict.fromkeys(self.prompts)), []
+        for first in range(0, len(distinct), self.batch_size):
+            encoded = pipeline.encode_prompt(
+                distinct[first : first + self.batch_size],
+                device=pipeline.text_encoder.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=True,
+            )
+            rows.append([tensor.cpu() for tensor in encoded])
+        table = dict(zip(names, (torch.cat(column) for column in zip(*rows, strict=True)), strict=False))
+        self._negative = {name: table.pop(name) for name in list(table) if name.startswith("negative")}
+        self._encoded = table
+
+    def _arguments(self, prompts: list[str], guided: bool) -> dict[str, Any]:
+        """What a pipeline is called with to draw prompts."""
+        if not self._encoded:
+            return {"prompt": prompts}
+        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(self.prompts))}
+        rows = [distinct[prompt] for prompt in prompts]
+        table = self._encoded | (self._negative if guided else {})
+        return {name: tensor[rows] for name, tensor in table.items()}
 
     def draw(self, pipeline: DiffusionPipeline, **arguments: Any) -> tuple[Tensor, float]:
         """Pictures, `[N, 3, H, W]` uint8 on the CPU, and the seconds that one took.
@@ -67,7 +99,9 @@ class Evaluation:
         pictures, started = [], time.monotonic()
         for first in range(0, len(self.prompts), self.batch_size):
             prompts = self.prompts[first : first + self.batch_size]
-            drawn = pipeline(prompts, generator=generator, output_type="pt", **arguments).images
+            said = self._arguments(prompts, arguments.get("guidance_scale", 1) > 1)
+            said = {name: v.to(pipeline.device) if torch.is_tensor(v) else v for name, v in said.items()}
+            drawn = pipeline(**said, generator=generator, output_type="pt", **arguments).images
             pictures.append((drawn.float().clamp(0, 1) * 255).round().to("cpu", torch.uint8))
         return torch.cat(pictures), (time.monotonic() - started) / len(self.prompts)
 

@@ -68,7 +68,12 @@ class Report:
         self.gallery = Evaluation(wanted, evaluation.seed, evaluation.batch_size)
         self.guidance_scale = guidance_scale
         self.teacher_steps = teacher_steps or TEACHER_STEPS
+        for prompts in (evaluation, self.gallery):
+            prompts.encode(teacher)
         self.teacher = many_step_pipeline(teacher)
+        for name in ("text_encoder", "text_encoder_2"):
+            if name in self.teacher.components:  # it is not asked again, and may leave memory
+                self.teacher.register_modules(**{name: None})
         self.measures: dict[str, dict[str, float]] = dict(evaluation.references)
         self.shown: dict[str, Tensor] = {}
         pictures, seconds = self.draw_teacher(evaluation, guidance_scale)

@@ -1,5 +1,8 @@
 """Stable Diffusion 1.x and 2.x: a text encoder, a UNet, latents of an 8x autoencoder. Also the base of other families."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -65,7 +68,11 @@ class ModelFamily:
         return self.pipeline.unet
 
     def initial_generator(
-        self, start: ModelReference | None = None, resolution: int | None = None, cache_dir: str | None = None
+        self,
+        start: ModelReference | None = None,
+        resolution: int | None = None,
+        cache_dir: str | None = None,
+        shared: bool = False,
     ) -> nn.Module:
         """The network that the student starts from: the teacher's copy, or the UNet of another model.
 
@@ -73,12 +80,13 @@ class ModelFamily:
             start (`ModelReference`, *optional*): The other model.
             resolution (`int`, *optional*): That the student is made for, in pixels; by default the teacher's.
             cache_dir (`str`, *optional*): Where downloads are kept.
+            shared (`bool`): Without another model, the teacher's own network in place of a copy, for adapters on it.
 
         Raises:
             ValueError: If the other model's UNet does not take the teacher's latents and conditions.
         """
         if start is None:
-            network = self.score_model().copy().network
+            network = self.network if shared else self.score_model().copy().network
         else:
             network = start.load_network(type(self.network), cache_dir)
         for name in ("in_channels", "out_channels", "cross_attention_dim"):
@@ -97,6 +105,25 @@ class ModelFamily:
             if isinstance(component, nn.Module) and component is not self.network:
                 component.to(device)
         return self
+
+    @contextmanager
+    def drawing(self, device: torch.device) -> Iterator[None]:
+        """While pictures are drawn all but the denoiser is on a device; afterwards it rests."""
+        self.to(device)
+        yield
+        self.rest()
+
+    def rest(self) -> None:
+        """Moves all but the text encoders to CPU memory: training asks for nothing else."""
+        for component in self.pipeline.components.values():
+            if isinstance(component, nn.Module) and component not in self.text_encoders:
+                component.to("cpu")
+
+    def release_text_encoders(self) -> None:
+        """Lets go of the text encoders, when every prompt that is still needed was encoded."""
+        for name in ("text_encoder", "text_encoder_2"):
+            if name in self.pipeline.components:
+                self.pipeline.register_modules(**{name: None})
 
     def resolution(self, resolution: int | None = None) -> int:
         """The side of the pictures in pixels; by default that which the teacher was made for."""

@@ -1,0 +1,259 @@
+"""One frozen network for several roles: a LoRA for each role, of which one is active at a time."""
+
+import copy
+import json
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .model_reference import fill_adapter
+from .score_model import ScoreModel
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+TARGET_MODULES = [
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+]
+"""The layers that are adapted by default: those of diffusers' script for an LCM-LoRA of SDXL."""
+
+Lora = tuple[dict[str, Tensor], "LoraConfig"]
+"""An adapter off its network: its weights in peft's own names, and its config."""
+
+QUANTIZATIONS = ("nf4", "int8")
+
+
+class SharedNetwork:
+    """A frozen network, and for each role an adapter on it. Without a role it is the network itself.
+
+    peft drops the gradients of an adapter that is not the active one when `backward` runs, without an error, and under
+    gradient checkpointing the forward pass is run again there. So a role is made active before each of its forward
+    passes and before its backward pass.
+
+    Args:
+        network (`nn.Module`): A diffusers denoiser; it is frozen here.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network = network.requires_grad_(False).eval()
+        self.active: str | None = None
+        self._layers: list = []
+
+    def add(self, role: str, config: "LoraConfig", seed: int = 0) -> None:
+        """Adds a role's adapter, in float32. It changes nothing yet: one of its two factors is zero.
+
+        Args:
+            role (`str`): Its name.
+            config (`LoraConfig`): Rank, alpha and the layers.
+            seed (`int`): Of the other factor. Global random state is left as it is.
+
+        Raises:
+            ValueError: If the network has none of the layers.
+        """
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is meant
+            torch.manual_seed(seed)
+            self.network.add_adapter(copy.deepcopy(config), adapter_name=role)
+        self._layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+        for parameter in self.parameters(role):
+            parameter.data = parameter.data.float()
+        self.active = role
+        self.activate(None)
+
+    def activate(self, role: str | None) -> None:
+        """Makes a role's adapter the active one, and the only one that takes gradients; `None` switches all off."""
+        if role == self.active:
+            return
+        for layer in self._layers:
+            if role is None:
+                layer.enable_adapters(False)
+            else:
+                if layer.disable_adapters:
+                    layer.enable_adapters(True)
+                layer.set_adapter(role)
+        self.active = role
+
+    def in_role(self, model: ScoreModel, role: str | None) -> ScoreModel:
+        """The same way to ask, after the role was made active."""
+        call = model.call
+
+        def call_in_role(network, x_t, t, condition):
+            self.activate(role)
+            return call(network, x_t, t, condition)
+
+        model.call = call_in_role
+        return model
+
+    def parameters(self, role: str) -> list[nn.Parameter]:
+        """A role's own, in their order in the network."""
+        return [parameter for name, parameter in self.network.named_parameters() if f".{role}." in name]
+
+    def config(self, role: str) -> "LoraConfig":
+        """Rank, alpha and layers of a role's adapter."""
+        return self.network.peft_config[role]
+
+    def weights(self, role: str) -> dict[str, Tensor]:
+        """A role's adapter in peft's own names, `x.lora_A.weight` and `x.lora_B.weight`; no copies."""
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(self.network, adapter_name=role)
+
+    def fill(self, role: str, weights: dict[str, Tensor], what: str) -> None:
+        """Copies weights into a role's adapter.
+
+        Raises:
+            ValueError: If names or shapes differ in anything.
+        """
+        fill_adapter(self.network, weights, role, what)
+
+    def release(self) -> nn.Module:
+        """Takes all adapters off. Returns the network, as it was."""
+        self.network.unload_lora()
+        self._layers, self.active = [], None
+        return self.network
+
+
+def lora_config(rank: int, alpha: float | None = None, target_modules: list[str] | None = None) -> "LoraConfig":
+    """The adapter of a role.
+
+    Args:
+        rank (`int`): Of every layer.
+        alpha (`float`, *optional*): By default the rank, so that an update is taken as it is.
+        target_modules (`list[str]`, *optional*): Ends of layers' names; by default `TARGET_MODULES`.
+    """
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank, lora_alpha=alpha or rank, target_modules=target_modules or TARGET_MODULES, init_lora_weights=True
+    )
+
+
+def base_of(
+    network: nn.Module, device: torch.device, dtype: torch.dtype, quantization: str | None = None
+) -> nn.Module:
+    """The network in the precision of a base that several roles share: itself where nothing has to change, else a copy.
+
+    Args:
+        network (`nn.Module`): A diffusers denoiser in float32. A copy leaves it as it is.
+        device (`torch.device`): Of the base.
+        dtype (`torch.dtype`): That the base computes in.
+        quantization (`str`, *optional*): One of `QUANTIZATIONS`: keep the weights of linear layers in 4 or 8 bits.
+
+    Raises:
+        ValueError: If quantisation is asked for without a GPU.
+    """
+    if quantization is not None:
+        return _quantized(network, device, dtype, quantization)
+    parameter = next(network.parameters())
+    if parameter.device == device and parameter.dtype == dtype:
+        return network
+    with torch.device("meta"):
+        base = type(network).from_config(network.config)
+    weights = {
+        key: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+        for key, tensor in network.state_dict().items()
+    }
+    base.load_state_dict(weights, strict=True, assign=True)
+    return base
+
+
+def _quantized(network: nn.Module, device: torch.device, dtype: torch.dtype, quantization: str) -> nn.Module:
+    """By bitsandbytes, which quantises what it loads: so the network is written down once, and read again."""
+    if device.type != "cuda":
+        raise ValueError(
+            f"--base_quantization {quantization} needs a GPU, but this run is on the {device.type}; leave it out."
+        )
+    from diffusers import BitsAndBytesConfig
+
+    config = {
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype},
+        "int8": {"load_in_8bit": True},
+    }[quantization]
+    with tempfile.TemporaryDirectory() as folder:
+        network.save_pretrained(folder)
+        return type(network).from_pretrained(
+            folder, quantization_config=BitsAndBytesConfig(**config), torch_dtype=dtype, use_safetensors=True
+        )
+
+
+def fused(network: nn.Module, weights: dict[str, Tensor], config: "LoraConfig") -> nn.Module:
+    """A copy of a network with an adapter's update added to its weights, `[out, in]` each, in the network's precision.
+
+    Args:
+        network (`nn.Module`): Without adapters; left as it is.
+        weights (`dict[str, Tensor]`): Of the adapter, in peft's names.
+        config (`LoraConfig`): Of the adapter.
+    """
+    network = copy.deepcopy(network)
+    network.add_adapter(copy.deepcopy(config), adapter_name="fused")
+    fill_adapter(network, weights, "fused", "the student's LoRA")
+    network.fuse_lora()
+    network.unload_lora()
+    return network.requires_grad_(False)
+
+
+def config_of(file: Path) -> "LoraConfig":
+    """Rank, alpha and layers of an adapter's file.
+
+    Raises:
+        ValueError: If it does not say.
+    """
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+    from peft import LoraConfig
+
+    with safe_open(file, "pt") as stream:
+        said = (stream.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    if said is None:
+        raise ValueError(f"{file} does not say its adapter's rank and layers.")
+    return LoraConfig(**json.loads(said))
+
+
+def write_adapter(network: nn.Module, adapter: str, folder: Path) -> None:
+    """Writes an adapter as `network.save_lora_adapter` does, which moves the network about and warns of it.
+
+    Args:
+        network (`nn.Module`): With the adapter on it.
+        adapter (`str`): Its name.
+        folder (`Path`): Made if it is not there; `load_lora_adapter(folder, prefix=None, use_safetensors=True)` reads it.
+    """
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+    from peft import get_peft_model_state_dict
+
+    config = {k: sorted(v) if isinstance(v, set) else v for k, v in network.peft_config[adapter].to_dict().items()}
+    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
+    weights = get_peft_model_state_dict(network, adapter_name=adapter)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: tensor.contiguous() for k, tensor in weights.items()}, folder / LORA_WEIGHT_NAME_SAFE, metadata)
+
+
+def save_lora(weights: dict[str, Tensor], config: "LoraConfig", folder: str | Path) -> Path:
+    """Writes an adapter for `pipe.load_lora_weights(folder)`: peft's own names, with rank and alpha beside them.
+
+    Names of diffusers' older layout would lose every attention layer as soon as convolutions are adapted, too, and
+    without the metadata alpha would be taken for the rank, both without an error.
+
+    Args:
+        weights (`dict[str, Tensor]`): In peft's names.
+        config (`LoraConfig`): Of the adapter.
+        folder (`str` or `Path`): Made if it is not there.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    StableDiffusionPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers={key: value.contiguous().cpu() for key, value in weights.items()},
+        unet_lora_adapter_metadata=config.to_dict(),
+        safe_serialization=True,
+    )
+    return Path(folder, "pytorch_lora_weights.safetensors")
