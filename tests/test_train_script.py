@@ -552,6 +552,39 @@ def test_two_processes_train_both_stages_and_agree(tmp_path, teacher_folder, pro
     assert equal(student(tmp_path / "two"), two)
 
 
+def test_two_processes_train_adapters_and_agree(tmp_path, teacher_folder, prompts_file):
+    """Each role's gradients are averaged over the processes: after five steps its adapter is the same on both."""
+    flags = {"lora_rank": 4, "train_batch_size": 1, "max_train_steps": 5, "use_ema": True, "fake_score_updates": 2}
+    line = arguments(tmp_path / "two", teacher_folder, prompts_file, **flags)
+    program = Path(__file__).with_name("two_processes.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    done = launch([*torchrun, program, tmp_path / "ranks", *line], ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [load_file(tmp_path / "ranks" / f"{rank}.safetensors") for rank in (0, 1)]
+    for role in ("backtracking.generator", "backtracking.fake_score", "degradation.fake_score"):
+        adapter = [key for key in ranks[0] if key.startswith(role) and f".{role.split('.')[1]}.weight" in key]
+        assert len(adapter) > 50 and any(ranks[0][key].any() for key in adapter if "lora_B" in key)
+    assert equal(*ranks)
+    train_disback.main(arguments(tmp_path / "one", teacher_folder, prompts_file, **{**flags, "train_batch_size": 2}))
+    one, two = (load_file(tmp_path / name / "lora" / "pytorch_lora_weights.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(one[key], two[key], atol=2e-3) for key in one)
+    moved = [key for key in one if "lora_B" in key and one[key].abs().max() > 3e-3]
+    assert len(moved) > 20, "the tolerance is small beside what was learnt"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_base_on_a_gpu(tmp_path, teacher_folder, prompts_file, quantization):
+    flags = {"lora_rank": 4, "base_quantization": quantization}
+    line = arguments(tmp_path / "run", teacher_folder, prompts_file, **flags)
+    launcher = [Path(sys.executable).with_name("accelerate"), "launch", "--num_processes", 1]
+    done = launch([*launcher, "--mixed_precision", "bf16", SCRIPT, *line], ACCELERATE_USE_CPU="false")
+    assert done.returncode == 0, done.stderr
+    stored = load_file(tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors")
+    assert any(tensor.any() for key, tensor in stored.items() if "lora_B" in key)
+    assert all(torch.isfinite(value).all() for value in student(tmp_path / "run").values())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
 def test_training_on_a_gpu(tmp_path, teacher_folder, prompts_file, precision):
