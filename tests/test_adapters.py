@@ -236,6 +236,16 @@ def test_one_role_may_be_a_whole_network(run, tmp_path, roles, start):
         run("b", **other, degradation_path=folder / "path", stage="backtrack")
 
 
+def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path, path):
+    results = []
+    for size, slices in ((4, 1), (1, 4)):
+        config = adapted(tmp_path / str(size), train_batch_size=size, gradient_accumulation_steps=slices)
+        stage = trainer(config, path)
+        stage.run()
+        results.append({**lora_weights(stage, "generator"), **lora_weights(stage, "fake_score")})
+    assert close(*results, atol=1e-4)
+
+
 def test_a_path_of_another_rank_is_gone_along(tmp_path, path):
     stage = trainer(training(tmp_path, lora_rank=2, lora_alpha=1.0), path)
     assert stage.shared.config("generator").r == 2 and stage.shared.config("generator").lora_alpha == 1
@@ -518,7 +528,14 @@ def test_a_run_with_adapters_is_whole(run, repo, hub):
     folder = run(lora_rank=4, mixed_precision="bf16", validation_steps=2, push_to_hub=True, hub_model_id=repo)
     report = json.loads((folder / "report.json").read_text())
     assert [row["step"] for row in report["curve"]] == [0, 2, 4] and (folder / "path.png").exists()
+    assert report["lora"] == {"rank": 4, "alpha": 4, "folder": "lora"}
     assert "lora/pytorch_lora_weights.safetensors" in hub.files(repo, "main")
+    for card in ((folder / "README.md").read_text(), hub.files(repo, "main")["README.md"].decode()):
+        snippets = card.split("```python")[1:]
+        assert len(snippets) == 4 and "load_lora_weights" in snippets[2]
+        scope = {}
+        exec(snippets[2].split("```")[0], scope)
+        assert scope["image"].size == (16, 16)
     own = DisBackOneStepPipeline.from_pretrained(repo)
     assert own.unet.dtype == torch.float32
     again = run("again", lora_rank=4, mixed_precision="bf16", degradation_path=repo, stage="backtrack")

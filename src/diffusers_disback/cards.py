@@ -50,7 +50,18 @@ pipe = DisBackOneStepPipeline.from_pretrained({{ repo }})
 image = pipe({{ prompt }}).images[0]
 ```
 
-The bare UNet, asked once, at timestep {{ timestep }}:
+{% if lora_base %}It was trained as a LoRA, which is in `lora/`. On what it was trained on, and with the student's scheduler:
+
+```python
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({{ lora_base }})
+pipe.load_lora_weights({{ repo }}, subfolder="lora", weight_name="pytorch_lora_weights.safetensors")
+pipe.scheduler = DDIMScheduler.from_pretrained({{ repo }}, subfolder="scheduler")
+image = pipe({{ prompt }}, num_inference_steps=1, guidance_scale=0).images[0]
+```
+
+{% endif %}The bare UNet, asked once, at timestep {{ timestep }}:
 
 ```python
 {{ bare }}
@@ -247,6 +258,8 @@ def student_card(report: dict[str, Any], title: str, repo: str, path_picture: bo
         "timestep": settings["conditioning_timestep"],
         "resolution": report["resolution"],
     }
+    base = settings["generator_model_name_or_path"] or settings["pretrained_model_name_or_path"]
+    plain = report.get("lora") and not settings["teacher_lora"]  # or it is on a network that is nowhere to be had
     bare = _BARE_XL if report["pipeline_class"] == "StableDiffusionXLPipeline" else _BARE
     return _render(
         _STUDENT,
@@ -257,6 +270,7 @@ def student_card(report: dict[str, Any], title: str, repo: str, path_picture: bo
         results=results,
         **texts,
         bare=Template(bare).render(texts),
+        lora_base=json.dumps(base) if plain else None,
         figures=table(measured),
         num_pictures=evaluation["num_pictures"],
         dataset=evaluation["name"],

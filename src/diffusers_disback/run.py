@@ -245,6 +245,9 @@ def write_results(
     if trainer is not None:
         precision = trainer.accelerator.mixed_precision
         stages["backtracking"] = trainer.summary()
+        if trainer.student.lora is not None:
+            config = trainer.student.lora[1]
+            content["lora"] = {"rank": config.r, "alpha": config.lora_alpha, "folder": "lora"}
         content |= {"curve": trainer.curve, "switches": trainer.schedule.switches, "waits": trainer.waits}
         content["machine"]["mixed_precision"] = precision
         report.write_convergence(trainer.curve, trainer.schedule.switches, folder / "convergence.png")
