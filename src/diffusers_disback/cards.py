@@ -3,7 +3,8 @@
 import json
 from typing import Any
 
-from .repository import Repository, is_repo_id
+from .repository import Repository
+from .single_file import repo_of
 
 
 _CITATION = """## Citation
@@ -317,7 +318,7 @@ def _render(
     from diffusers.utils.hub_utils import populate_model_card
     from huggingface_hub import ModelCard, ModelCardData
 
-    base = teacher if is_repo_id(teacher) else teacher_card.get("base_model")
+    base = repo_of(teacher) or teacher_card.get("base_model")
     licence = {key: teacher_card[key] for key in ("license", "license_name", "license_link") if key in teacher_card}
     data = ModelCardData(
         pipeline_tag="text-to-image",

@@ -25,7 +25,18 @@ def teacher_of(parsed: argparse.Namespace) -> "ModelReference | None":
     from .model_reference import ModelReference
 
     name = parsed.pretrained_model_name_or_path
-    return name and ModelReference(name, variant=parsed.variant)
+    return name and ModelReference(name, variant=parsed.variant, single_file_config=parsed.single_file_config)
+
+
+def teacher_asked_for(parsed: argparse.Namespace) -> "ModelReference":
+    from .model_reference import ModelReference
+
+    return ModelReference(
+        parsed.pretrained_model_name_or_path,
+        parsed.revision,
+        parsed.variant,
+        single_file_config=parsed.single_file_config,
+    )
 
 
 def device() -> str:
@@ -85,11 +96,9 @@ def timestep_sweep(parsed: argparse.Namespace) -> None:
     from .evaluation.sweep import timestep_sweep as sweep
     from .families import load_family
     from .manifest import write_json
-    from .model_reference import ModelReference
 
     disable_progress_bar()
-    reference = ModelReference(parsed.pretrained_model_name_or_path, parsed.revision, parsed.variant)
-    family = load_family(reference, parsed.cache_dir)
+    family = load_family(teacher_asked_for(parsed), parsed.cache_dir)
     for t in parsed.timesteps:
         family.schedule.check_timestep(t)
     prompts = (
@@ -126,10 +135,9 @@ def extract_lora(parsed: argparse.Namespace) -> None:
     from .export import extract_lora, save_lora
     from .model_reference import ModelReference
 
-    teacher = ModelReference(parsed.pretrained_model_name_or_path, parsed.revision, parsed.variant)
     networks = [
         reference.load_network(UNet2DConditionModel, parsed.cache_dir).to(device())
-        for reference in (ModelReference(parsed.student), teacher)
+        for reference in (ModelReference(parsed.student), teacher_asked_for(parsed))
     ]
     layers, residual = extract_lora(*networks, parsed.rank)
     files = save_lora({key: value.half().cpu() for key, value in layers.items()}, parsed.rank, parsed.output)
@@ -173,17 +181,20 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
 
-    def add_variant(made: argparse.ArgumentParser) -> None:
+    def add_form(made: argparse.ArgumentParser) -> None:
         made.add_argument("--variant", help="of the teacher's weights' files, such as fp16")
+        made.add_argument(
+            "--single_file_config", help="of a teacher in one file: a pipeline of its kind, for its configs"
+        )
 
     def add_teacher(made: argparse.ArgumentParser) -> None:
         """Of a path, which says where it is."""
         made.add_argument("--pretrained_model_name_or_path", help="where the teacher is, if not where the path says")
-        add_variant(made)
+        add_form(made)
 
     def add_version_of_teacher(made: argparse.ArgumentParser) -> None:
         made.add_argument("--revision", help="branch, tag or commit of the teacher on the Hub")
-        add_variant(made)
+        add_form(made)
 
     def command(group: Any, name: str, function: Any, *more: str) -> argparse.ArgumentParser:
         """A subcommand, with those of the flags that several have which it asks for."""
@@ -210,7 +221,7 @@ def parser() -> argparse.ArgumentParser:
     pulling.add_argument("--revision", help="branch, tag or commit of main")
 
     sweep = command(commands, "timestep-sweep", timestep_sweep, "--cache_dir")
-    sweep.add_argument("pretrained_model_name_or_path", help="the teacher: a folder, or a model on the Hub")
+    sweep.add_argument("pretrained_model_name_or_path", help="the teacher: a folder, a model on the Hub, or a file")
     add_version_of_teacher(sweep)
     sweep.add_argument("--timesteps", type=int, nargs="+", default=[99, 199, 299, 399, 499, 599, 699, 799, 899, 999])
     sweep.add_argument("--prompt", action="append", help="can be given several times")
@@ -226,7 +237,7 @@ def parser() -> argparse.ArgumentParser:
     halving.add_argument("folder", help="a student's, as training wrote it")
     lora = command(commands, "extract-lora", extract_lora, "--cache_dir")
     lora.add_argument("student", help="a folder, or a model on the Hub")
-    lora.add_argument("pretrained_model_name_or_path", help="its teacher: a folder, or a model on the Hub")
+    lora.add_argument("pretrained_model_name_or_path", help="its teacher: a folder, a model on the Hub, or a file")
     lora.add_argument("output", help="the folder to write into")
     lora.add_argument("--rank", type=int, default=64, help="of every layer; alpha is the same")
     add_version_of_teacher(lora)

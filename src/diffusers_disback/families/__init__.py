@@ -33,20 +33,21 @@ def load_family(reference: ModelReference, cache_dir: str | None = None) -> Mode
     """Loads a teacher's pipeline in float32, safetensors only.
 
     Args:
-        reference (`ModelReference`): A folder, or a model on the Hub.
+        reference (`ModelReference`): A folder, a model on the Hub, or a checkpoint in one file.
         cache_dir (`str`, *optional*): Where downloads are kept.
 
     Raises:
         ValueError: If there is no such teacher, or it is of no supported family.
     """
-    name = reference.name_or_path
+    source = reference.source(cache_dir)
+    name = source.name_or_path
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "model_index.json")):
         raise ValueError(f"{name} has no model_index.json: it is no diffusers pipeline's folder.")
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             name,
-            revision=reference.revision,
-            variant=reference.variant,
+            revision=source.revision,
+            variant=source.variant,
             cache_dir=cache_dir,
             dtype=torch.float32,
             use_safetensors=True,
