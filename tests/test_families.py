@@ -20,6 +20,7 @@ from stages import close, equal, weights
 from diffusers_disback import DisBackOneStepPipeline
 from diffusers_disback.families import FAMILIES, family_of
 from diffusers_disback.generator import OneStepGenerator, to_pipeline
+from diffusers_disback.noise_schedule import NoiseSchedule
 from diffusers_disback.objectives import OBJECTIVES
 
 
@@ -233,12 +234,92 @@ def with_parts(pipe, **parts):
             "addition_embed_type is None",
         ),
         (lambda: tiny.pipeline_xl(projection_class_embeddings_input_dim=64), "pooled embedding of width 16, but its"),
+        (
+            lambda: with_parts(tiny.pipeline_xl(), text_encoder_2=tiny.pipeline().text_encoder),
+            "second text encoder is a CLIPTextModel, which makes no pooled embedding",
+        ),
+        (
+            lambda: with_parts(tiny.pipeline_xl(), text_encoder_2=None, tokenizer_2=None),
+            "without text_encoder_2 and tok",
+        ),
+        (lambda: with_parts(tiny.pipeline(), vae=None), "is without vae; a whole one is needed"),
     ],
-    ids=["inpainting", "text-encoder", "unet-of-sd", "no-pooled", "other-pooled"],
+    ids=["inpainting", "text-encoder", "unet-of-sd", "no-pooled", "other-pooled", "unpooled", "one-encoder", "no-vae"],
 )
 def test_parts_of_different_models_are_told(make, message):
     with pytest.raises(ValueError, match=message):
         family_of(make())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"latent_channels": 16}, "has latent_channels 16, the teacher's own has 4: it belongs to another family"),
+        (
+            {"scaling_factor": 0.13025},
+            "has scaling_factor 0.13025, the teacher's own has 0.18215: it belongs to another",
+        ),
+        ({"shift_factor": 0.1}, "has shift_factor 0.1, the teacher's own has None"),
+        (
+            {
+                "down_block_types": ["DownEncoderBlock2D"] * 3,
+                "up_block_types": ["UpDecoderBlock2D"] * 3,
+                "block_out_channels": [8, 8, 8],
+            },
+            "makes one latent of 4 x 4 pixels, the teacher's own of 2 x 2",
+        ),
+    ],
+    ids=["channels", "scaling", "shift", "stride"],
+)
+def test_an_autoencoder_of_another_family_is_told(run, tmp_path, changes, message):
+    vae = tiny.pipeline().vae
+    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    type(vae)(**{**config, **changes}).save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match=message):
+        run(pretrained_vae_model_name_or_path=tmp_path / "vae")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("StableDiffusion3Pipeline", "FluxPipeline", "PixArtAlphaPipeline", "DiTPipeline", "WanPipeline"),
+        *(
+            "StableVideoDiffusionPipeline",
+            "StableDiffusionXLInpaintPipeline",
+            "StableDiffusionUpscalePipeline",
+            "Mine",
+        ),
+    ],
+)
+def test_a_pipeline_of_another_family_is_told_before_its_weights_are_asked_for(repo, hub, tmp_path, name):
+    from huggingface_hub import HfApi
+
+    from diffusers_disback import ModelReference, load_family
+
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name, "_diffusers_version": "0.40.0"}))
+    HfApi().create_repo(repo)
+    HfApi().upload_folder(repo_id=repo, folder_path=tmp_path)
+    for where in (str(tmp_path), repo):
+        with pytest.raises(ValueError, match=f"is a {name}; supported are StableDiffusionPipeline, StableDiffusionXL"):
+            load_family(ModelReference(where))
+
+
+def test_weights_of_a_variant_alone_are_told(run, tmp_path, repo, hub):
+    """A folder's and a repository's, as the teacher and as the student's start."""
+    from huggingface_hub import HfApi
+
+    tiny.pipeline().to(dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    HfApi().create_repo(repo)
+    HfApi().upload_folder(repo_id=repo, folder_path=tmp_path / "half")
+    for where in (tmp_path / "half", repo):
+        for flag in ("pretrained_model_name_or_path", "generator_model_name_or_path"):
+            with pytest.raises(
+                ValueError, match="There are weights of the variant fp16: pass --variant fp16 if it is the"
+            ):
+                run(**{flag: where})
+    assert not (tmp_path / "run").exists()
+    run(pretrained_model_name_or_path=repo, variant="fp16")
 
 
 # At size, without weights -------------------------------------------------------------------------------------------
@@ -320,7 +401,72 @@ def test_a_config_that_contradicts_the_network_is_told(run, capsys, tmp_path):
         assert f"says prediction_type={other!r}" in doubt and "try --prediction_type epsilon" in doubt
     doubt = family_of(tiny.pipeline("epsilon")).doubt()  # random weights predict nothing
     assert "is not the noise" in doubt and "try --prediction_type v_prediction or sample" in doubt
-    assert family_of(tiny.pipeline_xl("v_prediction")).doubt() is None
+
+
+class Converted(torch.nn.Module):
+    """A network that predicts otherwise, made of one that predicts the noise."""
+
+    def __init__(self, network, schedule, prediction_type):
+        super().__init__()
+        self.network, self.schedule, self.config = network, schedule, network.config
+        self.target = NoiseSchedule(schedule.alpha, schedule.sigma, prediction_type)
+
+    def forward(self, x_t, timestep, **arguments):
+        noise = self.network(x_t, timestep=timestep, **arguments)[0]
+        return (self.target.regression_target(self.schedule.x0_of_output(noise, x_t, timestep), noise, timestep),)
+
+
+LINEAR = {"beta_schedule": "linear"}
+# Of docs/teachers.md: betas, and the slopes of the shapes teacher and of the same as networks that predict v and x0.
+BETAS = {
+    "own": ({}, (1.02, 1.02, 1.02)),
+    "zero-snr": ({"rescale_betas_zero_snr": True}, (1.00, 1.01, 1.03)),
+    "linear": (LINEAR, (0.93, 0.94, 1.05)),
+    "linear-wide": ({**LINEAR, "beta_start": 1e-4, "beta_end": 0.02}, (0.88, 0.90, 1.06)),
+    "scaled-wide": ({"beta_start": 1e-4, "beta_end": 0.02}, (1.15, 1.14, 0.98)),
+    "scaled-high": ({"beta_start": 1.5e-3, "beta_end": 0.0195}, (0.89, 0.90, 1.05)),
+    "linear-high": ({**LINEAR, "beta_start": 1.5e-3, "beta_end": 0.0195}, (0.82, 0.85, 1.06)),
+    "cosine": ({"beta_schedule": "squaredcos_cap_v2"}, (1.14, 1.10, 0.96)),
+    "v-as-x0": (None, (None, 0.86, None)),
+    "x0-as-v": (None, (None, None, 1.28)),
+}
+
+
+QUICK = ("own", "linear-wide", "cosine", "v-as-x0")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BETAS]
+)
+def test_betas_that_the_network_was_not_trained_with_are_told(name):
+    """The shapes teacher under other schedules than its own."""
+    from train_disback import SHAPES
+
+    from diffusers_disback import ModelReference, load_family
+
+    changes, slopes = BETAS[name]
+    pipe = load_family(ModelReference(str(SHAPES / "teacher"))).pipeline
+    network, config = pipe.unet, pipe.scheduler.config
+    own = NoiseSchedule.from_scheduler(pipe.scheduler)
+    for prediction, slope in zip(PREDICTIONS, slopes, strict=True):
+        if slope is None:
+            continue
+        pipe.register_modules(unet=Converted(network, own, prediction))
+        declared = (
+            prediction if changes is not None else {"v_prediction": "sample", "sample": "v_prediction"}[prediction]
+        )
+        pipe.scheduler = type(pipe.scheduler).from_config(config, prediction_type=declared, **(changes or {}))
+        family, state = family_of(pipe), torch.get_rng_state()
+        doubt = family.doubt()
+        assert torch.equal(torch.get_rng_state(), state)
+        with torch.no_grad():
+            measured = family._slope_of_noise(family.score_model(), torch.device("cpu"))
+        assert measured == pytest.approx(slope, abs=0.011), prediction
+        if abs(slope - 1) < 0.08:
+            assert doubt is None
+        else:
+            word = "less" if slope > 1 else "more"
+            assert f"for {word} noisy than they are (by a factor of {measured:.2f}): its betas, or its pred" in doubt
 
 
 def test_another_autoencoder(run, tmp_path, repo, hub):

@@ -175,13 +175,35 @@ class ModelReference:
                 output_loading_info=True,
             )
         except OSError as error:
-            raise ValueError(f"The UNet of {self.name_or_path!r} cannot be loaded. {error}") from error
+            raise ValueError(
+                f"The UNet of {self.name_or_path!r} cannot be loaded. {error}{source.other_variants()}"
+            ) from error
         wrong = {kind: keys for kind, keys in info.items() if keys}
         if wrong:
             raise ValueError(f"The UNet of {self.name_or_path!r} does not fit its own config: {wrong}.")
         if self.lora is not None:
             fuse_lora(network, self.lora, cache_dir)
         return network
+
+    def other_variants(self) -> str:
+        """Of a model whose weights were not found: a sentence on those that are there, if there are any."""
+        try:
+            if os.path.isdir(self.name_or_path):
+                names = [file.name for file in Path(self.name_or_path, "unet").glob("*")]
+            else:
+                repository = Repository(self.name_or_path, patient=False)
+                names = [path.removeprefix("unet/") for path in repository.tree(repository.head(self.revision))]
+        except HubError:  # which is what the error tells already
+            return ""
+        matches = [match for match in map(_WEIGHTS.fullmatch, names) if match]
+        found = {match.group(1) or match.group(2) for match in matches} - {None, self.variant}
+        if not found:
+            return ""
+        variants = " and ".join(sorted(found))
+        return (
+            f" There are weights of the variant {variants}: pass --variant {sorted(found)[0]} if it is the teacher; a student's "
+            "start has to have weights without a variant."
+        )
 
     def skeleton(self, cache_dir: str | None = None) -> nn.Module:
         """The denoiser's architecture without weights, on the meta device.
