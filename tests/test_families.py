@@ -14,8 +14,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from peft import LoraConfig
+from safetensors.torch import save_file
 from script import student
 from stages import close, equal, weights
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusers_disback import DisBackOneStepPipeline
 from diffusers_disback.families import FAMILIES, family_of
@@ -324,9 +327,19 @@ def test_weights_of_a_variant_alone_are_told(run, tmp_path, repo, hub):
 
 # At size, without weights -------------------------------------------------------------------------------------------
 
+# The modules that LCM-LoRA adapts (arXiv 2311.05556): attention, feed-forward, convolutions and time embeddings.
+LCM_LORA = [
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+]
 SIZES = {
     "SD 1.5": (
-        {"cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": (320, 640, 1280, 1280)},
+        {
+            "sample_size": 64,
+            "cross_attention_dim": 768,
+            "attention_head_dim": 8,
+            "block_out_channels": (320, 640, 1280, 1280),
+        },
         859_520_964,
         686,
     ),
@@ -361,13 +374,110 @@ SIZES = {
 }
 
 
+def shapes_of(network) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in network.state_dict().items()}
+
+
+def full_size(name) -> DiffusionPipeline:
+    """A pipeline of full size, all but its autoencoder on the meta device."""
+    config, xl = SIZES[name][0], name == "SDXL"
+    small = tiny.pipeline_xl() if xl else tiny.pipeline()
+    width = 768 if xl else config["cross_attention_dim"]
+    with torch.device("meta"):
+        text = {**small.text_encoder.config.to_dict(), "num_attention_heads": 4}
+        parts = {
+            "unet": UNet2DConditionModel(**config),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**{**text, "hidden_size": width})),
+        }
+        if xl:
+            second = CLIPTextConfig(**{**text, "hidden_size": 1280, "projection_dim": 1280})
+            parts["text_encoder_2"] = CLIPTextModelWithProjection(second)
+    return with_parts(small, **parts)
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_full_size_networks_have_the_names_and_shapes_of_the_originals(name):
+    """The teacher, the student, a node of the path (a copy of the fake score, which is a copy of the teacher), and a
+    network that all of LCM-LoRA's modules were adapted and fused in."""
     config, parameters, tensors = SIZES[name]
     with torch.device("meta"):
         network = UNet2DConditionModel(**config)
     assert sum(p.numel() for p in network.parameters()) == parameters
-    assert len(network.state_dict()) == tensors
+    original = shapes_of(network)
+    assert len(original) == tensors
+    family = family_of(full_size(name))
+    student = to_pipeline(family.initial_generator(), 399, family.pipeline).unet
+    node = family.score_model().copy().network
+    adapted = family.score_model().copy().network
+    adapted.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=LCM_LORA))
+    assert len(shapes_of(adapted)) > 2 * len(original) - tensors / 2
+    adapted.fuse_lora()
+    adapted.unload_lora()
+    for made in (student, node, adapted):
+        assert shapes_of(made) == original
+        assert all(parameter.is_meta for parameter in made.parameters())
+
+
+NARROW = {
+    **SIZES["SDXL"][0],
+    "sample_size": 8,
+    "block_out_channels": (10, 20, 40),
+    "norm_num_groups": 5,
+    "cross_attention_dim": 2 * tiny.WIDTH,
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + tiny.WIDTH,
+}
+
+
+@pytest.mark.slow
+def test_a_narrow_sdxl_with_the_true_blocks_goes_every_way(run, tmp_path, capsys):
+    """Both stages, from a teacher with a LoRA on all of LCM-LoRA's modules; half precision and a LoRA of the student. All
+    that is saved has SDXL's 1,680 names."""
+    from safetensors.torch import load_file
+
+    from diffusers_disback import DegradationPath
+    from diffusers_disback.cli import main as command
+
+    pipe = with_parts(tiny.pipeline_xl(), unet=UNet2DConditionModel(**NARROW).eval())
+    pipe.save_pretrained(tmp_path / "teacher")
+    original = shapes_of(pipe.unet)
+    with torch.device("meta"):
+        assert original.keys() == shapes_of(UNet2DConditionModel(**SIZES["SDXL"][0])).keys() and len(original) == 1680
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=LCM_LORA, init_lora_weights=False))
+    pipe.unet.save_lora_adapter(tmp_path / "lora")
+    stored = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    save_file({f"unet.{key}": value for key, value in stored.items()}, tmp_path / "lora.safetensors")
+    pipe.unet.fuse_lora()
+    pipe.unet.unload_lora()
+    steps = {"degradation_steps": 2, "num_path_nodes": 1, "max_train_steps": 2, "train_batch_size": 1}
+    flags = {"pretrained_model_name_or_path": tmp_path / "teacher", "teacher_lora": tmp_path / "lora.safetensors"}
+    folder = run(**flags, **steps)
+    assert {key: value.shape for key, value in student(folder).items()} == original
+    path, network = DegradationPath.from_pretrained(folder / "path"), UNet2DConditionModel(**NARROW)
+    node = path.read(1)
+    assert {key: value.shape for key, value in node.items()} == original
+    assert path.verify_node(1, path.teacher.skeleton()) == 1680
+    path.load(0, into=network)
+    assert close(weights(network), weights(pipe.unet), atol=1e-6), "node 0 is the fused teacher"
+    assert not close(node, weights(network), atol=1e-6) and not close(student(folder), weights(network), atol=1e-6)
+    assert command(["half", str(folder)]) == 0
+    assert command(["extract-lora", str(folder), str(tmp_path / "teacher"), str(tmp_path / "out"), "--rank", "2"]) == 0
+    assert "rank 2: leaves" in capsys.readouterr().out
+    call = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "latent"}
+    call["latents"] = torch.randn(1, 4, 8, 8)
+    whole = StableDiffusionXLPipeline.from_pretrained(folder)
+    half = StableDiffusionXLPipeline.from_pretrained(folder, variant="fp16")
+    assert close(weights(half.unet), weights(whole.unet), atol=1e-2) and shapes_of(half.unet) == original
+    one = DisBackOneStepPipeline.from_pretrained(folder)(
+        tiny.PROMPTS[0], output_type="latent", latents=call["latents"]
+    )
+    assert torch.equal(whole(tiny.PROMPTS[0], **call).images, one.images)
+    for file in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
+        stock = StableDiffusionXLPipeline.from_pretrained(tmp_path / "teacher")
+        stock.load_lora_weights(tmp_path / "out", weight_name=file)
+        stock.fuse_lora()
+        stock.unload_lora_weights()
+        assert shapes_of(stock.unet) == original
 
 
 # What a teacher's files say, and what is said otherwise ---------------------------------------------------------------
@@ -523,7 +633,7 @@ def test_a_lora_is_fused_into_the_teacher(run, tmp_path, name):
 
 
 def test_loras_that_cannot_be_fused(run, tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
     from test_export import changed
 
     from diffusers_disback.export import extract_lora, save_lora
