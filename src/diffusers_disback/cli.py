@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,26 +17,35 @@ if TYPE_CHECKING:
 def open_path(parsed: argparse.Namespace) -> "DegradationPath":
     from .path import DegradationPath
 
-    return DegradationPath.from_pretrained(
-        parsed.path, parsed.revision, teacher_of(parsed), parsed.cache_dir, parsed.token
+    path = DegradationPath.from_pretrained(
+        parsed.path, parsed.revision, cache_dir=parsed.cache_dir, token=parsed.token
     )
+    path.teacher = elsewhere(path.teacher, parsed)
+    return path
 
 
-def teacher_of(parsed: argparse.Namespace) -> "ModelReference | None":
-    from .model_reference import ModelReference
+def elsewhere(teacher: "ModelReference", parsed: argparse.Namespace) -> "ModelReference":
+    """A path's teacher where it is now: what was taken otherwise than its files say stays so."""
+    place = {
+        "name_or_path": parsed.pretrained_model_name_or_path,
+        "revision": None,
+        "variant": parsed.variant,
+        "single_file_config": parsed.single_file_config,
+    }
+    return teacher if place["name_or_path"] is None else replace(teacher, **place)
 
-    name = parsed.pretrained_model_name_or_path
-    return name and ModelReference(name, variant=parsed.variant, single_file_config=parsed.single_file_config)
 
-
-def teacher_asked_for(parsed: argparse.Namespace) -> "ModelReference":
+def teacher_asked_for(parsed: argparse.Namespace, **otherwise: str | None) -> "ModelReference":
+    """The teacher of a command line, and what is to be taken otherwise than its files say."""
     from .model_reference import ModelReference
 
     return ModelReference(
         parsed.pretrained_model_name_or_path,
         parsed.revision,
         parsed.variant,
+        lora=parsed.teacher_lora,
         single_file_config=parsed.single_file_config,
+        **otherwise,
     )
 
 
@@ -98,7 +108,10 @@ def timestep_sweep(parsed: argparse.Namespace) -> None:
     from .manifest import write_json
 
     disable_progress_bar()
-    family = load_family(teacher_asked_for(parsed), parsed.cache_dir)
+    teacher = teacher_asked_for(
+        parsed, prediction_type=parsed.prediction_type, vae=parsed.pretrained_vae_model_name_or_path
+    )
+    family = load_family(teacher, parsed.cache_dir)
     for t in parsed.timesteps:
         family.schedule.check_timestep(t)
     prompts = (
@@ -148,9 +161,12 @@ def extract_lora(parsed: argparse.Namespace) -> None:
 
 def push(parsed: argparse.Namespace) -> None:
     """Pushes a run's folder, or a path's, to the Hub. It can be repeated."""
-    from .hub import push_run
+    from .hub import path_of_run, push_run
+    from .model_reference import ModelReference
     from .repository import Repository
 
+    path, name = path_of_run(parsed.folder), parsed.pretrained_model_name_or_path
+    teacher = elsewhere(path.teacher, parsed) if path is not None else name and ModelReference(name)
     repo_id = push_run(
         parsed.folder,
         parsed.repo_id,
@@ -159,7 +175,7 @@ def push(parsed: argparse.Namespace) -> None:
         parsed.commit_message,
         parsed.token,
         parsed.cache_dir,
-        teacher_of(parsed),
+        teacher,
     )
     print(f"pushed to {Repository(repo_id).url}")
 
@@ -194,6 +210,7 @@ def parser() -> argparse.ArgumentParser:
 
     def add_version_of_teacher(made: argparse.ArgumentParser) -> None:
         made.add_argument("--revision", help="branch, tag or commit of the teacher on the Hub")
+        made.add_argument("--teacher_lora", help="a LoRA that is fused into the teacher")
         add_form(made)
 
     def command(group: Any, name: str, function: Any, *more: str) -> argparse.ArgumentParser:
@@ -223,6 +240,12 @@ def parser() -> argparse.ArgumentParser:
     sweep = command(commands, "timestep-sweep", timestep_sweep, "--cache_dir")
     sweep.add_argument("pretrained_model_name_or_path", help="the teacher: a folder, a model on the Hub, or a file")
     add_version_of_teacher(sweep)
+    sweep.add_argument(
+        "--prediction_type",
+        choices=["epsilon", "v_prediction", "sample"],
+        help="if not what its scheduler's config says",
+    )
+    sweep.add_argument("--pretrained_vae_model_name_or_path", help="an autoencoder in place of the teacher's own")
     sweep.add_argument("--timesteps", type=int, nargs="+", default=[99, 199, 299, 399, 499, 599, 699, 799, 899, 999])
     sweep.add_argument("--prompt", action="append", help="can be given several times")
     sweep.add_argument("--prompts_file", help="a text file with one prompt a line, instead")

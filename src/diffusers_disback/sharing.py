@@ -134,11 +134,12 @@ def check_teacher_may_be_shared(teacher: ModelReference, repository: Repository)
     Raises:
         HubError: If they would, or the Hub fails for good.
     """
-    repo_id = repo_of(teacher.name_or_path)
-    if repo_id is None:
-        return
-    if Repository(repo_id, repository.token).is_private() and not repository.is_private():
-        raise HubError(
-            f"{teacher.name_or_path} is private, but {repository.repo_id}, which its text encoder and autoencoder would "
-            "be copied to, is public. Push to a private repository."
-        )
+    for name in filter(None, (teacher.name_or_path, teacher.vae)):
+        repo_id = repo_of(name)
+        if repo_id is None:
+            continue
+        if Repository(repo_id, repository.token).is_private() and not repository.is_private():
+            raise HubError(
+                f"{name} is private, but {repository.repo_id}, which its text encoder and autoencoder would be copied to, "
+                "is public. Push to a private repository."
+            )

@@ -1,5 +1,8 @@
 """Stable Diffusion 1.x and 2.x: a text encoder, a UNet, latents of an 8x autoencoder. Also the base of other families."""
 
+import hashlib
+import json
+
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -132,8 +135,11 @@ class ModelFamily:
     def encoder_id(self, resolution: int | None = None) -> str:
         """What `encode` depends on: a text that is equal for equal conditions."""
         zeros = self.pipeline.config.get("force_zeros_for_empty_prompt")
+        parts = self.pipeline.components
+        tokenizers = [parts[name] for name in ("tokenizer", "tokenizer_2") if parts.get(name) is not None]
+        words = json.dumps([[one.model_max_length, one.get_vocab()] for one in tokenizers], sort_keys=True)
         return f"{type(self).__name__} {zeros} {self.resolution(resolution)} " + " ".join(
-            fingerprint(encoder) for encoder in self.text_encoders
+            [hashlib.sha256(words.encode()).hexdigest(), *(fingerprint(encoder) for encoder in self.text_encoders)]
         )
 
     @torch.no_grad()
