@@ -56,6 +56,8 @@ def test_a_teacher_that_moved_is_asked_as_the_path_says(tmp_path, monkeypatch, h
     assert main(["push", str(path.folder), repo, *moved]) == 0
     node = json.loads(hub.files(repo, "degradation-000100")["scheduler/scheduler_config.json"])
     assert node["prediction_type"] == "v_prediction"
+    card = hub.files(repo, "main")["README.md"].decode()
+    assert f"--pretrained_model_name_or_path {tmp_path / 'was'} \\\n  --prediction_type v_prediction \\\n" in card
 
 
 def test_the_console_script():

@@ -254,6 +254,15 @@ def test_parts_of_different_models_are_told(make, message):
         family_of(make())
 
 
+def test_a_teacher_that_does_not_say_its_size_is_asked_for_it():
+    family = family_of(tiny.pipeline(sample_size=None))
+    with pytest.raises(
+        ValueError, match="sample_size None in its config, which is no side of a square: pass --resolution"
+    ):
+        family.latent_shape()
+    assert family.latent_shape(16) == (4, 8, 8)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -1,11 +1,21 @@
 """Model cards of a student and of a path, as text. What they say comes from `report.json` and `path.json`."""
 
 import json
+import shlex
 from typing import Any
 
 from .repository import Repository
 from .single_file import repo_of
 
+
+# What a path's teacher may be taken otherwise in than its files say, and the flags that say so.
+_TEACHER_FLAGS = {
+    "variant": "variant",
+    "prediction_type": "prediction_type",
+    "vae": "pretrained_vae_model_name_or_path",
+    "lora": "teacher_lora",
+    "single_file_config": "single_file_config",
+}
 
 _CITATION = """## Citation
 
@@ -172,7 +182,8 @@ To distil a student along it, with the same teacher and the same start:
 
 ```bash
 accelerate launch train_disback.py --pretrained_model_name_or_path {{ teacher }} \\
-  --conditioning_timestep {{ timestep }} --degradation_path {{ repo_id }} --stage backtrack --prompts_file prompts.txt
+{% for flag in teacher_flags %}  {{ flag }} \\
+{% endfor %}  --conditioning_timestep {{ timestep }} --degradation_path {{ repo_id }} --stage backtrack --prompts_file prompts.txt
 ```
 
 To look at a node:
@@ -301,6 +312,9 @@ def path_card(manifest: dict[str, Any], repo_id: str, teacher_card: dict[str, An
         node=nodes[-1]["name"] if nodes else None,
         full=bool(nodes) and nodes[-1]["kind"] == "full",
         teacher_repr=json.dumps(teacher["name_or_path"]),
+        teacher_flags=[
+            f"--{flag} {shlex.quote(teacher[key])}" for key, flag in _TEACHER_FLAGS.items() if teacher.get(key)
+        ],
         commit=teacher["commit"],
         teacher_sha=teacher["sha256"],
         start=f"`{generator['name_or_path']}`" if generator["name_or_path"] else "a copy of the teacher",

@@ -110,8 +110,17 @@ class ModelFamily:
         return self
 
     def resolution(self, resolution: int | None = None) -> int:
-        """The side of the pictures in pixels; by default that which the teacher was made for."""
-        return resolution or self.network.config.sample_size * self.pipeline.vae_scale_factor
+        """The side of the pictures in pixels; by default that which the teacher was made for.
+
+        Raises:
+            ValueError: If its config does not say.
+        """
+        side = self.network.config.sample_size
+        if resolution is None and not isinstance(side, int):
+            raise ValueError(
+                f"The teacher's UNet has sample_size {side!r} in its config, which is no side of a square: pass --resolution."
+            )
+        return resolution or side * self.pipeline.vae_scale_factor
 
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
         """`(C, H, W)` of the latents of a square picture.
