@@ -13,6 +13,7 @@ import diffusers_disback
 SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
     {"noise_schedule", "pipeline", "batch", "repository", "manifest"},
+    {"single_file"},
     {"score_model", "model_reference", "cards", "condition_cache"},
     {"adapters"},
     {"branches"},
@@ -33,7 +34,7 @@ DOORS = {
     "accelerate": {"learner.py", "trainer.py", "run.py", "evaluation/report.py"},
     "torchmetrics": {"evaluation/distance.py"},
     "matplotlib": {"evaluation/pictures.py"},
-    "huggingface_hub": {"repository.py", "branches.py", "model_reference.py", "cards.py", "hub.py"},
+    "huggingface_hub": {"repository.py", "branches.py", "single_file.py", "model_reference.py", "cards.py", "hub.py"},
     "datasets": {"data.py"},
     "transformers": {"pipeline.py", "evaluation/report.py"},
     "peft": {"model_reference.py", "export.py", "adapters.py"},

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,29 @@ def test_a_path_of_another_architecture_does_not_verify(path, capsys, tmp_path):
     line = ["path", "verify", str(path.folder), "--pretrained_model_name_or_path", str(tmp_path / "other")]
     assert main(line) == 1
     assert "does not fit" in capsys.readouterr().err
+
+
+def test_a_teacher_that_moved_is_asked_as_the_path_says(tmp_path, monkeypatch, hub, repo):
+    """Its prediction type, which its files do not say, stays that of the recording: in pictures and in branches."""
+    from diffusers_disback import ModelReference, cli
+    from diffusers_disback.path import DegradationPath
+
+    tiny.pipeline("epsilon").save_pretrained(tmp_path / "was")
+    teacher = ModelReference(str(tmp_path / "was"), prediction_type="v_prediction")
+    path = DegradationPath.create(tmp_path / "path", teacher, "0" * 64, tiny.START, {})
+    path.append(tiny.unet(seed=1), step=100, loss=0.5)
+    path.finish({"steps": 100, "seconds": 1.0, "peak_memory_mb": 1.0})
+    (tmp_path / "was").rename(tmp_path / "is")
+    drawn = []
+    monkeypatch.setattr(cli, "draw", lambda path, *_: drawn.append(path.teacher))
+    moved = ["--pretrained_model_name_or_path", str(tmp_path / "is")]
+    assert main(["path", "show", str(path.folder), *moved]) == 0
+    assert drawn == [ModelReference(str(tmp_path / "is"), prediction_type="v_prediction")]
+    assert main(["push", str(path.folder), repo, *moved]) == 0
+    node = json.loads(hub.files(repo, "degradation-000100")["scheduler/scheduler_config.json"])
+    assert node["prediction_type"] == "v_prediction"
+    card = hub.files(repo, "main")["README.md"].decode()
+    assert f"--pretrained_model_name_or_path {tmp_path / 'was'} \\\n  --prediction_type v_prediction \\\n" in card
 
 
 def test_the_console_script():

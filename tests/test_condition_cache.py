@@ -1,3 +1,4 @@
+import copy
 import os
 import random
 import signal
@@ -48,6 +49,12 @@ def test_a_cache_is_found_again_and_another_text_encoder_or_list_is_another(tmp_
     next(family.text_encoders[-1].parameters()).data += 1e-3
     assert make(tmp_path, family, MANY[:8]).folder != cache.folder
     family.text_encoders[-1].load_state_dict(state, strict=True)
+    assert make(tmp_path, family, MANY[:8]).folder == cache.folder
+    tokenizer = family.pipeline.tokenizer
+    family.pipeline.tokenizer = copy.deepcopy(tokenizer)
+    family.pipeline.tokenizer.add_tokens(["turquoise"])
+    assert make(tmp_path, family, MANY[:8]).folder != cache.folder
+    family.pipeline.tokenizer = tokenizer
     assert make(tmp_path, family, MANY[:8]).folder == cache.folder
 
 
@@ -115,7 +122,8 @@ def test_auto_says_the_size_and_takes_no_more_than_half_of_the_free_disk(tmp_pat
         monkeypatch.setattr(condition_cache.shutil, "disk_usage", lambda place: type("", (), {"free": number}))
 
     free(10**12)
-    assert choose_cache(cache, "auto", 5000) == (False, "conditions of 5,000 prompts are kept in memory")
+    on_disk, why = choose_cache(cache, "auto", 5000)
+    assert not on_disk and f"5,000 prompts x {kilobytes:.0f} kB in half precision) are kept in memory" in why
     assert choose_cache(cache, "off", 0) == (False, "conditions of 5,000 prompts are encoded on the fly")
     on_disk, why = choose_cache(cache, "auto", 100)
     assert on_disk and f"5,000 prompts x {kilobytes:.0f} kB" in why and str(cache.folder) in why

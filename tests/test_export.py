@@ -76,6 +76,12 @@ def test_the_command_extracts(tmp_path, capsys):
     assert "rank 3: leaves" in capsys.readouterr().out
     stored = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     assert all(tensor.dtype == torch.float16 for tensor in stored.values())
+    # Against the teacher with that LoRA fused, what it left is all that there is: no more than half of it at this rank.
+    line[3] = str(tmp_path / "rest")
+    assert command([*line, "--teacher_lora", str(tmp_path / "lora" / "pytorch_lora_weights.safetensors")]) == 0
+    rest = load_file(tmp_path / "rest" / "pytorch_lora_weights.safetensors")
+    key = "unet.mid_block.resnets.0.conv1.lora_B.weight"
+    assert rest[key].float().norm() < stored[key].float().norm()
 
 
 @pytest.mark.parametrize("shard_size", ["10GB", "50KB"], ids=["whole", "sharded"])

@@ -14,12 +14,16 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from peft import LoraConfig
+from safetensors.torch import save_file
 from script import student
 from stages import close, equal, weights
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusers_disback import DisBackOneStepPipeline
 from diffusers_disback.families import FAMILIES, family_of
 from diffusers_disback.generator import OneStepGenerator, to_pipeline
+from diffusers_disback.noise_schedule import NoiseSchedule
 from diffusers_disback.objectives import OBJECTIVES
 
 
@@ -233,19 +237,118 @@ def with_parts(pipe, **parts):
             "addition_embed_type is None",
         ),
         (lambda: tiny.pipeline_xl(projection_class_embeddings_input_dim=64), "pooled embedding of width 16, but its"),
+        (
+            lambda: with_parts(tiny.pipeline_xl(), text_encoder_2=tiny.pipeline().text_encoder),
+            "second text encoder is a CLIPTextModel, which makes no pooled embedding",
+        ),
+        (
+            lambda: with_parts(tiny.pipeline_xl(), text_encoder_2=None, tokenizer_2=None),
+            "without text_encoder_2 and tok",
+        ),
+        (lambda: with_parts(tiny.pipeline(), vae=None), "is without vae; a whole one is needed"),
     ],
-    ids=["inpainting", "text-encoder", "unet-of-sd", "no-pooled", "other-pooled"],
+    ids=["inpainting", "text-encoder", "unet-of-sd", "no-pooled", "other-pooled", "unpooled", "one-encoder", "no-vae"],
 )
 def test_parts_of_different_models_are_told(make, message):
     with pytest.raises(ValueError, match=message):
         family_of(make())
 
 
+def test_a_teacher_that_does_not_say_its_size_is_asked_for_it():
+    family = family_of(tiny.pipeline(sample_size=None))
+    with pytest.raises(
+        ValueError, match="sample_size None in its config, which is no side of a square: pass --resolution"
+    ):
+        family.latent_shape()
+    assert family.latent_shape(16) == (4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"latent_channels": 16}, "has latent_channels 16, the teacher's own has 4: it belongs to another family"),
+        (
+            {"scaling_factor": 0.13025},
+            "has scaling_factor 0.13025, the teacher's own has 0.18215: it belongs to another",
+        ),
+        ({"shift_factor": 0.1}, "has shift_factor 0.1, the teacher's own has None"),
+        (
+            {
+                "down_block_types": ["DownEncoderBlock2D"] * 3,
+                "up_block_types": ["UpDecoderBlock2D"] * 3,
+                "block_out_channels": [8, 8, 8],
+            },
+            "makes one latent of 4 x 4 pixels, the teacher's own of 2 x 2",
+        ),
+    ],
+    ids=["channels", "scaling", "shift", "stride"],
+)
+def test_an_autoencoder_of_another_family_is_told(run, tmp_path, changes, message):
+    vae = tiny.pipeline().vae
+    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    type(vae)(**{**config, **changes}).save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match=message):
+        run(pretrained_vae_model_name_or_path=tmp_path / "vae")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("StableDiffusion3Pipeline", "FluxPipeline", "PixArtAlphaPipeline", "DiTPipeline", "WanPipeline"),
+        *(
+            "StableVideoDiffusionPipeline",
+            "StableDiffusionXLInpaintPipeline",
+            "StableDiffusionUpscalePipeline",
+            "Mine",
+        ),
+    ],
+)
+def test_a_pipeline_of_another_family_is_told_before_its_weights_are_asked_for(repo, hub, tmp_path, name):
+    from huggingface_hub import HfApi
+
+    from diffusers_disback import ModelReference, load_family
+
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name, "_diffusers_version": "0.40.0"}))
+    HfApi().create_repo(repo)
+    HfApi().upload_folder(repo_id=repo, folder_path=tmp_path)
+    for where in (str(tmp_path), repo):
+        with pytest.raises(ValueError, match=f"is a {name}; supported are StableDiffusionPipeline, StableDiffusionXL"):
+            load_family(ModelReference(where))
+
+
+def test_weights_of_a_variant_alone_are_told(run, tmp_path, repo, hub):
+    """A folder's and a repository's, as the teacher and as the student's start."""
+    from huggingface_hub import HfApi
+
+    tiny.pipeline().to(dtype=torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    HfApi().create_repo(repo)
+    HfApi().upload_folder(repo_id=repo, folder_path=tmp_path / "half")
+    for where in (tmp_path / "half", repo):
+        for flag in ("pretrained_model_name_or_path", "generator_model_name_or_path"):
+            with pytest.raises(
+                ValueError, match="There are weights of the variant fp16: pass --variant fp16 if it is the"
+            ):
+                run(**{flag: where})
+    assert not (tmp_path / "run").exists()
+    run(pretrained_model_name_or_path=repo, variant="fp16")
+
+
 # At size, without weights -------------------------------------------------------------------------------------------
 
+# The modules that LCM-LoRA adapts (arXiv 2311.05556): attention, feed-forward, convolutions and time embeddings.
+LCM_LORA = [
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+]
 SIZES = {
     "SD 1.5": (
-        {"cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": (320, 640, 1280, 1280)},
+        {
+            "sample_size": 64,
+            "cross_attention_dim": 768,
+            "attention_head_dim": 8,
+            "block_out_channels": (320, 640, 1280, 1280),
+        },
         859_520_964,
         686,
     ),
@@ -280,13 +383,110 @@ SIZES = {
 }
 
 
+def shapes_of(network) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in network.state_dict().items()}
+
+
+def full_size(name) -> DiffusionPipeline:
+    """A pipeline of full size, all but its autoencoder on the meta device."""
+    config, xl = SIZES[name][0], name == "SDXL"
+    small = tiny.pipeline_xl() if xl else tiny.pipeline()
+    width = 768 if xl else config["cross_attention_dim"]
+    with torch.device("meta"):
+        text = {**small.text_encoder.config.to_dict(), "num_attention_heads": 4}
+        parts = {
+            "unet": UNet2DConditionModel(**config),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**{**text, "hidden_size": width})),
+        }
+        if xl:
+            second = CLIPTextConfig(**{**text, "hidden_size": 1280, "projection_dim": 1280})
+            parts["text_encoder_2"] = CLIPTextModelWithProjection(second)
+    return with_parts(small, **parts)
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_full_size_networks_have_the_names_and_shapes_of_the_originals(name):
+    """The teacher, the student, a node of the path (a copy of the fake score, which is a copy of the teacher), and a
+    network that all of LCM-LoRA's modules were adapted and fused in."""
     config, parameters, tensors = SIZES[name]
     with torch.device("meta"):
         network = UNet2DConditionModel(**config)
     assert sum(p.numel() for p in network.parameters()) == parameters
-    assert len(network.state_dict()) == tensors
+    original = shapes_of(network)
+    assert len(original) == tensors
+    family = family_of(full_size(name))
+    student = to_pipeline(family.initial_generator(), 399, family.pipeline).unet
+    node = family.score_model().copy().network
+    adapted = family.score_model().copy().network
+    adapted.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=LCM_LORA))
+    assert len(shapes_of(adapted)) > 2 * len(original) - tensors / 2
+    adapted.fuse_lora()
+    adapted.unload_lora()
+    for made in (student, node, adapted):
+        assert shapes_of(made) == original
+        assert all(parameter.is_meta for parameter in made.parameters())
+
+
+NARROW = {
+    **SIZES["SDXL"][0],
+    "sample_size": 8,
+    "block_out_channels": (10, 20, 40),
+    "norm_num_groups": 5,
+    "cross_attention_dim": 2 * tiny.WIDTH,
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + tiny.WIDTH,
+}
+
+
+@pytest.mark.slow
+def test_a_narrow_sdxl_with_the_true_blocks_goes_every_way(run, tmp_path, capsys):
+    """Both stages, from a teacher with a LoRA on all of LCM-LoRA's modules; half precision and a LoRA of the student. All
+    that is saved has SDXL's 1,680 names."""
+    from safetensors.torch import load_file
+
+    from diffusers_disback import DegradationPath
+    from diffusers_disback.cli import main as command
+
+    pipe = with_parts(tiny.pipeline_xl(), unet=UNet2DConditionModel(**NARROW).eval())
+    pipe.save_pretrained(tmp_path / "teacher")
+    original = shapes_of(pipe.unet)
+    with torch.device("meta"):
+        assert original.keys() == shapes_of(UNet2DConditionModel(**SIZES["SDXL"][0])).keys() and len(original) == 1680
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=LCM_LORA, init_lora_weights=False))
+    pipe.unet.save_lora_adapter(tmp_path / "lora")
+    stored = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    save_file({f"unet.{key}": value for key, value in stored.items()}, tmp_path / "lora.safetensors")
+    pipe.unet.fuse_lora()
+    pipe.unet.unload_lora()
+    steps = {"degradation_steps": 2, "num_path_nodes": 1, "max_train_steps": 2, "train_batch_size": 1}
+    flags = {"pretrained_model_name_or_path": tmp_path / "teacher", "teacher_lora": tmp_path / "lora.safetensors"}
+    folder = run(**flags, **steps)
+    assert {key: value.shape for key, value in student(folder).items()} == original
+    path, network = DegradationPath.from_pretrained(folder / "path"), UNet2DConditionModel(**NARROW)
+    node = path.read(1)
+    assert {key: value.shape for key, value in node.items()} == original
+    assert path.verify_node(1, path.teacher.skeleton()) == 1680
+    path.load(0, into=network)
+    assert close(weights(network), weights(pipe.unet), atol=1e-6), "node 0 is the fused teacher"
+    assert not close(node, weights(network), atol=1e-6) and not close(student(folder), weights(network), atol=1e-6)
+    assert command(["half", str(folder)]) == 0
+    assert command(["extract-lora", str(folder), str(tmp_path / "teacher"), str(tmp_path / "out"), "--rank", "2"]) == 0
+    assert "rank 2: leaves" in capsys.readouterr().out
+    call = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "latent"}
+    call["latents"] = torch.randn(1, 4, 8, 8)
+    whole = StableDiffusionXLPipeline.from_pretrained(folder)
+    half = StableDiffusionXLPipeline.from_pretrained(folder, variant="fp16")
+    assert close(weights(half.unet), weights(whole.unet), atol=1e-2) and shapes_of(half.unet) == original
+    one = DisBackOneStepPipeline.from_pretrained(folder)(
+        tiny.PROMPTS[0], output_type="latent", latents=call["latents"]
+    )
+    assert torch.equal(whole(tiny.PROMPTS[0], **call).images, one.images)
+    for file in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
+        stock = StableDiffusionXLPipeline.from_pretrained(tmp_path / "teacher")
+        stock.load_lora_weights(tmp_path / "out", weight_name=file)
+        stock.fuse_lora()
+        stock.unload_lora_weights()
+        assert shapes_of(stock.unet) == original
 
 
 # What a teacher's files say, and what is said otherwise ---------------------------------------------------------------
@@ -320,7 +520,72 @@ def test_a_config_that_contradicts_the_network_is_told(run, capsys, tmp_path):
         assert f"says prediction_type={other!r}" in doubt and "try --prediction_type epsilon" in doubt
     doubt = family_of(tiny.pipeline("epsilon")).doubt()  # random weights predict nothing
     assert "is not the noise" in doubt and "try --prediction_type v_prediction or sample" in doubt
-    assert family_of(tiny.pipeline_xl("v_prediction")).doubt() is None
+
+
+class Converted(torch.nn.Module):
+    """A network that predicts otherwise, made of one that predicts the noise."""
+
+    def __init__(self, network, schedule, prediction_type):
+        super().__init__()
+        self.network, self.schedule, self.config = network, schedule, network.config
+        self.target = NoiseSchedule(schedule.alpha, schedule.sigma, prediction_type)
+
+    def forward(self, x_t, timestep, **arguments):
+        noise = self.network(x_t, timestep=timestep, **arguments)[0]
+        return (self.target.regression_target(self.schedule.x0_of_output(noise, x_t, timestep), noise, timestep),)
+
+
+LINEAR = {"beta_schedule": "linear"}
+# Of docs/teachers.md: betas, and the slopes of the shapes teacher and of the same as networks that predict v and x0.
+BETAS = {
+    "own": ({}, (1.02, 1.02, 1.02)),
+    "zero-snr": ({"rescale_betas_zero_snr": True}, (1.00, 1.01, 1.03)),
+    "linear": (LINEAR, (0.93, 0.94, 1.05)),
+    "linear-wide": ({**LINEAR, "beta_start": 1e-4, "beta_end": 0.02}, (0.88, 0.90, 1.06)),
+    "scaled-wide": ({"beta_start": 1e-4, "beta_end": 0.02}, (1.15, 1.14, 0.98)),
+    "scaled-high": ({"beta_start": 1.5e-3, "beta_end": 0.0195}, (0.89, 0.90, 1.05)),
+    "linear-high": ({**LINEAR, "beta_start": 1.5e-3, "beta_end": 0.0195}, (0.82, 0.85, 1.06)),
+    "cosine": ({"beta_schedule": "squaredcos_cap_v2"}, (1.14, 1.10, 0.96)),
+    "v-as-x0": (None, (None, 0.86, None)),
+    "x0-as-v": (None, (None, None, 1.28)),
+}
+
+
+QUICK = ("own", "linear-wide", "cosine", "v-as-x0")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BETAS]
+)
+def test_betas_that_the_network_was_not_trained_with_are_told(name):
+    """The shapes teacher under other schedules than its own."""
+    from train_disback import SHAPES
+
+    from diffusers_disback import ModelReference, load_family
+
+    changes, slopes = BETAS[name]
+    pipe = load_family(ModelReference(str(SHAPES / "teacher"))).pipeline
+    network, config = pipe.unet, pipe.scheduler.config
+    own = NoiseSchedule.from_scheduler(pipe.scheduler)
+    for prediction, slope in zip(PREDICTIONS, slopes, strict=True):
+        if slope is None:
+            continue
+        pipe.register_modules(unet=Converted(network, own, prediction))
+        declared = (
+            prediction if changes is not None else {"v_prediction": "sample", "sample": "v_prediction"}[prediction]
+        )
+        pipe.scheduler = type(pipe.scheduler).from_config(config, prediction_type=declared, **(changes or {}))
+        family, state = family_of(pipe), torch.get_rng_state()
+        doubt = family.doubt()
+        assert torch.equal(torch.get_rng_state(), state)
+        with torch.no_grad():
+            measured = family._slope_of_noise(family.score_model(), torch.device("cpu"))
+        assert measured == pytest.approx(slope, abs=0.011), prediction
+        if abs(slope - 1) < 0.08:
+            assert doubt is None
+        else:
+            word = "less" if slope > 1 else "more"
+            assert f"for {word} noisy than they are (by a factor of {measured:.2f}): its betas, or its pred" in doubt
 
 
 def test_another_autoencoder(run, tmp_path, repo, hub):
@@ -377,7 +642,7 @@ def test_a_lora_is_fused_into_the_teacher(run, tmp_path, name):
 
 
 def test_loras_that_cannot_be_fused(run, tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
     from test_export import changed
 
     from diffusers_disback.export import extract_lora, save_lora

@@ -270,6 +270,9 @@ def test_a_private_teacher_does_not_become_public(repo, hub, tmp_path, teacher_f
         path.push_to_hub(repo)
     assert sorted(hub.snapshot(repo)) == ["main"]
     path.push_to_hub(f"{repo}-too", private=True)
+    path.teacher = ModelReference(str(teacher_folder), vae="alice/private-teacher")
+    with pytest.raises(HubError, match="alice/private-teacher is private, but .* is public"):
+        path.push_to_hub(f"{repo}-autoencoder")
 
 
 def test_two_runs_at_once_do_not_mix(repo, hub, tmp_path, teacher_folder):

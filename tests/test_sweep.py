@@ -1,8 +1,11 @@
 import json
 
 import pytest
+import tiny
+from test_export import changed
 
 from diffusers_disback.cli import main as command
+from diffusers_disback.export import extract_lora, save_lora
 
 
 def test_the_timestep_sweep_recommends_the_least_drift(tmp_path, teacher_folder, capsys, monkeypatch):
@@ -22,3 +25,22 @@ def test_the_timestep_sweep_recommends_the_least_drift(tmp_path, teacher_folder,
     assert (tmp_path / "timesteps.png").stat().st_size > 1000
     assert command([*line[:-2], "--timesteps", "1000"]) == 1
     assert "timestep=1000 is outside" in capsys.readouterr().err
+
+
+def test_the_sweep_asks_the_teacher_that_training_would(tmp_path, teacher_folder, monkeypatch):
+    """With another prediction type, autoencoder and LoRA than its files say."""
+    monkeypatch.chdir(tmp_path)
+    other = tiny.pipeline("v_prediction", seed=7)
+    other.save_pretrained("other")
+    save_lora(extract_lora(changed(tiny.unet(), rank=2), tiny.unet(), 2)[0], 2, "lora")
+    line = ["timestep-sweep", str(teacher_folder), "--timesteps", "399", "--num_inference_steps", "2", "--prompt", "a"]
+    drifts = []
+    for flags in (
+        [],
+        ["--prediction_type", "v_prediction"],
+        ["--pretrained_vae_model_name_or_path", "other"],
+        ["--teacher_lora", "lora/pytorch_lora_weights.safetensors"],
+    ):
+        assert command([*line, *flags]) == 0
+        drifts.append(json.loads((tmp_path / "timesteps.json").read_text())["timesteps"]["399"]["total"])
+    assert len(set(drifts)) == 4

@@ -363,7 +363,8 @@ def test_every_flag_has_a_test():
     import dataclasses
 
     files = [
-        Path(__file__).with_name(f"test_{name}.py") for name in ("train_script", "upload", "families", "adapters")
+        Path(__file__).with_name(f"test_{name}.py")
+        for name in ("train_script", "upload", "families", "adapters", "single_file")
     ]
     tested = {"pretrained_model_name_or_path", "output_dir"}  # of every run
     for function in (statement for file in files for statement in ast.parse(file.read_text()).body):

@@ -92,7 +92,9 @@ def main(arguments: list[str]) -> None:
         print(doubt, file=sys.stderr)
     teacher.schedule.check_timestep(timestep)
     prompts = load_prompts(training)
-    start = training.generator_model_name_or_path and ModelReference(training.generator_model_name_or_path)
+    start = training.generator_model_name_or_path and ModelReference(
+        training.generator_model_name_or_path, single_file_config=training.single_file_config
+    )
     generator = teacher.initial_generator(start, training.resolution, training.cache_dir, training.all_adapters)
     path = open_path(configs, teacher, generator, state)
     data = prompt_data(training, teacher, prompts, state)

@@ -1,10 +1,21 @@
 """Model cards of a student and of a path, as text. What they say comes from `report.json` and `path.json`."""
 
 import json
+import shlex
 from typing import Any
 
-from .repository import Repository, is_repo_id
+from .repository import Repository
+from .single_file import repo_of, single_file_of
 
+
+# What a path's teacher may be taken otherwise in than its files say, and the flags that say so.
+_TEACHER_FLAGS = {
+    "variant": "variant",
+    "prediction_type": "prediction_type",
+    "vae": "pretrained_vae_model_name_or_path",
+    "lora": "teacher_lora",
+    "single_file_config": "single_file_config",
+}
 
 _CITATION = """## Citation
 
@@ -182,7 +193,8 @@ To distil a student along it, with the same teacher and the same start:
 
 ```bash
 accelerate launch train_disback.py --pretrained_model_name_or_path {{ teacher }} \\
-  --conditioning_timestep {{ timestep }} --degradation_path {{ repo_id }} --stage backtrack --prompts_file prompts.txt
+{% for flag in teacher_flags %}  {{ flag }} \\
+{% endfor %}  --conditioning_timestep {{ timestep }} --degradation_path {{ repo_id }} --stage backtrack --prompts_file prompts.txt
 ```
 
 To look at a node:
@@ -259,7 +271,8 @@ def student_card(report: dict[str, Any], title: str, repo: str, path_picture: bo
         "resolution": report["resolution"],
     }
     base = settings["generator_model_name_or_path"] or settings["pretrained_model_name_or_path"]
-    plain = report.get("lora") and not settings["teacher_lora"]  # or it is on a network that is nowhere to be had
+    # Else it is on a network that no snippet of two lines loads.
+    plain = report.get("lora") and not settings["teacher_lora"] and single_file_of(base) is None
     bare = _BARE_XL if report["pipeline_class"] == "StableDiffusionXLPipeline" else _BARE
     return _render(
         _STUDENT,
@@ -314,6 +327,9 @@ def path_card(manifest: dict[str, Any], repo_id: str, teacher_card: dict[str, An
         node=nodes[-1]["name"] if nodes else None,
         full=bool(nodes) and nodes[-1]["kind"] == "full",
         teacher_repr=json.dumps(teacher["name_or_path"]),
+        teacher_flags=[
+            f"--{flag} {shlex.quote(teacher[key])}" for key, flag in _TEACHER_FLAGS.items() if teacher.get(key)
+        ],
         commit=teacher["commit"],
         teacher_sha=teacher["sha256"],
         start=f"`{generator['name_or_path']}`" if generator["name_or_path"] else "a copy of the teacher",
@@ -331,7 +347,7 @@ def _render(
     from diffusers.utils.hub_utils import populate_model_card
     from huggingface_hub import ModelCard, ModelCardData
 
-    base = teacher if is_repo_id(teacher) else teacher_card.get("base_model")
+    base = repo_of(teacher) or teacher_card.get("base_model")
     licence = {key: teacher_card[key] for key in ("license", "license_name", "license_link") if key in teacher_card}
     data = ModelCardData(
         pipeline_tag="text-to-image",

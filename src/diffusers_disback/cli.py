@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +17,36 @@ if TYPE_CHECKING:
 def open_path(parsed: argparse.Namespace) -> "DegradationPath":
     from .path import DegradationPath
 
-    return DegradationPath.from_pretrained(
-        parsed.path, parsed.revision, teacher_of(parsed), parsed.cache_dir, parsed.token
+    path = DegradationPath.from_pretrained(
+        parsed.path, parsed.revision, cache_dir=parsed.cache_dir, token=parsed.token
     )
+    path.teacher = elsewhere(path.teacher, parsed)
+    return path
 
 
-def teacher_of(parsed: argparse.Namespace) -> "ModelReference | None":
+def elsewhere(teacher: "ModelReference", parsed: argparse.Namespace) -> "ModelReference":
+    """A path's teacher where it is now: what was taken otherwise than its files say stays so."""
+    place = {
+        "name_or_path": parsed.pretrained_model_name_or_path,
+        "revision": None,
+        "variant": parsed.variant,
+        "single_file_config": parsed.single_file_config,
+    }
+    return teacher if place["name_or_path"] is None else replace(teacher, **place)
+
+
+def teacher_asked_for(parsed: argparse.Namespace, **otherwise: str | None) -> "ModelReference":
+    """The teacher of a command line, and what is to be taken otherwise than its files say."""
     from .model_reference import ModelReference
 
-    name = parsed.pretrained_model_name_or_path
-    return name and ModelReference(name, variant=parsed.variant)
+    return ModelReference(
+        parsed.pretrained_model_name_or_path,
+        parsed.revision,
+        parsed.variant,
+        lora=parsed.teacher_lora,
+        single_file_config=parsed.single_file_config,
+        **otherwise,
+    )
 
 
 def device() -> str:
@@ -85,11 +106,12 @@ def timestep_sweep(parsed: argparse.Namespace) -> None:
     from .evaluation.sweep import timestep_sweep as sweep
     from .families import load_family
     from .manifest import write_json
-    from .model_reference import ModelReference
 
     disable_progress_bar()
-    reference = ModelReference(parsed.pretrained_model_name_or_path, parsed.revision, parsed.variant)
-    family = load_family(reference, parsed.cache_dir)
+    teacher = teacher_asked_for(
+        parsed, prediction_type=parsed.prediction_type, vae=parsed.pretrained_vae_model_name_or_path
+    )
+    family = load_family(teacher, parsed.cache_dir)
     for t in parsed.timesteps:
         family.schedule.check_timestep(t)
     prompts = (
@@ -126,10 +148,9 @@ def extract_lora(parsed: argparse.Namespace) -> None:
     from .export import extract_lora, save_lora
     from .model_reference import ModelReference
 
-    teacher = ModelReference(parsed.pretrained_model_name_or_path, parsed.revision, parsed.variant)
     networks = [
         reference.load_network(UNet2DConditionModel, parsed.cache_dir).to(device())
-        for reference in (ModelReference(parsed.student), teacher)
+        for reference in (ModelReference(parsed.student), teacher_asked_for(parsed))
     ]
     layers, residual = extract_lora(*networks, parsed.rank)
     files = save_lora({key: value.half().cpu() for key, value in layers.items()}, parsed.rank, parsed.output)
@@ -140,9 +161,12 @@ def extract_lora(parsed: argparse.Namespace) -> None:
 
 def push(parsed: argparse.Namespace) -> None:
     """Pushes a run's folder, or a path's, to the Hub. It can be repeated."""
-    from .hub import push_run
+    from .hub import path_of_run, push_run
+    from .model_reference import ModelReference
     from .repository import Repository
 
+    path, name = path_of_run(parsed.folder), parsed.pretrained_model_name_or_path
+    teacher = elsewhere(path.teacher, parsed) if path is not None else name and ModelReference(name)
     repo_id = push_run(
         parsed.folder,
         parsed.repo_id,
@@ -151,7 +175,7 @@ def push(parsed: argparse.Namespace) -> None:
         parsed.commit_message,
         parsed.token,
         parsed.cache_dir,
-        teacher_of(parsed),
+        teacher,
     )
     print(f"pushed to {Repository(repo_id).url}")
 
@@ -173,17 +197,21 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
 
-    def add_variant(made: argparse.ArgumentParser) -> None:
+    def add_form(made: argparse.ArgumentParser) -> None:
         made.add_argument("--variant", help="of the teacher's weights' files, such as fp16")
+        made.add_argument(
+            "--single_file_config", help="of a teacher in one file: a pipeline of its kind, for its configs"
+        )
 
     def add_teacher(made: argparse.ArgumentParser) -> None:
         """Of a path, which says where it is."""
         made.add_argument("--pretrained_model_name_or_path", help="where the teacher is, if not where the path says")
-        add_variant(made)
+        add_form(made)
 
     def add_version_of_teacher(made: argparse.ArgumentParser) -> None:
         made.add_argument("--revision", help="branch, tag or commit of the teacher on the Hub")
-        add_variant(made)
+        made.add_argument("--teacher_lora", help="a LoRA that is fused into the teacher")
+        add_form(made)
 
     def command(group: Any, name: str, function: Any, *more: str) -> argparse.ArgumentParser:
         """A subcommand, with those of the flags that several have which it asks for."""
@@ -210,8 +238,14 @@ def parser() -> argparse.ArgumentParser:
     pulling.add_argument("--revision", help="branch, tag or commit of main")
 
     sweep = command(commands, "timestep-sweep", timestep_sweep, "--cache_dir")
-    sweep.add_argument("pretrained_model_name_or_path", help="the teacher: a folder, or a model on the Hub")
+    sweep.add_argument("pretrained_model_name_or_path", help="the teacher: a folder, a model on the Hub, or a file")
     add_version_of_teacher(sweep)
+    sweep.add_argument(
+        "--prediction_type",
+        choices=["epsilon", "v_prediction", "sample"],
+        help="if not what its scheduler's config says",
+    )
+    sweep.add_argument("--pretrained_vae_model_name_or_path", help="an autoencoder in place of the teacher's own")
     sweep.add_argument("--timesteps", type=int, nargs="+", default=[99, 199, 299, 399, 499, 599, 699, 799, 899, 999])
     sweep.add_argument("--prompt", action="append", help="can be given several times")
     sweep.add_argument("--prompts_file", help="a text file with one prompt a line, instead")
@@ -226,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
     halving.add_argument("folder", help="a student's, as training wrote it")
     lora = command(commands, "extract-lora", extract_lora, "--cache_dir")
     lora.add_argument("student", help="a folder, or a model on the Hub")
-    lora.add_argument("pretrained_model_name_or_path", help="its teacher: a folder, or a model on the Hub")
+    lora.add_argument("pretrained_model_name_or_path", help="its teacher: a folder, a model on the Hub, or a file")
     lora.add_argument("output", help="the folder to write into")
     lora.add_argument("--rank", type=int, default=64, help="of every layer; alpha is the same")
     add_version_of_teacher(lora)

@@ -116,15 +116,14 @@ def choose_cache(cache: ConditionCache, wanted: str, in_memory: int) -> tuple[bo
     number = len(cache.prompts)
     if wanted == "off":
         return False, f"conditions of {number:,} prompts are encoded on the fly"
+    each = f"{number:,} prompts x {cache.bytes_per_prompt / 1e3:.0f} kB"
     if wanted == "auto" and number <= in_memory:
-        return False, f"conditions of {number:,} prompts are kept in memory"
+        return False, f"conditions ({each} in half precision) are kept in memory, in float32"
     place = cache.folder
     while not place.exists():
         place = place.parent
     missing, free = cache.missing, shutil.disk_usage(place).free
-    size = (
-        f"{number:,} prompts x {cache.bytes_per_prompt / 1e3:.0f} kB, {missing / 1e9:.3g} GB of it still to be written"
-    )
+    size = f"{each}, {missing / 1e9:.3g} GB of it still to be written"
     if wanted == "auto" and missing > free / 2:
         return False, f"conditions ({size}) would take more than half of the free disk: they are encoded on the fly"
     if missing > free:

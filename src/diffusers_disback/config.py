@@ -29,7 +29,14 @@ class TrainingConfig:
 
     # The models
     pretrained_model_name_or_path: str = setting(
-        None, "The teacher: a folder, or a model on the Hub. The script's own default is the embedded shapes teacher."
+        None,
+        "The teacher: a folder, a model on the Hub, or a checkpoint in one .safetensors file, on this machine or on the Hub "
+        "(user/repo/file.safetensors, or its address). The script's own default is the embedded shapes teacher.",
+    )
+    single_file_config: str | None = setting(
+        None,
+        "Of a teacher or start in one file: the folder or Hub id of a diffusers pipeline of its kind, for configs and "
+        "tokenizers; by default the original model's on the Hub.",
     )
     revision: str | None = setting(None, "Branch, tag or commit of the teacher on the Hub.")
     variant: str | None = setting(None, "Variant of the teacher's weights' files, such as fp16.")
@@ -43,7 +50,7 @@ class TrainingConfig:
         None, "A LoRA to fuse into the teacher's UNet before anything else: a file, a folder, or a model on the Hub."
     )
     generator_model_name_or_path: str | None = setting(
-        None, "Start the student from the UNet of this folder or Hub model instead of the teacher's copy."
+        None, "Start the student from the UNet of this folder, Hub model or file instead of the teacher's copy."
     )
     conditioning_timestep: int = setting(
         399, 'The timestep at which the student is asked. DMD2, for SDXL: "conditioned at timestep 399".'
@@ -170,6 +177,7 @@ class TrainingConfig:
             self.prediction_type,
             self.pretrained_vae_model_name_or_path,
             self.teacher_lora,
+            self.single_file_config,
         )
 
     def is_adapter(self, role: str) -> bool:

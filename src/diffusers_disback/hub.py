@@ -152,7 +152,10 @@ def push_run(
     check(repository.head())
     files = student_files(folder, repository.repo_id)
     if path is None:
-        teacher = teacher or ModelReference(report["settings"]["pretrained_model_name_or_path"])
+        settings = report["settings"]
+        teacher = teacher or ModelReference(
+            settings["pretrained_model_name_or_path"], vae=settings.get("pretrained_vae_model_name_or_path")
+        )
         check_teacher_may_be_shared(teacher, repository)  # as the path does of its own
     else:
         files[MANIFEST] = to_bytes(path.push_nodes(repository, cache_dir, claim=not create_pr))

@@ -13,6 +13,8 @@ _NAME = re.compile(r"degradation-\d{6,}")
 _FILE = re.compile(r"\w[\w.-]*\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# Settings that say where something lies.
+_PLACES = ("pretrained_model_name_or_path", "generator_model_name_or_path", "single_file_config", "prompts_file")
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -34,11 +36,7 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
         "teacher": manifest["teacher"]["sha256"][:12],
         "start": manifest["generator"]["sha256"][:12],
         "conditioning timestep": manifest["generator"]["conditioning_timestep"],
-        **{
-            name: value
-            for name, value in manifest["recording"].items()
-            if name not in ("pretrained_model_name_or_path", "generator_model_name_or_path", "prompts_file")
-        },
+        **{name: value for name, value in manifest["recording"].items() if name not in _PLACES},
         "id": manifest["id"],
     }
 

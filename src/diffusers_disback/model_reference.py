@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 
 from .manifest import to_bytes
 from .repository import Files, HubError, Repository, is_licence
+from .single_file import repo_of, single_file_of, to_folder
 
 
 logger = logging.getLogger(__name__)
@@ -35,15 +36,17 @@ def fingerprint(network: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class ModelReference:
-    """Where a model lies: a folder, or a model on the Hub.
+    """Where a model lies: a folder, a model on the Hub, or a checkpoint in one file.
 
     Args:
-        name_or_path (`str`): A folder, or a Hub id.
+        name_or_path (`str`): A folder, a Hub id, or a file; one on the Hub as `user/repo/file.safetensors` or by its address.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         variant (`str`, *optional*): Of the weights' files, such as `fp16`.
         prediction_type (`str`, *optional*): What it predicts, if its scheduler's config says something else.
         vae (`str`, *optional*): The folder or Hub id of an autoencoder that takes the place of its own.
         lora (`str`, *optional*): The file, folder or Hub id of a LoRA that is fused into its denoiser.
+        single_file_config (`str`, *optional*): Of a checkpoint in one file: the folder or Hub id of a pipeline that says
+            how it is built.
     """
 
     name_or_path: str
@@ -52,11 +55,30 @@ class ModelReference:
     prediction_type: str | None = None
     vae: str | None = None
     lora: str | None = None
+    single_file_config: str | None = None
+
+    def source(self, cache_dir: str | None = None) -> "ModelReference":
+        """The same model as a folder or a Hub id: a checkpoint in one file is made into a folder, once.
+
+        Raises:
+            ValueError: If it cannot be.
+        """
+        if single_file_of(self.name_or_path) is None:
+            return self
+        if self.variant is not None:
+            raise ValueError(
+                f"{self.name_or_path} is one file, which has no variants; leave --variant {self.variant} out."
+            )
+        folder = to_folder(self.name_or_path, self.single_file_config, self.revision, cache_dir)
+        return replace(self, name_or_path=str(folder), revision=None, single_file_config=None)
 
     def commit(self, cache_dir: str | None = None) -> str | None:
         """The commit that a downloaded model is of; `None` for a folder, or if it was not downloaded."""
         from huggingface_hub import try_to_load_from_cache
 
+        single = single_file_of(self.name_or_path)
+        if single is not None:
+            return single.commit(self.revision, cache_dir)
         if os.path.isdir(self.name_or_path):
             return None
         file = try_to_load_from_cache(self.name_or_path, "model_index.json", cache_dir, self.revision or "main")
@@ -68,9 +90,17 @@ class ModelReference:
         Raises:
             ValueError: If they cannot be had.
         """
-        if os.path.isdir(self.name_or_path):
-            return Path(self.name_or_path)
-        return _downloaded(self, cache_dir)
+        source = self.source(cache_dir)
+        if os.path.isdir(source.name_or_path):
+            return Path(source.name_or_path)
+        return _downloaded(source, cache_dir)
+
+    def papers(self, cache_dir: str | None = None) -> Path:
+        """The folder in which the model's card and licence lie, if it has any."""
+        repo_id = repo_of(self.name_or_path)
+        if repo_id is None or single_file_of(self.name_or_path) is None:
+            return self.folder(cache_dir)
+        return _papers(repo_id, self.commit(cache_dir), cache_dir) or self.folder(cache_dir)
 
     def component_files(self, dtype: str, cache_dir: str | None = None) -> Files:
         """What others need of the model besides its denoiser: `model_index.json` and each component's files, as they are.
@@ -88,7 +118,7 @@ class ModelReference:
             raise ValueError(f"{root} has no model_index.json: it is no diffusers pipeline's folder.")
         index = json.loads((root / "model_index.json").read_text())
         files: Files = {"model_index.json": root / "model_index.json"}
-        files |= {file.name: file for file in root.iterdir() if is_licence(file.name)}
+        files |= {file.name: file for file in self.papers(cache_dir).iterdir() if is_licence(file.name)}
         for name, kind in index.items():
             if name == "vae" and self.vae is not None:
                 files |= {f"vae/{n}": file for n, file in _own_files(self.vae_folder(cache_dir), None, dtype).items()}
@@ -123,7 +153,7 @@ class ModelReference:
         """The metadata of the model's card; empty if it has none."""
         from huggingface_hub import metadata_load
 
-        file = self.folder(cache_dir) / "README.md"
+        file = self.papers(cache_dir) / "README.md"
         return (metadata_load(file) or {}) if file.is_file() else {}
 
     def load_network(self, network_class: type[nn.Module], cache_dir: str | None = None) -> nn.Module:
@@ -132,25 +162,48 @@ class ModelReference:
         Raises:
             ValueError: If it cannot be read, or its weights do not fit its own config in anything.
         """
+        source = self.source(cache_dir)
         try:
             network, info = network_class.from_pretrained(
-                self.name_or_path,
+                source.name_or_path,
                 subfolder="unet",
-                revision=self.revision,
-                variant=self.variant,
+                revision=source.revision,
+                variant=source.variant,
                 cache_dir=cache_dir,
                 torch_dtype=torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
             )
         except OSError as error:
-            raise ValueError(f"The UNet of {self.name_or_path!r} cannot be loaded. {error}") from error
+            raise ValueError(
+                f"The UNet of {self.name_or_path!r} cannot be loaded. {error}{source.other_variants()}"
+            ) from error
         wrong = {kind: keys for kind, keys in info.items() if keys}
         if wrong:
             raise ValueError(f"The UNet of {self.name_or_path!r} does not fit its own config: {wrong}.")
         if self.lora is not None:
             fuse_lora(network, self.lora, cache_dir)
         return network
+
+    def other_variants(self) -> str:
+        """Of a model whose weights were not found: a sentence on those that are there, if there are any."""
+        try:
+            if os.path.isdir(self.name_or_path):
+                names = [file.name for file in Path(self.name_or_path, "unet").glob("*")]
+            else:
+                repository = Repository(self.name_or_path, patient=False)
+                names = [path.removeprefix("unet/") for path in repository.tree(repository.head(self.revision))]
+        except HubError:  # which is what the error tells already
+            return ""
+        matches = [match for match in map(_WEIGHTS.fullmatch, names) if match]
+        found = {match.group(1) or match.group(2) for match in matches} - {None, self.variant}
+        if not found:
+            return ""
+        variants = " and ".join(sorted(found))
+        return (
+            f" There are weights of the variant {variants}: pass --variant {sorted(found)[0]} if it is the teacher; a student's "
+            "start has to have weights without a variant."
+        )
 
     def skeleton(self, cache_dir: str | None = None) -> nn.Module:
         """The denoiser's architecture without weights, on the meta device.
@@ -160,9 +213,10 @@ class ModelReference:
         """
         from diffusers import UNet2DConditionModel
 
+        source = self.source(cache_dir)
         try:
             config = UNet2DConditionModel.load_config(
-                self.name_or_path, subfolder="unet", revision=self.revision, cache_dir=cache_dir
+                source.name_or_path, subfolder="unet", revision=source.revision, cache_dir=cache_dir
             )
         except OSError as error:
             raise ValueError(
@@ -197,14 +251,18 @@ def _downloaded(reference: ModelReference, cache_dir: str | None) -> Path:
         )
     except OSError as error:
         raise ValueError(f"The model {reference.name_or_path!r} cannot be downloaded. {error}") from error
-    try:
-        commit = reference.commit(cache_dir)
-        Repository(reference.name_or_path, patient=False).download(
-            ["README.md", "LICENSE*", "LICENCE*"], commit, cache_dir
-        )
-    except HubError as error:
-        logger.warning(f"The licence of {reference.name_or_path} could not be looked up. {error}")
+    _papers(reference.name_or_path, reference.commit(cache_dir), cache_dir)
     return Path(folder)
+
+
+@cache
+def _papers(repo_id: str, commit: str | None, cache_dir: str | None) -> Path | None:
+    """The folder with a repository's card and the text of its licence; `None` if they could not be looked up."""
+    try:
+        return Repository(repo_id, patient=False).download(["README.md", "LICENSE*", "LICENCE*"], commit, cache_dir)
+    except HubError as error:
+        logger.warning(f"The licence of {repo_id} could not be looked up. {error}")
+        return None
 
 
 def check_fit(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], what: str) -> None:

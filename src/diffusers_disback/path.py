@@ -140,6 +140,7 @@ class DegradationPath:
                 known.get("prediction_type"),
                 known.get("vae"),
                 known.get("lora"),
+                known.get("single_file_config"),
             )
         return cls(folders, manifest, teacher, cache_dir)
 

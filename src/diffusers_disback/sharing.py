@@ -6,7 +6,8 @@ from typing import Any
 from .branches import Nodes, node_files
 from .manifest import MANIFEST, check_manifest, identity, to_bytes
 from .model_reference import ModelReference
-from .repository import Files, HubError, Repository, is_file, is_licence, is_repo_id
+from .repository import Files, HubError, Repository, is_file, is_licence
+from .single_file import repo_of
 
 
 def push_nodes(
@@ -133,10 +134,12 @@ def check_teacher_may_be_shared(teacher: ModelReference, repository: Repository)
     Raises:
         HubError: If they would, or the Hub fails for good.
     """
-    if not is_repo_id(teacher.name_or_path):
-        return
-    if Repository(teacher.name_or_path, repository.token).is_private() and not repository.is_private():
-        raise HubError(
-            f"{teacher.name_or_path} is private, but {repository.repo_id}, which its text encoder and autoencoder would "
-            "be copied to, is public. Push to a private repository."
-        )
+    for name in filter(None, (teacher.name_or_path, teacher.vae)):
+        repo_id = repo_of(name)
+        if repo_id is None:
+            continue
+        if Repository(repo_id, repository.token).is_private() and not repository.is_private():
+            raise HubError(
+                f"{name} is private, but {repository.repo_id}, which its text encoder and autoencoder would be copied to, "
+                "is public. Push to a private repository."
+            )

@@ -1,5 +1,7 @@
 """Stable Diffusion 1.x and 2.x: a text encoder, a UNet, latents of an 8x autoencoder. Also the base of other families."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +13,10 @@ from ..batch import Condition
 from ..model_reference import ModelReference, fingerprint
 from ..noise_schedule import NoiseSchedule
 from ..score_model import ScoreModel, call_network
+
+
+_NUMBERS = 2048  # that the doubt of a teacher's betas is measured on, at least: eight small latents, or two large ones
+_TOLERANCE = 0.08  # of its slope; see docs/teachers.md
 
 
 class ModelFamily:
@@ -25,6 +31,7 @@ class ModelFamily:
     """
 
     pipeline_classes: tuple[str, ...] = ("StableDiffusionPipeline",)
+    needed: tuple[str, ...] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
     def __init__(self, pipeline: DiffusionPipeline, reference: ModelReference | None = None):
         for component in pipeline.components.values():
@@ -41,6 +48,9 @@ class ModelFamily:
         Raises:
             ValueError: With what does not fit.
         """
+        absent = [name for name in self.needed if self.pipeline.components[name] is None]
+        if absent:
+            raise ValueError(f"The teacher's pipeline is without {' and '.join(absent)}; a whole one is needed.")
         unet, vae = self.pipeline.unet.config, self.pipeline.vae.config
         if unet.in_channels != vae.latent_channels:
             raise ValueError(
@@ -126,8 +136,17 @@ class ModelFamily:
                 self.pipeline.register_modules(**{name: None})
 
     def resolution(self, resolution: int | None = None) -> int:
-        """The side of the pictures in pixels; by default that which the teacher was made for."""
-        return resolution or self.network.config.sample_size * self.pipeline.vae_scale_factor
+        """The side of the pictures in pixels; by default that which the teacher was made for.
+
+        Raises:
+            ValueError: If its config does not say.
+        """
+        side = self.network.config.sample_size
+        if resolution is None and not isinstance(side, int):
+            raise ValueError(
+                f"The teacher's UNet has sample_size {side!r} in its config, which is no side of a square: pass --resolution."
+            )
+        return resolution or side * self.pipeline.vae_scale_factor
 
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
         """`(C, H, W)` of the latents of a square picture.
@@ -151,24 +170,29 @@ class ModelFamily:
     def encoder_id(self, resolution: int | None = None) -> str:
         """What `encode` depends on: a text that is equal for equal conditions."""
         zeros = self.pipeline.config.get("force_zeros_for_empty_prompt")
+        parts = self.pipeline.components
+        tokenizers = [parts[name] for name in ("tokenizer", "tokenizer_2") if parts.get(name) is not None]
+        words = json.dumps([[one.model_max_length, one.get_vocab()] for one in tokenizers], sort_keys=True)
         return f"{type(self).__name__} {zeros} {self.resolution(resolution)} " + " ".join(
-            fingerprint(encoder) for encoder in self.text_encoders
+            [hashlib.sha256(words.encode()).hexdigest(), *(fingerprint(encoder) for encoder in self.text_encoders)]
         )
 
     @torch.no_grad()
     def doubt(self) -> str | None:
-        """What speaks against the prediction type of the scheduler's config, if anything does.
-
-        At the highest noise level x_t is all but the noise itself. A network that predicts the noise gives it back; one
-        that predicts v or x0 does not, since the picture is hardly to be seen.
-        """
+        """What speaks against the scheduler's config, if anything does: against its prediction type, or its betas."""
         device = self.text_encoders[0].device
-        condition, shape = self.encode([""]), self.latent_shape()
-        noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-        t = torch.full((1,), self.schedule.num_timesteps - 1, device=device)
         home = next(self.network.parameters()).device
-        output = self.score_model(self.network.to(device)).predict(noise, t, condition)
+        model = self.score_model(self.network.to(device))
+        doubt = self._doubt_of_prediction_type(model, device) or self._doubt_of_betas(model, device)
         self.network.to(home)
+        return doubt
+
+    def _doubt_of_prediction_type(self, model: ScoreModel, device: torch.device) -> str | None:
+        """At the highest noise level x_t is all but the noise itself. A network that predicts the noise gives it back; one
+        that predicts v or x0 does not, since the picture is hardly to be seen."""
+        noise = self._noise(1, 0).to(device)
+        t = torch.full((1,), self.schedule.num_timesteps - 1, device=device)
+        output = model.predict(noise, t, self.encode([""]))
         loss, declared = (output - noise).square().mean().item(), self.schedule.prediction_type
         if (declared == "epsilon") == (loss < 0.5):
             return None
@@ -178,6 +202,46 @@ class ModelFamily:
             f"{'not ' if declared == 'epsilon' else ''}the noise (mean squared difference {loss:.2g}). If its pictures are "
             f"wrong, try --prediction_type {other}."
         )
+
+    def _doubt_of_betas(self, model: ScoreModel, device: torch.device) -> str | None:
+        """Where a network's timesteps stand for other noise levels than the config says, it finds more or less noise."""
+        slope = self._slope_of_noise(model, device)
+        if abs(slope - 1) < _TOLERANCE:
+            return None
+        return (
+            f"The teacher's scheduler says beta_schedule={self.pipeline.scheduler.config.beta_schedule!r}, but at middle "
+            f"timesteps its network takes pictures of this schedule for {'less' if slope > 1 else 'more'} noisy than they "
+            f"are (by a factor of {slope:.2f}): its betas, or its prediction type, may not be those that it was trained with. "
+            "If its pictures are wrong, mend its scheduler_config.json, or try --prediction_type."
+        )
+
+    def _slope_of_noise(self, model: ScoreModel, device: torch.device) -> float:
+        """That of added noise on found noise. What a network finds is an expectation, E[noise | x_t]: over pictures as it
+        knows them the slope is 1. Its own pictures, drawn in four steps, are as it knows them."""
+        count = max(2, _NUMBERS // torch.Size(self.latent_shape()).numel())
+        condition = {key: value.expand(count, *value.shape[1:]) for key, value in self.encode([""]).items()}
+
+        def at(share: float) -> Tensor:
+            return torch.full((count,), round(share * self.schedule.num_timesteps) - 1, device=device)
+
+        def sigma_noise(x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+            return x_t - self.schedule.diffuse(x0, torch.zeros_like(x0), t)
+
+        levels = [at(share) for share in (0.8, 0.6, 0.4, 0.2)]
+        x_t = self._noise(count, 1).to(device)
+        for t, below in zip(levels, [*levels[1:], None], strict=True):
+            x0 = model.denoise(x_t, t, condition)
+            if below is not None:  # DDIM (Song et al., 2020, Eq. 12), without noise of its own
+                sigma = self.schedule.diffuse(torch.zeros_like(x0), torch.ones_like(x0), t)
+                x_t = self.schedule.diffuse(x0, sigma_noise(x_t, x0, t) / sigma, below)
+        t = at(0.3)
+        x_t = self.schedule.diffuse(x0, self._noise(count, 2).to(device), t)
+        added, found = sigma_noise(x_t, x0, t), sigma_noise(x_t, model.denoise(x_t, t, condition), t)
+        return ((added * found).mean() / found.square().mean()).item()
+
+    def _noise(self, count: int, seed: int) -> Tensor:
+        """Standard normal, `[count, C, H, W]`, from a seed of its own."""
+        return torch.randn(count, *self.latent_shape(), generator=torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
     def encode(self, prompts: list[str], resolution: int | None = None) -> Condition:

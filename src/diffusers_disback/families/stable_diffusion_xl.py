@@ -11,6 +11,7 @@ class StableDiffusionXL(ModelFamily):
     """SDXL base and its fine-tunes. The condition is `encoder_hidden_states`, `text_embeds` and `time_ids`."""
 
     pipeline_classes = ("StableDiffusionXLPipeline",)
+    needed = (*ModelFamily.needed, "text_encoder_2", "tokenizer_2")
 
     def check(self) -> None:
         super().check()
@@ -19,6 +20,12 @@ class StableDiffusionXL(ModelFamily):
             raise ValueError(
                 f"The teacher is a {type(self.pipeline).__name__}, but its UNet takes no pooled embedding and no picture "
                 f"size (addition_embed_type is {network.addition_embed_type!r}): it is no SDXL."
+            )
+        kind = type(self.pipeline.text_encoder_2).__name__
+        if kind != "CLIPTextModelWithProjection":
+            raise ValueError(
+                f"The teacher's second text encoder is a {kind}, which makes no pooled embedding; SDXL's is a "
+                "CLIPTextModelWithProjection."
             )
         pooled = self.pipeline.text_encoder_2.config.projection_dim
         wanted = network.projection_class_embeddings_input_dim - 6 * network.addition_time_embed_dim

@@ -1,0 +1,319 @@
+"""A checkpoint in one file, as fine-tunes are shared: made once into a diffusers folder, which then is the model."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .manifest import write_json
+from .repository import HubError, Repository, is_repo_id, sha256_of
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# What diffusers takes a checkpoint for -> the pipeline that it becomes.
+SUPPORTED = {
+    "v1": "StableDiffusionPipeline",
+    "v2": "StableDiffusionPipeline",
+    "xl_base": "StableDiffusionXLPipeline",
+}
+_PARTS = {
+    "UNet": ("model.diffusion_model.",),
+    "autoencoder": ("first_stage_model.", "vae."),
+    "text encoder": ("cond_stage_model.", "conditioner.embedders."),
+}
+_ADDRESS = re.compile(
+    r"(?:https?://)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?]+)(\?.*)?"
+)
+_IN_REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/(.+)")
+_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf")
+_CONFIGS = (".json", ".txt", ".model")
+_HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """Where a checkpoint lies: a file on this machine, or one in a repository on the Hub.
+
+    Args:
+        path (`str`): On this machine, or in the repository.
+        repo_id (`str`, *optional*): The repository.
+        revision (`str`, *optional*): Of the repository, if the address names one.
+    """
+
+    path: str
+    repo_id: str | None = None
+    revision: str | None = None
+
+    def fetch(self, revision: str | None = None, cache_dir: str | None = None) -> Path:
+        """The file on this machine, after a download if need be.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        if self.repo_id is None:
+            if not os.path.isfile(self.path):
+                raise ValueError(
+                    f"There is no file {self.path}. A file on the Hub is named user/repo/{os.path.basename(self.path)}, or "
+                    "by its address."
+                )
+            return Path(self.path)
+        revision = revision or self.revision
+        file = Repository(self.repo_id, patient=False).file(self.path, revision, cache_dir)
+        if file is None:
+            raise ValueError(f"{self.repo_id} has no file {self.path} at {revision or 'main'}.")
+        return file
+
+    def commit(self, revision: str | None = None, cache_dir: str | None = None) -> str | None:
+        """The commit that a downloaded file is of; `None` for one of this machine's, or if it was not downloaded."""
+        from huggingface_hub import try_to_load_from_cache
+
+        if self.repo_id is None:
+            return None
+        file = try_to_load_from_cache(self.repo_id, self.path, cache_dir, revision or self.revision or "main")
+        depth = len(PurePosixPath(self.path).parts)
+        return Path(file).parents[depth - 1].name if isinstance(file, str) else None
+
+
+def single_file_of(name: str) -> SingleFile | None:
+    """The checkpoint that a model's name means: a file, `user/repo/file.safetensors`, or that file's address on the Hub;
+    `None` if it means a folder or a repository."""
+    if os.path.isdir(name):
+        return None
+    address, inside = _ADDRESS.fullmatch(name), _IN_REPOSITORY.fullmatch(name)
+    if os.path.isfile(name):
+        return SingleFile(name)
+    if address:
+        return SingleFile(unquote(address[3]), address[1], unquote(address[2]))
+    if not name.lower().endswith(_SUFFIXES):
+        return None
+    return SingleFile(inside[2], inside[1]) if inside and ".." not in name else SingleFile(name)
+
+
+def repo_of(name: str) -> str | None:
+    """The repository on the Hub that a model's name means: its own, or that of a single file; `None` if it means none."""
+    file = single_file_of(name)
+    if file is not None:
+        return file.repo_id
+    return name if is_repo_id(name) else None
+
+
+@cache
+def to_folder(name: str, config: str | None, revision: str | None, cache_dir: str | None) -> Path:
+    """A checkpoint as a diffusers folder, made once: it is named by the file's and the config's content.
+
+    Args:
+        name (`str`): Of a single file.
+        config (`str`, *optional*): The folder or Hub id of a pipeline that says how the model is built; by default
+            diffusers knows one on the Hub.
+        revision (`str`, *optional*): Of a file on the Hub.
+        cache_dir (`str`, *optional*): Where downloads and the folder are kept; by default where the Hub's client does.
+
+    Raises:
+        ValueError: If it is no checkpoint of a supported model, is pickled, or does not fit the config in anything.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import WeakFileLock
+
+    file = single_file_of(name).fetch(revision, cache_dir)
+    shapes, dtypes = _read_header(file, name)
+    kind = _kind(shapes, name)
+    configs = _config_folder(config, shapes, cache_dir)
+    declared = json.loads((configs / "model_index.json").read_text()).get("_class_name")
+    if declared != SUPPORTED[kind]:
+        raise ValueError(
+            f"{name} is a checkpoint of a {SUPPORTED[kind]}, but the config {config!r} is of a {declared}. Pass the folder "
+            "or Hub id of a pipeline of its kind with --single_file_config."
+        )
+    sha256 = sha256_of(file)
+    key = hashlib.sha256(f"{sha256} {_digest(configs)}".encode()).hexdigest()[:16]
+    folder = Path(cache_dir or constants.HF_HOME, "single_files", key)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder.with_suffix(".lock")):  # of several processes, one converts
+        if not folder.exists():
+            draft = folder.with_suffix(".draft")
+            shutil.rmtree(draft, ignore_errors=True)
+            save_portable(_convert(file, kind, configs, shapes, dtypes, name), draft)
+            write_json(draft / "single_file.json", {"file": os.path.basename(file), "sha256": sha256, "kind": kind})
+            os.replace(draft, folder)
+    return folder
+
+
+def save_portable(pipeline: "DiffusionPipeline", folder: Path) -> None:
+    """Writes a pipeline's folder, in safetensors, in the form that older transformers read too.
+
+    transformers 5 writes CLIP's text encoder without its `text_model.` prefix and its tokenizer as one file; older ones
+    take the first for random weights, without an error, and cannot read the second.
+
+    Args:
+        pipeline (`DiffusionPipeline`): In any precision.
+        folder (`Path`): New.
+    """
+    pipeline.save_pretrained(folder)
+    for name, component in pipeline.components.items():
+        if name.startswith("tokenizer") and component is not None and not (folder / name / "vocab.json").exists():
+            component.backend_tokenizer.model.save(str(folder / name))
+        if not name.startswith("text_encoder") or component is None:
+            continue
+        if type(component).__name__ == "CLIPTextModel":
+            weights = {
+                key if key.startswith("text_model.") else f"text_model.{key}": value.contiguous()
+                for key, value in component.state_dict().items()
+            }
+            save_file(weights, folder / name / "model.safetensors", metadata={"format": "pt"})
+        # By default transformers 5 loads what the config declares, and diffusers float32: the two have to agree.
+        file = folder / name / "config.json"
+        config = json.loads(file.read_text())
+        write_json(file, {**config, "dtype" if "dtype" in config else "torch_dtype": "float32"})
+
+
+def _read_header(file: Path, name: str) -> tuple[dict[str, torch.Size], dict[str, str]]:
+    """The shape and the type of every tensor in a file; nothing else of it is read."""
+    if file.suffix.lower() != ".safetensors":
+        raise ValueError(
+            f"{name} is no .safetensors file. Pickled checkpoints (.ckpt, .bin, .pt) can run code when they are read, and "
+            "are not; find or make a safetensors version of it."
+        )
+    try:
+        with safe_open(file, "pt") as stream:
+            slices = {key: stream.get_slice(key) for key in stream.keys()}  # noqa: SIM118, it is no dictionary
+            return (
+                {key: torch.Size(part.get_shape()) for key, part in slices.items()},
+                {key: part.get_dtype() for key, part in slices.items()},
+            )
+    except Exception as error:  # safetensors has one class for all of its own
+        raise ValueError(f"{name} cannot be read as safetensors. {error}") from error
+
+
+def _kind(shapes: dict[str, torch.Size], name: str) -> str:
+    """What diffusers takes a checkpoint for, if that is supported.
+
+    Raises:
+        ValueError: With what was found and what is supported.
+    """
+    supported = (
+        "Supported are whole checkpoints of Stable Diffusion 1.x, 2.x and SDXL base for text-to-image: a UNet, an "
+        "autoencoder and the text encoders in the original layout, as from_single_file of "
+        f"{' and '.join(dict.fromkeys(SUPPORTED.values()))} reads them."
+    )
+    if any(".lora_" in key or ".lora." in key or key.startswith("lora_") for key in shapes):
+        raise ValueError(f"{name} is a LoRA; pass it with --teacher_lora, beside its teacher. {supported}")
+    if any(word in key for key in shapes for word in ("time_stack", "temopral_conv", "motion_modules")):
+        raise ValueError(f"{name} is a model for video. {supported}")
+    kind = _inferred(shapes)
+    if kind not in SUPPORTED:
+        raise ValueError(f"{name} is a checkpoint of the kind that diffusers calls {kind!r}. {supported}")
+    found = {part: any(key.startswith(prefixes) for key in shapes) for part, prefixes in _PARTS.items()}
+    if not all(found.values()):
+        parts = " and ".join(part for part, there in found.items() if there)
+        what = f"only {parts}" if parts else "none of a checkpoint's parts"
+        raise ValueError(f"{name} holds {what} (its first tensor is {min(shapes, default='missing')}). {supported}")
+    return kind
+
+
+def _inferred(shapes: dict[str, torch.Size]) -> str:
+    """diffusers' own word for a checkpoint; `v1` is also what it calls all that it does not know."""
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+    return infer_diffusers_model_type(_hollow(shapes))
+
+
+def _hollow(shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Tensors of these shapes that take no memory."""
+    return {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+
+
+def _config_folder(config: str | None, shapes: dict[str, torch.Size], cache_dir: str | None) -> Path:
+    """The folder with the configs of a pipeline that is built as the checkpoint is."""
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+    if config is not None and os.path.isdir(config):
+        folder = Path(config)
+    else:
+        wanted = config or fetch_diffusers_config(_hollow(shapes))["pretrained_model_name_or_path"]
+        patterns = [f"*{suffix}" for suffix in _CONFIGS]
+        try:
+            folder = Repository(wanted, patient=False).download(patterns, None, cache_dir)
+        except HubError as error:
+            raise ValueError(
+                f"The config of the single file cannot be had from {wanted}. Pass the folder or Hub id of a diffusers "
+                f"pipeline of its kind (its configs and tokenizers, no weights) with --single_file_config. {error}"
+            ) from error
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"--single_file_config {config} has no model_index.json: it is no diffusers pipeline's folder."
+        )
+    return folder
+
+
+def _digest(configs: Path) -> str:
+    """A SHA-256 of the configs in a folder."""
+    content = hashlib.sha256()
+    for file in [configs / "model_index.json", *sorted(configs.glob("*/*"))]:
+        if file.suffix in _CONFIGS and not file.name.endswith(".index.json"):
+            content.update(f"{file.relative_to(configs)} {sha256_of(file)}\n".encode())
+    return content.hexdigest()
+
+
+def _convert(
+    file: Path, kind: str, configs: Path, shapes: dict[str, torch.Size], dtypes: dict[str, str], name: str
+) -> "DiffusionPipeline":
+    """The pipeline of a checkpoint, each part in the file's own precision.
+
+    Raises:
+        ValueError: If a tensor is missing or left over, or of another shape than the config says.
+    """
+    import diffusers
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    what = f"{name} does not fit the config in {configs}"
+    advice = "Pass that of a pipeline of its kind with --single_file_config."
+    for component, part, model in (("unet", "UNet", "UNet2DConditionModel"), ("vae", "autoencoder", "AutoencoderKL")):
+        model_class = getattr(diffusers, model)
+        with torch.device("meta"):
+            expected = model_class.from_config(model_class.load_config(configs, subfolder=component)).state_dict()
+        wanted = sum(tensor.numel() for tensor in expected.values())
+        stored = sum(shape.numel() for key, shape in shapes.items() if _belongs(key, part))
+        if stored != wanted:  # diffusers would pass over what is left over
+            raise ValueError(f"{what}: its {part} has {stored:,} numbers, by the config it has {wanted:,}. {advice}")
+    without = {}
+    if SUPPORTED[kind] == "StableDiffusionPipeline":  # a file has no safety checker
+        without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    try:
+        pipeline = getattr(diffusers, SUPPORTED[kind]).from_single_file(
+            str(file), config=str(configs), local_files_only=True, **without
+        )
+    except (SingleFileComponentError, ValueError, KeyError, OSError, RuntimeError) as error:
+        raise ValueError(f"{what}. {advice} ({type(error).__name__}: {error})") from error
+    for component, module in pipeline.components.items():
+        if not isinstance(module, nn.Module):
+            continue
+        missing = [key for key, tensor in module.state_dict().items() if tensor.is_meta]
+        if missing:
+            raise ValueError(f"{what}: {len(missing)} tensors of its {component} are missing ({missing[0]}). {advice}")
+        part = {"unet": "UNet", "vae": "autoencoder"}.get(component, "text encoder")
+        kinds = {dtype for key, dtype in dtypes.items() if _belongs(key, part)}
+        if len(kinds) == 1 and kinds <= _HALVES.keys():  # then the folder is no larger than the file
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(_HALVES[next(iter(kinds))])
+    return pipeline
+
+
+def _belongs(key: str, part: str) -> bool:
+    """Whether a tensor is one of a part's own weights; beside an autoencoder's may stand those of its training."""
+    prefix = next((prefix for prefix in _PARTS[part] if key.startswith(prefix)), None)
+    own = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    return prefix is not None and (part != "autoencoder" or key.removeprefix(prefix).startswith(own))
