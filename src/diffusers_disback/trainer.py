@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -212,6 +212,10 @@ class Stage(ABC):
         """Prints a line above the progress bar, on the main process."""
         if self.accelerator.is_main_process:
             tqdm.write(f"{self.name}: {what}", file=sys.stderr)
+
+    def agreed(self, values: list[Any]) -> list[Any]:
+        """The main process's values, on every process."""
+        return broadcast_object_list(values)
 
     def summary(self) -> dict[str, float]:
         """Steps, seconds (evaluation and saving apart) and the peak of memory in MB."""
