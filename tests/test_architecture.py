@@ -12,7 +12,7 @@ import diffusers_disback
 
 SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
-    {"noise_schedule", "pipeline", "batch", "repository", "manifest", "target_schedule"},
+    {"noise_schedule", "pipeline", "batch", "repository", "manifest", "target_schedule", "node_spacing"},
     {"score_model", "model_reference", "cards", "condition_cache"},
     {"adapters"},
     {"branches"},

@@ -63,6 +63,44 @@ def test_recording_approaches_the_generator(tmp_path, teacher_folder):
     assert losses[0] > losses[1] > losses[2]
 
 
+SPACINGS = {
+    "mismatch": {"node_spacing": "mismatch"},
+    "stop": {"degradation_stop": 0.35},
+    "both": {"node_spacing": "mismatch", "degradation_stop": 0.35},
+}
+
+
+@pytest.mark.parametrize("how", SPACINGS)
+def test_stage_1_spaced_or_stopped_by_mismatch_resumed_equals_unbroken(tmp_path, teacher_folder, how):
+    changes = {"steps": 16, "nodes": 3, **SPACINGS[how]}
+    config = {"train_batch_size": 8, "checkpointing_steps": 3, "fake_score_learning_rate": 3e-3}
+    unbroken = record(training(tmp_path / "unbroken", **config), teacher_folder, **changes)
+    end = unbroken.manifest["cost"]["steps"]
+    assert (end < 16) == (how != "mismatch") and unbroken.nodes[-1]["step"] == end and unbroken.complete
+    kept = {f.name for f in (tmp_path / "unbroken" / "path").iterdir() if f.is_dir()}
+    assert kept == {entry["name"] for entry in unbroken.nodes}, "nothing else is left"
+    if how != "stop":
+        assert len(unbroken) == 3 and unbroken.nodes[0]["step"] < 0.3 * end, "the loss falls fast at first"
+    stage = recorder(training(tmp_path / "broken", **config), teacher_folder, **changes)
+    stage.train_step = interrupted_at(5, stage.train_step)
+    with pytest.raises(KeyboardInterrupt):
+        stage.record()
+    again = training(tmp_path / "broken", **config, resume_from_checkpoint="latest")
+    resumed = record(again, teacher_folder, **changes)
+    assert resumed.nodes == unbroken.nodes, "hashes of weights, losses and what was measured included"
+    once_more = recorder(again, teacher_folder, **changes)
+    once_more.path.manifest["complete"] = False
+    if how == "stop":  # cut off after its last checkpoint, before its end was written
+        assert once_more.record().nodes == unbroken.nodes
+
+
+def test_nodes_tell_their_mismatch(path):
+    teachers = [entry["mismatch"]["teacher_denoising_loss"] for entry in path.nodes]
+    losses = [sum(entry["mismatch"]["denoising_loss"]) for entry in path.nodes]
+    assert all(bands == teachers[0] and len(bands) == 4 for bands in teachers)
+    assert sum(teachers[0]) > losses[0] > losses[-1]
+
+
 # Stage 2: guidance ---------------------------------------------------------------------------------------------------
 
 
@@ -362,6 +400,12 @@ def test_numbers_out_of_range_are_refused():
     for name in ("train_batch_size", "checkpointing_steps", "gradient_accumulation_steps", "checkpoints_total_limit"):
         with pytest.raises(ValueError, match=f"--{name} has to be at least 1, but is 0"):
             TrainingConfig(**{name: 0})
+    for changes, message in [
+        ({"node_spacing": "even"}, "--node_spacing 'even' is none of steps, mismatch"),
+        ({"degradation_stop": 1.0}, "--degradation_stop has to be in"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            DegradationConfig(**changes)
     for changes, message in [
         ({"max_train_steps": 0}, "--max_train_steps has to be at least 1"),
         ({"guidance_scale": 0.5}, "--guidance_scale has to be at least 1"),

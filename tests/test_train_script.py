@@ -143,6 +143,8 @@ def test_resuming_from_a_named_checkpoint(run):
         {"num_path_nodes": 1},
         {"num_path_nodes": 0},
         {"degradation_steps": 6},
+        {"degradation_steps": 9, "node_spacing": "mismatch"},
+        {"degradation_steps": 9, "degradation_stop": 0.9},
         {"steps_per_target": 1},
         {"num_path_nodes": 3, "max_train_steps": 6, "target_schedule": "geometric"},
         {"num_path_nodes": 3, "max_train_steps": 6, "target_schedule": "geometric", "target_ratio": 3.0},

@@ -67,7 +67,7 @@ def is_finished(configs: Configs) -> bool:
     training, degradation, backtracking = configs
     stages = read_report(Path(training.output_dir)).get("stages", {})
     if training.stage == "record":
-        return stages.get("degradation", {}).get("steps") == degradation.degradation_steps
+        return "degradation" in stages
     return stages.get("backtracking", {}).get("steps") == backtracking.max_train_steps
 
 

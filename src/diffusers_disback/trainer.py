@@ -95,7 +95,7 @@ class Stage(ABC):
         """One step on `batches_per_step` global batches of slices. Returns losses, on their device."""
 
     def after_step(self, done: int) -> None:  # noqa: B027
-        """What happens after `done` steps, before anything is logged or saved."""
+        """What happens after `done` steps, before anything is logged or saved. It may make `done` the last: `steps`."""
 
     validates = False
 
@@ -201,6 +201,8 @@ class Stage(ABC):
                 if saves:
                     self._save(done)
                 started = time.monotonic()
+            if done == self.steps:  # a stage may have put its end nearer
+                break
         bar.close()
         self.check_finite()
         if self.validates:
