@@ -13,6 +13,7 @@ was cut off goes on, and several processes share the work. Costs include stage 1
 import argparse
 import fcntl
 import importlib
+import itertools
 import json
 import math
 import os
@@ -48,20 +49,18 @@ def claimed(file: Path) -> Iterator[bool]:
 
 def run(world: Any, regimes: list[str], arms: list[str], seeds: list[int], folder: Path, small: bool) -> None:
     """Runs what is missing: the seeds of an arm side by side where the world can, else one after the other."""
-    for regime in regimes:
-        for arm in arms:
-            (folder / regime).mkdir(parents=True, exist_ok=True)
-            groups = [seeds] if world.SIDE_BY_SIDE else [[seed] for seed in seeds]
-            for group in groups:
-                with ExitStack() as claims:
-                    files = {seed: folder / regime / f"{arm}-{seed}.json" for seed in group}
-                    ours = [seed for seed, file in files.items() if claims.enter_context(claimed(file))]
-                    if not ours:
-                        continue
-                    print(f"{regime}: {arm}, seeds {' '.join(map(str, ours))}", file=sys.stderr, flush=True)
-                    settings, results = world.run(regime, arm, ours, small)
-                    for seed, result in zip(ours, results, strict=True):
-                        write(files[seed], {"regime": regime, "arm": arm, "seed": seed, **settings, **result})
+    groups = [seeds] if world.SIDE_BY_SIDE else [[seed] for seed in seeds]
+    for regime, group, arm in itertools.product(regimes, groups, arms):
+        (folder / regime).mkdir(parents=True, exist_ok=True)
+        with ExitStack() as claims:
+            files = {seed: folder / regime / f"{arm}-{seed}.json" for seed in group}
+            ours = [seed for seed, file in files.items() if claims.enter_context(claimed(file))]
+            if not ours:
+                continue
+            print(f"{regime}: {arm}, seeds {' '.join(map(str, ours))}", file=sys.stderr, flush=True)
+            settings, results = world.run(regime, arm, ours, small)
+            for seed, result in zip(ours, results, strict=True):
+                write(files[seed], {"regime": regime, "arm": arm, "seed": seed, **settings, **result})
 
 
 def write(file: Path, result: Result) -> None:

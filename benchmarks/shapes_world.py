@@ -45,13 +45,13 @@ class Regime:
         pictures (`int`): Of each evaluation.
     """
 
-    updates: int = 120
+    updates: int = 100
     degradation_steps: int = 45
     num_path_nodes: int = 3
     steps_per_target: int = 15
     batch: int = 16
-    evaluate_every: int = 15
-    pictures: int = 300
+    evaluate_every: int = 20
+    pictures: int = 200
 
 
 REGIMES = {"shapes": Regime()}

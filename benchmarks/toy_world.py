@@ -258,10 +258,14 @@ class Run:
             if schedule.needs_measures and done % MISMATCH_EVERY == 0 and any(nodes):
                 self.note(done, nodes, measures, generator, fake_score, target, stacked)
             if done % regime.evaluate_every == 0:
+                self.look(done, generator, fake_score, target)
                 curve.append(self.measure(average, shown, truth))
         return [
             self.result(i, spent, stage_1, schedule.switches(measures[i]), measures[i], curve) for i in range(seeds)
         ]
+
+    def look(self, done: int, generator: Weights, fake_score: Weights, target: Weights) -> None:
+        """For those who want to see more of a run than its distance: asked at every evaluation."""
 
     def at(self, stacked: list[Tensor], nodes: list[int]) -> Weights:
         """The weights of each seed's own node."""
