@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 TORCH ?= $(or $(shell cat $(VENV)/.torch 2>/dev/null),$(shell grep '^torch==' constraints.txt))
 CORES := $(shell nproc)
 OUTPUT := outputs/quickstart$(if $(FRESH),-$(shell date +%Y%m%d-%H%M%S))
-SOURCES := src tests examples setup.py
+SOURCES := src tests examples benchmarks setup.py
 
 .PHONY: quickstart test style quality FORCE
 

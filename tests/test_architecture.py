@@ -12,7 +12,7 @@ import diffusers_disback
 
 SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
-    {"noise_schedule", "pipeline", "batch", "repository", "manifest"},
+    {"noise_schedule", "pipeline", "batch", "repository", "manifest", "target_schedule", "node_spacing"},
     {"single_file"},
     {"score_model", "model_reference", "cards", "condition_cache"},
     {"adapters"},
@@ -21,7 +21,7 @@ LAYERS = [
     {"generator", "path", "data"},
     {"families", "objectives"},
     {"config"},
-    {"run_folder", "learner"},
+    {"run_folder", "learner", "mismatch"},
     {"trainer"},
     {"degradation", "backtracking", "evaluation", "export"},
     {"hub"},

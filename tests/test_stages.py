@@ -9,7 +9,7 @@ import tiny
 import torch
 from stages import close, equal, interrupted_at, record, recorder, trainer, training, weights
 
-from diffusers_disback.backtracking import BacktrackingConfig, TargetSchedule, guidance_of_node, nodes_are_guided
+from diffusers_disback.backtracking import BacktrackingConfig, guidance_of_node, nodes_are_guided
 from diffusers_disback.config import TrainingConfig
 from diffusers_disback.degradation import DegradationConfig
 from diffusers_disback.objectives import OBJECTIVES
@@ -63,26 +63,45 @@ def test_recording_approaches_the_generator(tmp_path, teacher_folder):
     assert losses[0] > losses[1] > losses[2]
 
 
-# Stage 2: the schedule -----------------------------------------------------------------------------------------------
+SPACINGS = {
+    "mismatch": {"node_spacing": "mismatch"},
+    "stop": {"degradation_stop": 0.35},
+    "both": {"node_spacing": "mismatch", "degradation_stop": 0.35},
+}
 
 
-@pytest.mark.parametrize(
-    "num_nodes, steps_per_target, steps", [(0, 3, 5), (1, 3, 5), (4, 3, 12), (4, 3, 40), (9, 1, 9)]
-)
-def test_the_schedule_visits_every_node_and_ends_on_the_teacher(num_nodes, steps_per_target, steps):
-    schedule = TargetSchedule(num_nodes, steps_per_target, steps)
-    nodes = [schedule.node(step) for step in range(steps)]
-    assert nodes[0] == max(num_nodes - 1, 0) and nodes[-1] == 0
-    assert nodes == sorted(nodes, reverse=True), "it never goes back up"
-    assert set(nodes) == set(range(max(num_nodes, 1)))
-    assert all(nodes.count(i) == steps_per_target for i in range(1, num_nodes))
-    assert schedule.switches == [step for step in range(1, steps) if nodes[step] != nodes[step - 1]]
+@pytest.mark.parametrize("how", SPACINGS)
+def test_stage_1_spaced_or_stopped_by_mismatch_resumed_equals_unbroken(tmp_path, teacher_folder, how):
+    changes = {"steps": 16, "nodes": 3, **SPACINGS[how]}
+    config = {"train_batch_size": 8, "checkpointing_steps": 3, "fake_score_learning_rate": 3e-3}
+    unbroken = record(training(tmp_path / "unbroken", **config), teacher_folder, **changes)
+    end = unbroken.manifest["cost"]["steps"]
+    assert (end < 16) == (how != "mismatch") and unbroken.nodes[-1]["step"] == end and unbroken.complete
+    kept = {f.name for f in (tmp_path / "unbroken" / "path").iterdir() if f.is_dir()}
+    assert kept == {entry["name"] for entry in unbroken.nodes}, "nothing else is left"
+    if how != "stop":
+        assert len(unbroken) == 3 and unbroken.nodes[0]["step"] < 0.3 * end, "the loss falls fast at first"
+    stage = recorder(training(tmp_path / "broken", **config), teacher_folder, **changes)
+    stage.train_step = interrupted_at(5, stage.train_step)
+    with pytest.raises(KeyboardInterrupt):
+        stage.record()
+    again = training(tmp_path / "broken", **config, resume_from_checkpoint="latest")
+    resumed = record(again, teacher_folder, **changes)
+    assert resumed.nodes == unbroken.nodes, "hashes of weights, losses and what was measured included"
+    once_more = recorder(again, teacher_folder, **changes)
+    once_more.path.manifest["complete"] = False
+    if how == "stop":  # cut off after its last checkpoint, before its end was written
+        assert once_more.record().nodes == unbroken.nodes
 
 
-def test_the_teacher_gets_its_share():
-    TargetSchedule(4, 3, 12)
-    with pytest.raises(ValueError, match="--max_train_steps 11 is less than 4 targets x --steps_per_target 3"):
-        TargetSchedule(4, 3, 11)
+def test_nodes_tell_their_mismatch(path):
+    teachers = [entry["mismatch"]["teacher_denoising_loss"] for entry in path.nodes]
+    losses = [sum(entry["mismatch"]["denoising_loss"]) for entry in path.nodes]
+    assert all(bands == teachers[0] and len(bands) == 4 for bands in teachers)
+    assert sum(teachers[0]) > losses[0] > losses[-1]
+
+
+# Stage 2: guidance ---------------------------------------------------------------------------------------------------
 
 
 def test_guidance_grows_from_one_to_the_teachers():
@@ -196,6 +215,42 @@ def test_stage_1_resumed_equals_stage_1_unbroken(tmp_path, teacher_folder):
     for i in (1, 2):
         assert equal(node(resumed, i), node(unbroken, i))
         assert resumed.nodes[i - 1] == unbroken.nodes[i - 1]
+
+
+def test_the_adaptive_schedule_resumed_equals_the_unbroken(tmp_path, path):
+    """Nodes are left before their time, by measures of which some were taken before the break and some after it."""
+    arguments = {"target_schedule": "adaptive", "mismatch_steps": 1, "max_train_steps": 24, "steps_per_target": 6}
+    unbroken = trainer(training(tmp_path / "unbroken"), path, **arguments)
+    expected = weights(unbroken.train())
+    assert unbroken.switches != [6, 12, 18] and unbroken.target_node == 0
+    assert {measure.node for measure in unbroken.measures} == {3, 2, 1}
+    assert [wait["step"] for wait in unbroken.waits] == [0, *unbroken.switches]
+    broken = trainer(training(tmp_path / "broken", checkpointing_steps=4), path, **arguments)
+    broken.train_step = interrupted_at(unbroken.switches[0] + 3, broken.train_step)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    resumed = trainer(
+        training(tmp_path / "broken", checkpointing_steps=4, resume_from_checkpoint="latest"), path, **arguments
+    )
+    assert equal(weights(resumed.train()), expected)
+    assert resumed.measures == unbroken.measures and resumed.switches == unbroken.switches
+
+
+def test_measuring_changes_nothing(tmp_path, path):
+    plain = weights(trainer(training(tmp_path / "plain"), path, max_train_steps=6).train())
+    measured = trainer(training(tmp_path / "measured", validation_steps=1), path, lambda _: {}, max_train_steps=6)
+    assert equal(weights(measured.train()), plain)
+    rows = measured.curve
+    assert [row["node"] for row in rows] == [3, 2, 1, 0, 0, 0]
+    for row in rows:
+        assert (row["target_to_teacher"] == 0) == (row["node"] == 0)
+        assert row["student_to_target"] > 0
+        assert (row["target_denoising_loss"] == row["teacher_denoising_loss"]) == (row["node"] == 0)
+    again = trainer(
+        training(tmp_path / "measured", resume_from_checkpoint="latest"), path, lambda _: {}, max_train_steps=6
+    )
+    again.train()
+    assert again.curve[-1] == {**rows[-1], "seconds": again.curve[-1]["seconds"]}, "resumed at its end"
 
 
 @pytest.mark.parametrize("use_ema", [False, True])
@@ -346,9 +401,19 @@ def test_numbers_out_of_range_are_refused():
         with pytest.raises(ValueError, match=f"--{name} has to be at least 1, but is 0"):
             TrainingConfig(**{name: 0})
     for changes, message in [
+        ({"node_spacing": "even"}, "--node_spacing 'even' is none of steps, mismatch"),
+        ({"degradation_stop": 1.0}, "--degradation_stop has to be in"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            DegradationConfig(**changes)
+    for changes, message in [
         ({"max_train_steps": 0}, "--max_train_steps has to be at least 1"),
         ({"guidance_scale": 0.5}, "--guidance_scale has to be at least 1"),
         ({"ema_decay": 1.0}, "--ema_decay has to be in"),
+        ({"target_schedule": "soon"}, "--target_schedule 'soon' is none of fixed, geometric, adaptive"),
+        ({"target_ratio": 0.0}, "--target_ratio has to be above 0"),
+        ({"target_share": 0.0}, "--target_share has to be in"),
+        ({"mismatch_steps": 0}, "--mismatch_steps has to be at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             BacktrackingConfig(**changes)

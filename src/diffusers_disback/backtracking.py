@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,8 +17,10 @@ from .data import PromptData
 from .families import ModelFamily
 from .generator import OneStepGenerator
 from .learner import AdapterLearner, Learner, add_adapter, shared_base
+from .mismatch import MismatchProbe, answers, compare, gaps, mean
 from .path import DegradationPath
 from .run_folder import RunFolder
+from .target_schedule import TARGET_SCHEDULES, Measure, TargetSchedule
 from .trainer import Stage
 
 
@@ -37,6 +40,20 @@ class BacktrackingConfig:
         "Generator updates with each of the targets N-1..1; the teacher takes the rest. DisBack, for SDXL: 1,000 "
         "steps with one generator update in five.",
     )
+    target_schedule: Literal["fixed", "geometric", "adaptive"] = setting(
+        "fixed",
+        "When to leave a node: fixed after --steps_per_target; geometric after phases that grow by --target_ratio, "
+        "--steps_per_target on average; adaptive as soon as the student has come near it or comes no nearer, after "
+        "--steps_per_target at the latest.",
+    )
+    target_ratio: float = setting(1.5, "Of the geometric schedule: the length of a phase over that of the one before.")
+    target_share: float = setting(
+        0.5,
+        "Of the adaptive schedule: leave a node when its mismatch with the student is below this share of the next one's.",
+    )
+    mismatch_steps: int = setting(
+        10, "Of the adaptive schedule: measure the mismatch every so many generator updates."
+    )
     guidance_scale: float = setting(8.0, "The teacher's classifier-free guidance, w. DMD2 and DisBack, for SDXL: 8.")
     guidance_schedule: Literal["ramp", "constant"] = setting(
         "ramp",
@@ -49,45 +66,30 @@ class BacktrackingConfig:
     ema_decay: float = setting(0.999, "Of that average.")
 
     def __post_init__(self):
-        for name in ("max_train_steps", "steps_per_target", "fake_score_updates"):
+        for name in ("max_train_steps", "steps_per_target", "fake_score_updates", "mismatch_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} has to be at least 1, but is {getattr(self, name)}.")
+        if self.target_schedule not in TARGET_SCHEDULES:
+            raise ValueError(f"--target_schedule {self.target_schedule!r} is none of {', '.join(TARGET_SCHEDULES)}.")
+        if self.target_ratio <= 0:
+            raise ValueError(f"--target_ratio has to be above 0, but is {self.target_ratio}.")
+        if not 0 < self.target_share <= 1:
+            raise ValueError(f"--target_share has to be in (0, 1], but is {self.target_share}.")
         if self.guidance_scale < 1:
             raise ValueError(f"--guidance_scale has to be at least 1 (no guidance), but is {self.guidance_scale}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay has to be in [0, 1), but is {self.ema_decay}.")
 
 
-class TargetSchedule:
-    """Step -> node: N-1 first, never up again, every node, the teacher (0) at the end. A pure function of the step.
-
-    Args:
-        num_nodes (`int`): N. With 0 or 1 the teacher is the only target.
-        steps_per_target (`int`): Generator updates with each of N-1..1.
-        steps (`int`): All generator updates.
+def target_schedule(config: BacktrackingConfig, num_nodes: int) -> TargetSchedule:
+    """The policy that the settings name, for a path of N nodes.
 
     Raises:
-        ValueError: If the teacher would get fewer than `steps_per_target`.
+        ValueError: If the teacher would get fewer than `steps_per_target` of the updates.
     """
-
-    def __init__(self, num_nodes: int, steps_per_target: int, steps: int):
-        if steps < num_nodes * steps_per_target:
-            raise ValueError(
-                f"--max_train_steps {steps} is less than {num_nodes} targets x --steps_per_target {steps_per_target}: "
-                "the teacher would not get its share."
-            )
-        self.num_nodes = num_nodes
-        self.steps_per_target = steps_per_target
-        self.steps = steps
-
-    def node(self, step: int) -> int:
-        """The target of generator update `step`, counted from 0."""
-        return max(self.num_nodes - 1 - step // self.steps_per_target, 0)
-
-    @property
-    def switches(self) -> list[int]:
-        """The steps at which the target changes."""
-        return [i * self.steps_per_target for i in range(1, self.num_nodes)]
+    own = {"geometric": {"ratio": config.target_ratio}, "adaptive": {"share": config.target_share}}
+    policy, name = TARGET_SCHEDULES[config.target_schedule], config.target_schedule
+    return policy(num_nodes, config.steps_per_target, config.max_train_steps, **own.get(name, {}))
 
 
 def guidance_of_node(node: int, num_nodes: int, config: BacktrackingConfig) -> float:
@@ -146,7 +148,8 @@ class BacktrackingTrainer(Stage):
         resumes = (
             RunFolder(config.output_dir).checkpoint_to_resume(self.name, config.resume_from_checkpoint) is not None
         )
-        self.schedule = TargetSchedule(num_nodes, backtracking.steps_per_target, backtracking.max_train_steps)
+        self.schedule = target_schedule(backtracking, num_nodes)
+        self.measures: list[Measure] = []
         shared = self._prepare_scores(family, config, resumes)
         self._prepare_student(family, config, generator, shared)
         super().__init__(
@@ -166,6 +169,7 @@ class BacktrackingTrainer(Stage):
             self._adapted_target = self.on_base(shared, "target")
         self.shared = shared
         self.target_node: int | None = None
+        self.probe = MismatchProbe(config, family, data, self.accelerator.device)
         self.waits: list[dict[str, float]] = []  # for nodes, at each switch
         if initial_measures is not None:
             self.curve.append({"step": 0, "seconds": 0.0, "node": self.schedule.node(0), **initial_measures})
@@ -222,17 +226,11 @@ class BacktrackingTrainer(Stage):
 
     def switch_target(self, step: int) -> None:
         """Makes the scheduled node the target, if it is not the target already."""
-        node = self.schedule.node(step)
+        node = self.schedule.node(step, self.measures)
         if node == self.target_node:
             return
-        waited = 0.0
-        if self.shared is not None:
-            self.target = self._adapted_target if node else self._adapted_teacher
-        if node:
-            self.path.load(node, self.target.network, None if self.shared is None else "target")
-            waited = self.path.seconds_waited
-        elif self.shared is None:
-            self.target.network.load_state_dict(self.family.network.state_dict(), strict=True)
+        self.fill_target(node)
+        waited = self.path.seconds_waited if node else 0.0
         for behind in range(self.schedule.num_nodes if self.target_node is None else self.target_node, node, -1):
             self.path.release(behind)
         if node > 1:
@@ -245,6 +243,29 @@ class BacktrackingTrainer(Stage):
             f"{', the teacher' if node == 0 else ''}, with guidance {self.target.guidance_scale:g}; waited {waited:.2f} s"
         )
         self.accelerator.log({f"{self.name}/seconds_waited_for_node": waited}, step=step)
+
+    def fill_target(self, node: int) -> None:
+        """Makes the target a node: another one's weights in its network, or another adapter, or none, on the shared one."""
+        if self.shared is not None:
+            self.target = self._adapted_target if node else self._adapted_teacher
+        if node:
+            self.path.load(node, self.target.network, None if self.shared is None else "target")
+        elif self.shared is None:
+            self.target.network.load_state_dict(self.family.network.state_dict(), strict=True)
+
+    @contextmanager
+    def other_target(self, node: int) -> Iterator[None]:
+        """Another node in the target's place for as long as it is measured; the target's own weights wait on the CPU."""
+        own = self.target
+        weights = own.network.state_dict() if self.shared is None else self.shared.weights("target")
+        kept = {key: value.to("cpu", copy=True) for key, value in weights.items()}
+        self.fill_target(node)
+        yield
+        self.target = own
+        if self.shared is None:
+            own.network.load_state_dict(kept, strict=True)
+        else:
+            self.shared.fill("target", kept, "the target")
 
     def train_step(self, step: int, batches: list[list[Batch]]) -> dict[str, Tensor]:
         self.switch_target(step)
@@ -280,16 +301,57 @@ class BacktrackingTrainer(Stage):
         if self.shared is None:
             self.target.network.to(self.accelerator.device if learner is self.student else "cpu")
 
+    def after_step(self, done: int) -> None:
+        """The adaptive schedule's measure, equal on every process."""
+        node = self.target_node
+        if not self.schedule.needs_measures or node == 0 or done % self.backtracking.mismatch_steps:
+            return
+        self._make_room_for(self.student)  # the target is there in its turn
+        questions = self.probe.questions(self.generator)
+        fake_score = answers(self.fake_score.score_model(self.family), questions)
+        gap = mean(gaps(questions, fake_score, answers(self.target, questions)))
+        with self.other_target(node - 1):
+            next_gap = mean(gaps(questions, fake_score, answers(self.target, questions)))
+        gap, next_gap = self.agreed([gap, next_gap])
+        self.measures.append(Measure(done, node, gap, next_gap))
+        measured = {f"{self.name}/gap": gap, f"{self.name}/next_gap": next_gap}
+        self.accelerator.log(measured, step=done)
+
+    def mismatch(self, node: int) -> dict[str, float]:
+        """Denoising losses of fake score, target and teacher on the student's samples, and both gaps, in each band.
+
+        Args:
+            node (`int`): The target.
+        """
+        if self.target_node is None:  # of a run that is resumed at its end
+            self.fill_target(node)
+        self._make_room_for(self.student)  # the target is there in its turn
+        questions = self.probe.questions(self.generator)
+        fake_score = answers(self.fake_score.score_model(self.family), questions)
+        target = teacher = answers(self.target, questions)
+        if node:
+            with self.other_target(0):
+                teacher = answers(self.target, questions)
+        return compare(questions, fake_score, target, teacher)
+
     def validate(self, done: int) -> dict[str, float]:
+        node = self.schedule.node(done - 1, self.measures)
         with self.student.deployed() as network:
-            return {"node": self.schedule.node(done - 1), **self.evaluate(network)}
+            measures = self.evaluate(network)
+        return {"node": node, **measures, **self.mismatch(node)}
+
+    @property
+    def switches(self) -> list[int]:
+        """The updates from which nodes N-2, ..., 0 are the target; those to come as they will be at the latest."""
+        return self.schedule.switches(self.measures)
 
     def state(self) -> dict[str, Any]:
         downloaded = self.path.folders.downloaded if self.path is not None else []
-        return {"waits": self.waits, "downloaded": downloaded}
+        return {"waits": self.waits, "downloaded": downloaded, "measures": [asdict(m) for m in self.measures]}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.waits = state["waits"]
+        self.measures = [Measure(**measure) for measure in state["measures"]]
         if self.path is not None:
             self.path.folders.downloaded = state["downloaded"]
 

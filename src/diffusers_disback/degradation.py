@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from .data import PromptData
 from .families import ModelFamily
 from .generator import OneStepGenerator
 from .learner import AdapterLearner, Learner, add_adapter, shared_base
+from .mismatch import MismatchProbe, answers, denoising_losses, mean
+from .node_spacing import evenly_spaced, footprints, is_flat
 from .path import DegradationPath
 from .trainer import Stage
 
@@ -27,11 +29,23 @@ class DegradationConfig:
     """
 
     degradation_steps: int = setting(
-        1000, "Fake-score updates of stage 1. DisBack, for SDXL: 1,000 (its scripts; the paper's are not known to us)."
+        1000,
+        "Fake-score updates of stage 1, with --degradation_stop at most. DisBack, for SDXL: 1,000 (its scripts; the "
+        "paper's are not known to us).",
     )
     num_path_nodes: int = setting(
         10,
         "N, the nodes recorded, evenly spaced. DisBack, for SDXL: 10. 0 records nothing: plain DMD or Diff-Instruct.",
+    )
+    node_spacing: Literal["steps", "mismatch"] = setting(
+        "steps",
+        "In what nodes are evenly spaced: fake-score updates; or their denoising loss on the initial student's samples, "
+        "for which more nodes are written while stage 1 goes on, and N of them are kept.",
+    )
+    degradation_stop: float = setting(
+        0.0,
+        "End stage 1 when its denoising loss has flattened: when doubling the updates brought less than this share of "
+        "all that it has fallen by. 0: never before --degradation_steps.",
     )
     proportion_empty_prompts: float = setting(
         0.1,
@@ -47,6 +61,10 @@ class DegradationConfig:
                 f"--num_path_nodes {self.num_path_nodes} is more than --degradation_steps {self.degradation_steps}: "
                 "there is at most one node per step."
             )
+        if self.node_spacing not in ("steps", "mismatch"):
+            raise ValueError(f"--node_spacing {self.node_spacing!r} is none of steps, mismatch.")
+        if not 0 <= self.degradation_stop < 1:
+            raise ValueError(f"--degradation_stop has to be in [0, 1), but is {self.degradation_stop}.")
         if not 0 <= self.proportion_empty_prompts < 1:
             raise ValueError(
                 f"--proportion_empty_prompts has to be in [0, 1), but is {self.proportion_empty_prompts}."
@@ -54,7 +72,9 @@ class DegradationConfig:
 
     @property
     def node_steps(self) -> list[int]:
-        """The steps after which nodes 1..N are recorded; the last is the last step."""
+        """The steps after which nodes are recorded; the last is the last step. Spaced by mismatch, N of them are kept."""
+        if self.node_spacing == "mismatch" and self.num_path_nodes:
+            return footprints(self.degradation_steps, self.num_path_nodes)
         nodes, steps = self.num_path_nodes, self.degradation_steps
         return [round(i * steps / nodes) for i in range(1, nodes + 1)]
 
@@ -87,8 +107,13 @@ class DegradationRecorder(Stage):
         recorded: Callable[[], None] | None = None,
     ):
         self.path = path
+        self.degradation = degradation
         self.recorded = recorded or (lambda: None)
         self.node_steps = degradation.node_steps
+        self.measured_steps = set(self.node_steps)
+        if degradation.degradation_stop:
+            self.measured_steps |= set(footprints(degradation.degradation_steps, 1))
+        self.walk: list[dict[str, Any]] = []  # the denoising loss of the fake score in each band, step by step
         updates, rate = degradation.degradation_steps, config.fake_score_learning_rate
         shared: SharedNetwork | None = None
         if config.is_adapter("fake_score"):
@@ -112,6 +137,7 @@ class DegradationRecorder(Stage):
         else:
             model = self.frozen(generator.to(self.accelerator.device))
         self.generator = OneStepGenerator(model, config.conditioning_timestep)
+        self.probe = MismatchProbe(config, family, data, self.accelerator.device)
         self._loss_since_node = torch.zeros((), device=self.accelerator.device)
 
     def train_step(self, step: int, batches: list[list[Batch]]) -> dict[str, Tensor]:
@@ -121,16 +147,54 @@ class DegradationRecorder(Stage):
         return {"fake_score_loss": loss}
 
     def after_step(self, done: int) -> None:
-        if done not in self.node_steps:
+        if done not in self.measured_steps:
             return
         self.check_finite()
+        self.measure(done)
+        loss = mean(self.walk[-1]["losses"])
+        self.accelerator.log({f"{self.name}/denoising_loss": loss}, step=done)
+        if self.has_flattened() and done < self.steps:
+            self.say(f"the denoising loss, {loss:.4g}, has flattened after {done} steps")
+            self.steps = done
+        if done in self.node_steps or done == self.steps:
+            self.append(done)
+
+    def measure(self, done: int) -> None:
+        """Notes the fake score's denoising loss on the initial student's samples; after 0 steps it is the teacher's."""
+        questions = self.probe.questions(self.generator)
+        given = answers(self.fake_score.score_model(self.family), questions)
+        self.walk.append({"step": done, "losses": self.agreed(denoising_losses(questions, given))})
+
+    def has_flattened(self) -> bool:
+        """Whether stage 1 has come to its end by itself."""
+        steps, losses = [row["step"] for row in self.walk], [mean(row["losses"]) for row in self.walk]
+        return is_flat(steps, losses, self.degradation.degradation_stop)
+
+    def append(self, done: int) -> None:
+        """Records a node, with its own loss and the teacher's in each band."""
         if self.accelerator.is_main_process:
             since = done - (self.path.nodes[-1]["step"] if self.path.nodes else 0)
-            learner, loss = self.fake_score, (self._loss_since_node / since).item()
-            self.path.append(learner.unwrapped(), done, loss, learner.adapter, self.node_dtype)
-            self.recorded()
+            measured = {"denoising_loss": self.walk[-1]["losses"], "teacher_denoising_loss": self.walk[0]["losses"]}
+            loss = (self._loss_since_node / since).item()
+            learner = self.fake_score
+            self.path.append(learner.unwrapped(), done, loss, learner.adapter, self.node_dtype, measured)
+            self.tell()
         self.accelerator.wait_for_everyone()
         self._loss_since_node = torch.zeros_like(self._loss_since_node)
+
+    def kept_steps(self) -> list[int]:
+        """The steps of the nodes that make the path, now that the walk is over."""
+        steps = [node["step"] for node in self.path.nodes]
+        if self.degradation.node_spacing == "steps":
+            return steps
+        rows = [row for row in self.walk if row["step"] in (0, *steps)]
+        places = evenly_spaced([mean(row["losses"]) for row in rows], self.degradation.num_path_nodes)
+        return [rows[place]["step"] for place in places]
+
+    def tell(self) -> None:
+        """Says that there is something new in the path's folder, unless it may not stay there."""
+        if self.degradation.node_spacing == "steps" or self.path.complete:
+            self.recorded()
 
     @property
     def node_dtype(self) -> torch.dtype:
@@ -142,8 +206,8 @@ class DegradationRecorder(Stage):
         """Stage 1, whole or resumed. Returns the complete path; the fake score's memory is free again."""
         self.run()
         if self.accelerator.is_main_process:
-            self.path.finish(self.summary())
-            self.recorded()
+            self.path.finish(self.summary(), self.kept_steps())
+            self.tell()
         self.accelerator.wait_for_everyone()
         self.path.reread()
         self.fake_score.release()
@@ -153,19 +217,25 @@ class DegradationRecorder(Stage):
         done = super().resume()
         if self.accelerator.is_main_process:
             self.path.begin(done)
-            self.recorded()
+            self.tell()
         self.accelerator.wait_for_everyone()
         self.path.reread()
         expected = [step for step in self.node_steps if step <= done]
+        expected += [done] if 0 < done == self.steps and done not in self.node_steps else []  # stopped between two
         if [node["step"] for node in self.path.nodes] != expected:
             raise ValueError(
                 f"{self.path.folder} has the nodes of steps {[node['step'] for node in self.path.nodes]}, but at step "
                 f"{done} this recording had {expected}. Record the path again, in another --output_dir."
             )
+        if done == 0:
+            self.measure(0)
         return done
 
     def state(self) -> dict[str, Any]:
-        return {"loss_since_node": self._loss_since_node.item()}
+        return {"loss_since_node": self._loss_since_node.item(), "walk": self.walk}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._loss_since_node = torch.full_like(self._loss_since_node, state["loss_since_node"])
+        self.walk = state["walk"]
+        if self.has_flattened():
+            self.steps = state["step"]

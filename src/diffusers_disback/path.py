@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
@@ -154,7 +155,8 @@ class DegradationPath:
 
     @property
     def nodes(self) -> list[dict[str, Any]]:
-        """What is known of nodes 1..N: `name`, `kind`, `step`, `loss`, `dtype`, `bytes`, `files` with their SHA-256."""
+        """What is known of nodes 1..N: `name`, `kind`, `step`, `loss`, `dtype`, `bytes`, `files` with their SHA-256,
+        and what was measured of them (`mismatch`)."""
         return self.manifest["nodes"]
 
     @property
@@ -182,6 +184,7 @@ class DegradationPath:
         loss: float,
         adapter: str | None = None,
         dtype: torch.dtype | None = None,
+        mismatch: dict[str, list[float]] | None = None,
     ) -> None:
         """Records the next node.
 
@@ -192,6 +195,7 @@ class DegradationPath:
             adapter (`str`, *optional*): Record the adapter of this name, which is on the network, instead of all of it.
             dtype (`torch.dtype`, *optional*): In which weights are written, if not in their own; what rounding takes away
                 is noted as `rounding_error`, a share of their norm.
+            mismatch (`dict`, *optional*): What was measured of it: name -> a number for each band of noise.
         """
         if self.nodes and step <= self.nodes[-1]["step"]:
             raise ValueError(f"node {len(self) + 1} at step {step} does not come after step {self.nodes[-1]['step']}.")
@@ -216,6 +220,8 @@ class DegradationPath:
             "bytes": sum(file.stat().st_size for file in files),
             "files": {file.name: sha256_of(file) for file in files},
         }
+        if mismatch is not None:
+            node["mismatch"] = mismatch
         write_json(draft / "node.json", {**node, "path": self.manifest["id"]})
         # A folder of this name can only be left from a recording that was cut off before `path.json` knew of it.
         shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -227,16 +233,24 @@ class DegradationPath:
         """Takes over what another process wrote."""
         self.manifest = json.loads((self.folder / MANIFEST).read_text())
 
-    def finish(self, cost: dict[str, float]) -> None:
-        """Marks the path as complete, and notes what it cost: `steps`, `seconds`, `peak_memory_mb`."""
+    def finish(self, cost: dict[str, float], steps: Collection[int] | None = None) -> None:
+        """Marks the path as complete, and notes what it cost: `steps`, `seconds`, `peak_memory_mb`.
+
+        Args:
+            cost (`dict`): Of its recording.
+            steps (`Collection[int]`, *optional*): Of the nodes to keep; by default all.
+        """
         self.manifest["complete"], self.manifest["cost"] = True, cost
-        self._write()
+        self._keep(lambda node: steps is None or node["step"] in steps)
 
     def begin(self, step: int = 0) -> None:
         """Writes the manifest, and drops the nodes recorded after a step, for a recording that is resumed there."""
-        kept = [node for node in self.nodes if node["step"] <= step]
-        dropped = self.nodes[len(kept) :]
-        self.manifest["nodes"], self.manifest["complete"] = kept, False
+        self.manifest["complete"] = False
+        self._keep(lambda node: node["step"] <= step)
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        dropped = [node for node in self.nodes if not wanted(node)]
+        self.manifest["nodes"] = [node for node in self.nodes if wanted(node)]
         self._write()
         for node in dropped:
             shutil.rmtree(self.folder / node["name"])

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from .backtracking import BacktrackingConfig, BacktrackingTrainer, TargetSchedule, guidance_of_node
+from .backtracking import BacktrackingConfig, BacktrackingTrainer, guidance_of_node, target_schedule
 from .branches import HubNodes
 from .condition_cache import ConditionCache, choose_cache
 from .config import TrainingConfig
@@ -58,7 +59,7 @@ def check_settings(configs: Configs) -> None:
             "with --push_to_hub."
         )
     if training.stage == "all" and not training.path_is_shared and not (training.path_folder / MANIFEST).exists():
-        TargetSchedule(degradation.num_path_nodes, backtracking.steps_per_target, backtracking.max_train_steps)
+        target_schedule(backtracking, degradation.num_path_nodes)
 
 
 def is_finished(configs: Configs) -> bool:
@@ -66,7 +67,7 @@ def is_finished(configs: Configs) -> bool:
     training, degradation, backtracking = configs
     stages = read_report(Path(training.output_dir)).get("stages", {})
     if training.stage == "record":
-        return stages.get("degradation", {}).get("steps") == degradation.degradation_steps
+        return "degradation" in stages
     return stages.get("backtracking", {}).get("steps") == backtracking.max_train_steps
 
 
@@ -103,7 +104,7 @@ def open_path(
         if state.is_main_process:
             path.verify()
         if training.stage != "record":
-            TargetSchedule(len(path), backtracking.steps_per_target, backtracking.max_train_steps)
+            target_schedule(backtracking, len(path))
         state.print(f"The path in {folder} is complete: its {len(path)} nodes are used as they are.")
     else:
         ours = RunFolder(training.output_dir).settings_file("degradation").exists()
@@ -139,7 +140,7 @@ def _open_shared(
         raise ValueError(
             f"The path of {path.where} is unfinished: {len(path)} nodes are published. Its owner has to finish it."
         )
-    TargetSchedule(len(path), backtracking.steps_per_target, backtracking.max_train_steps)
+    target_schedule(backtracking, len(path))
     state.print(f"The path of {path.where} is replayed: {len(path)} nodes, downloaded as they are needed.")
     return path
 
@@ -248,9 +249,10 @@ def write_results(
         if trainer.student.lora is not None:
             config = trainer.student.lora[1]
             content["lora"] = {"rank": config.r, "alpha": config.lora_alpha, "folder": "lora"}
-        content |= {"curve": trainer.curve, "switches": trainer.schedule.switches, "waits": trainer.waits}
+        content |= {"curve": trainer.curve, "switches": trainer.switches, "waits": trainer.waits}
+        content["measures"] = [asdict(measure) for measure in trainer.measures]
         content["machine"]["mixed_precision"] = precision
-        report.write_convergence(trainer.curve, trainer.schedule.switches, folder / "convergence.png")
+        report.write_convergence(trainer.curve, trainer.switches, folder / "convergence.png")
         launch = ["accelerate", "launch", "--num_processes", str(state.num_processes), "--mixed_precision", precision]
         content["command"] = shlex.join([*launch, script, *without_token(arguments)])
     written = report.write(folder, **content)

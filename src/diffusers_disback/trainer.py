@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -95,7 +95,7 @@ class Stage(ABC):
         """One step on `batches_per_step` global batches of slices. Returns losses, on their device."""
 
     def after_step(self, done: int) -> None:  # noqa: B027
-        """What happens after `done` steps, before anything is logged or saved."""
+        """What happens after `done` steps, before anything is logged or saved. It may make `done` the last: `steps`."""
 
     validates = False
 
@@ -201,6 +201,8 @@ class Stage(ABC):
                 if saves:
                     self._save(done)
                 started = time.monotonic()
+            if done == self.steps:  # a stage may have put its end nearer
+                break
         bar.close()
         self.check_finite()
         if self.validates:
@@ -212,6 +214,10 @@ class Stage(ABC):
         """Prints a line above the progress bar, on the main process."""
         if self.accelerator.is_main_process:
             tqdm.write(f"{self.name}: {what}", file=sys.stderr)
+
+    def agreed(self, values: list[Any]) -> list[Any]:
+        """The main process's values, on every process."""
+        return broadcast_object_list(values)
 
     def summary(self) -> dict[str, float]:
         """Steps, seconds (evaluation and saving apart) and the peak of memory in MB."""

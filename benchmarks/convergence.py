@@ -1,0 +1,231 @@
+"""Does the path help, how much, and when should the target change: the same task with and without, several seeds each.
+
+    python benchmarks/convergence.py --world toy                     # what is not there yet, then tables and plots
+    python benchmarks/convergence.py --world shapes --seeds 0 1 2 3 4
+    python benchmarks/convergence.py --world toy --report            # tables and plots of what is there
+    python benchmarks/convergence.py --world toy --small --output /tmp/small
+
+Every arm and seed is one JSON file under `benchmarks/results/convergence/<world>/<regime>/`, written as it ends: a run that
+was cut off goes on, and several processes share the work. Costs include stage 1, on three axes: generator updates (of stage
+1: the fake score's), network evaluations (forward 1, backward 2; per sample of a batch), seconds.
+"""
+
+import argparse
+import fcntl
+import importlib
+import itertools
+import json
+import math
+import os
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+
+HERE = Path(__file__).parent
+AXES = ("updates", "evaluations", "seconds")
+Result = dict[str, Any]
+
+
+@contextmanager
+def claimed(file: Path) -> Iterator[bool]:
+    """Whether this process is the one to write a file. The claim ends with the process, however it ends."""
+    lock = file.with_suffix(".lock")
+    with open(lock, "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield not file.exists()
+        lock.unlink(missing_ok=True)
+
+
+def run(world: Any, regimes: list[str], arms: list[str], seeds: list[int], folder: Path, small: bool) -> None:
+    """Runs what is missing: the seeds of an arm side by side where the world can, else one after the other."""
+    groups = [seeds] if world.SIDE_BY_SIDE else [[seed] for seed in seeds]
+    for regime, group, arm in itertools.product(regimes, groups, arms):
+        (folder / regime).mkdir(parents=True, exist_ok=True)
+        with ExitStack() as claims:
+            files = {seed: folder / regime / f"{arm}-{seed}.json" for seed in group}
+            ours = [seed for seed, file in files.items() if claims.enter_context(claimed(file))]
+            if not ours:
+                continue
+            print(f"{regime}: {arm}, seeds {' '.join(map(str, ours))}", file=sys.stderr, flush=True)
+            settings, results = world.run(regime, arm, ours, small)
+            for seed, result in zip(ours, results, strict=True):
+                write(files[seed], {"regime": regime, "arm": arm, "seed": seed, **settings, **result})
+
+
+def write(file: Path, result: Result) -> None:
+    """Whole or not at all."""
+    draft = file.with_suffix(".draft")
+    draft.write_text(json.dumps(result) + "\n")
+    os.replace(draft, file)
+
+
+def read(folder: Path, regime: str) -> dict[str, list[Result]]:
+    """Arm -> the results of its seeds, in order."""
+    found: dict[str, list[Result]] = {}
+    for file in (folder / regime).glob("*.json"):
+        result = json.loads(file.read_text())
+        found.setdefault(result["arm"], []).append(result)
+    return {arm: sorted(results, key=lambda result: result["seed"]) for arm, results in found.items()}
+
+
+# What is read off a curve ------------------------------------------------------------------------------------------
+
+
+def crossing(result: Result, threshold: float) -> int | None:
+    """The first place of the curve from which on the distance stays at or below the threshold; `None` if it does not."""
+    distances, place = result["curve"]["distance"], None
+    for k in range(len(distances) - 1, -1, -1):
+        if distances[k] > threshold:
+            break
+        place = k
+    return place
+
+
+def cost(result: Result, threshold: float, axis: str) -> float:
+    """What it took to cross the threshold for good, stage 1 included; the whole budget if it never did."""
+    place = crossing(result, threshold)
+    value = result["curve"][axis][-1 if place is None else place]
+    return value + (result["stage_1"]["updates"] if axis == "updates" else 0)  # the other two count from the start
+
+
+def settled(results: list[Result]) -> float:
+    """The distance that runs settle at: the median, over seeds, of the median of the curve's last fifth."""
+    return median(median(r["curve"]["distance"][-max(len(r["curve"]["distance"]) // 5, 1) :]) for r in results)
+
+
+def bootstrap(values: list[float], level: float = 0.9, draws: int = 2000) -> tuple[float, float]:
+    """The interval of the median, from resampled seeds."""
+    rng = random.Random(0)
+    medians = sorted(median(rng.choices(values, k=len(values))) for _ in range(draws))
+    tail = (1 - level) / 2
+    return medians[math.floor(tail * draws)], medians[math.ceil((1 - tail) * draws) - 1]
+
+
+def ratio_interval(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
+    """The median over seeds of their cost over ours (above 1: ours is cheaper), and its 90 % interval."""
+    ratios = [max(b, 1) / max(a, 1) for a, b in zip(ours, theirs, strict=True)]
+    return median(ratios), *bootstrap(ratios)
+
+
+# What is shown -----------------------------------------------------------------------------------------------------
+
+
+def thresholds(found: dict[str, list[Result]]) -> list[float]:
+    """1.25 x and 2 x the distance that the runs without a path settle at."""
+    level = settled(found["none"])
+    return [float(f"{factor * level:.3g}") for factor in (2.0, 1.25)]
+
+
+def table(found: dict[str, list[Result]], arms: list[str], measures: list[str]) -> str:
+    """Costs to fixed distances and the end, a row for each arm: medians with 90 % intervals over seeds."""
+    levels = thresholds(found)
+    heads = ["arm", "seeds"] + [f"{axis} to {level:g}" for level in levels for axis in AXES]
+    heads += [f"never {level:g}" for level in levels] + ["final distance", *[f"final {m}" for m in measures]]
+    lines = ["| " + " | ".join(heads) + " |", "| " + " | ".join(["---"] * len(heads)) + " |"]
+    for arm in (arm for arm in arms if arm in found):
+        results, cells = found[arm], [arm, str(len(found[arm]))]
+        for level in levels:
+            cells += [interval([cost(result, level, axis) for result in results]) for axis in AXES]
+        cells += [str(sum(crossing(result, level) is None for result in results)) for level in levels]
+        for measure in ["distance", *measures]:
+            tails = [median(r["curve"][measure][-max(len(r["curve"][measure]) // 10, 1) :]) for r in results]
+            cells.append(interval(tails))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def interval(values: list[float]) -> str:
+    low, high = bootstrap(values)
+    return f"{median(values):.4g} ({low:.4g}-{high:.4g})"
+
+
+def comparison(found: dict[str, list[Result]], arms: list[str]) -> str:
+    """How many times fewer network evaluations than without a path, and than a warm fake score, seed by seed."""
+    level = thresholds(found)[-1]
+    lines = [f"| arm | against none, to {level:g} | against warm |", "| --- | --- | --- |"]
+    costs = {arm: [cost(result, level, "evaluations") for result in found[arm]] for arm in found}
+    for arm in (arm for arm in arms if arm in found and len(found[arm]) == len(found["none"])):
+        cells = [arm]
+        for other in ("none", "warm"):
+            same = other in costs and len(costs[other]) == len(costs[arm])
+            cells.append("{:.2f} ({:.2f}-{:.2f})".format(*ratio_interval(costs[arm], costs[other])) if same else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, list[Result]], arms: list[str], title: str, file: Path) -> None:
+    """Distance over each axis: medians over seeds, with the spread from the smallest to the largest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(AXES), figsize=(15, 4), sharey=True)
+    for panel, axis in zip(axes, AXES, strict=True):
+        for colour, arm in enumerate(arm for arm in arms if arm in found):
+            curves = [result["curve"] for result in found[arm]]
+            extra = [result["stage_1"]["updates"] if axis == "updates" else 0 for result in found[arm]]
+            across = [
+                median(curve[axis][k] + more for curve, more in zip(curves, extra, strict=True))
+                for k in range(len(curves[0]["updates"]))
+            ]
+            distances = list(zip(*(curve["distance"] for curve in curves), strict=True))
+            panel.plot(across, [median(values) for values in distances], color=f"C{colour}", lw=1.2, label=arm)
+            panel.fill_between(across, *zip(*((min(v), max(v)) for v in distances), strict=True), alpha=0.12, lw=0)
+        for level in thresholds(found):
+            panel.axhline(level, color="0.6", lw=0.8, ls=":")
+        panel.set(yscale="log", xlabel=f"{axis}, stage 1 included")
+    axes[0].set_ylabel("distance")
+    axes[0].set_title(title, loc="left", fontsize=9)
+    axes[-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=90)
+    plt.close(figure)
+
+
+def report(world: Any, regimes: list[str], arms: list[str], folder: Path) -> None:
+    """Prints the tables and writes them, and a plot of each regime, beside the results."""
+    parts = []
+    for regime in regimes:
+        found = read(folder, regime)
+        if "none" not in found:
+            continue
+        parts.append(f"## {regime}\n\n{table(found, arms, world.MEASURES)}\n\n{comparison(found, arms)}\n")
+        plot(found, arms, regime, folder / f"{regime}.png")
+    (folder / "tables.md").write_text("\n".join(parts))
+    print("\n".join(parts))
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", choices=("toy", "shapes"), required=True)
+    parser.add_argument("--regimes", nargs="+", help="by default all")
+    parser.add_argument("--arms", nargs="+", help="by default all")
+    parser.add_argument("--seeds", nargs="+", type=int, help="by default the world's own")
+    parser.add_argument("--output", default=HERE / "results" / "convergence", type=Path)
+    parser.add_argument("--small", action="store_true", help="a setting of seconds, to see that everything runs")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    world = importlib.import_module(f"{options.world}_world")
+    folder = options.output / options.world
+    regimes, arms = options.regimes or list(world.REGIMES), options.arms or list(world.ARMS)
+    if not options.report:
+        run(world, regimes, arms, options.seeds or world.SEEDS, folder, options.small)
+    report(world, regimes, arms, folder)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE))
+    main(sys.argv[1:])

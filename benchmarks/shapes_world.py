@@ -1,0 +1,206 @@
+"""The embedded teacher of captioned shapes, by the library's own stages."""
+
+import functools
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples" / "text_to_image"
+sys.path.insert(0, str(EXAMPLES))
+
+from diffusers_disback import (  # noqa: E402
+    BacktrackingConfig,
+    BacktrackingTrainer,
+    DegradationConfig,
+    DegradationPath,
+    DegradationRecorder,
+    ModelFamily,
+    ModelReference,
+    PromptData,
+    PromptFile,
+    TrainingConfig,
+    load_family,
+)
+from diffusers_disback.evaluation.report import unadorned  # noqa: E402
+from diffusers_disback.generator import to_pipeline  # noqa: E402
+from diffusers_disback.model_reference import fingerprint  # noqa: E402
+from shapes.evaluator import NUM_PICTURES, shapes_evaluation, shapes_prompts  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Regime:
+    """The settings that all arms share: those of `quickstart.args`, but for a constant learning rate and smaller batches.
+
+    Args:
+        updates (`int`): Of the generator.
+        degradation_steps, num_path_nodes, steps_per_target (`int`): Of the arms that have them.
+        batch (`int`): Samples of an update.
+        evaluate_every (`int`): Updates.
+        pictures (`int`): Of each evaluation.
+    """
+
+    updates: int = 100
+    degradation_steps: int = 45
+    num_path_nodes: int = 3
+    steps_per_target: int = 15
+    batch: int = 16
+    evaluate_every: int = 20
+    pictures: int = 200
+
+
+REGIMES = {"shapes": Regime()}
+SMALL = Regime(
+    updates=4, degradation_steps=4, num_path_nodes=2, steps_per_target=1, batch=2, evaluate_every=2, pictures=80
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared.
+
+    Args:
+        degradation (`dict`): Changed settings of stage 1.
+        backtracking (`dict`): Of stage 2.
+        shuffled (`bool`): Nodes 1..N-1 are targets in a random order.
+    """
+
+    degradation: dict[str, Any] = field(default_factory=dict)
+    backtracking: dict[str, Any] = field(default_factory=dict)
+    shuffled: bool = False
+
+
+_ADAPTIVE = {"target_schedule": "adaptive", "mismatch_steps": 5}
+ARMS = {
+    "none": Arm({"num_path_nodes": 0}),
+    "warm": Arm({"num_path_nodes": 1}),
+    "path": Arm(),
+    "shuffled": Arm(shuffled=True),
+    "adaptive": Arm({}, _ADAPTIVE),
+    "mismatch": Arm({"node_spacing": "mismatch"}),
+    "stop_adaptive": Arm({"node_spacing": "mismatch", "degradation_stop": 0.1}, _ADAPTIVE),
+}
+SIDE_BY_SIDE = False
+SEEDS = list(range(5))
+MEASURES = ["shape_accuracy", "colour_accuracy", "background_accuracy"]
+
+
+class Counter:
+    """Network evaluations per sample of a batch: 1 for a forward pass, 2 more if it is to be gone back through."""
+
+    def __init__(self, family: ModelFamily, batch: int):
+        self.total, call = 0.0, family.call
+
+        def counted(network, x_t, t, condition):
+            self.total += len(x_t) / batch * (3 if torch.is_grad_enabled() else 1)
+            return call(network, x_t, t, condition)
+
+        family.call = counted
+
+
+class Trainer(BacktrackingTrainer):
+    """Stage 2, with the evaluations so far in its curve, and if asked for with its targets out of order."""
+
+    counter: Counter
+    order: dict[int, int] = {}
+
+    def fill_target(self, node: int) -> None:
+        super().fill_target(self.order.get(node, node))
+
+    def validate(self, done: int) -> dict[str, float]:
+        evaluations = self.counter.total  # what is only looked at does not count
+        row = {"evaluations": evaluations, **super().validate(done)}
+        self.counter.total = evaluations
+        return row
+
+
+@functools.cache
+def _evaluation(pictures: int):
+    return shapes_evaluation(pictures) if pictures == NUM_PICTURES else _fewer(pictures)
+
+
+def _fewer(pictures: int):
+    evaluation = shapes_evaluation(NUM_PICTURES)
+    evaluation.prompts = shapes_prompts(pictures)
+    return evaluation
+
+
+def run(regime: str, arm: str, seeds: list[int], small: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The settings, and the record of each seed."""
+    task = SMALL if small else REGIMES[regime]
+    return {"settings": asdict(task) | {"arm": asdict(ARMS[arm])}}, [_run(task, ARMS[arm], seed) for seed in seeds]
+
+
+def _run(task: Regime, arm: Arm, seed: int) -> dict[str, Any]:
+    evaluation = _evaluation(task.pictures)
+    with tempfile.TemporaryDirectory() as folder:
+        training = TrainingConfig(
+            pretrained_model_name_or_path=str(EXAMPLES / "shapes" / "teacher"),
+            output_dir=folder,
+            seed=seed,
+            train_batch_size=task.batch,
+            fake_score_learning_rate=5e-4,
+            lr_scheduler="constant",
+            lr_warmup_steps=0,
+            adam_weight_decay=0.0,
+            report_to="none",
+            checkpointing_steps=10**6,
+            validation_steps=task.evaluate_every,
+        )
+        degradation = DegradationConfig(
+            **{
+                "degradation_steps": task.degradation_steps,
+                "num_path_nodes": task.num_path_nodes,
+                "proportion_empty_prompts": 0.0,
+                **arm.degradation,
+            }
+        )
+        backtracking = BacktrackingConfig(
+            **{
+                "max_train_steps": task.updates,
+                "steps_per_target": task.steps_per_target,
+                "guidance_scale": 4.0,
+                "generator_learning_rate": 3e-4,
+                "fake_score_updates": 1,
+                "use_ema": True,
+                "ema_decay": 0.95,
+                **arm.backtracking,
+            }
+        )
+        teacher = load_family(ModelReference(training.pretrained_model_name_or_path))
+        counter = Counter(teacher, task.batch)
+        data = PromptData(PromptFile(EXAMPLES / "shapes" / "prompts.txt"), teacher.encode)
+        generator = teacher.initial_generator()
+        path, stage_1 = None, {"updates": 0, "evaluations": 0.0, "seconds": 0.0}
+        if degradation.num_path_nodes:
+            start = {"name_or_path": None, "sha256": fingerprint(generator), "conditioning_timestep": 399}
+            own = fingerprint(teacher.network)
+            path = DegradationPath.create(training.path_folder, teacher.reference, own, start, {})
+            path = DegradationRecorder(training, degradation, teacher, generator, data, path).record()
+            cost = path.manifest["cost"]
+            stage_1 = {"updates": cost["steps"], "evaluations": counter.total, "seconds": cost["seconds"]}
+
+        def measure(network: nn.Module) -> dict[str, float]:
+            pipeline = unadorned(to_pipeline(network, training.conditioning_timestep, teacher.pipeline))
+            return evaluation.measure(evaluation.draw(pipeline)[0])
+
+        first = {"evaluations": counter.total, **measure(generator)}
+        trainer = Trainer(training, backtracking, teacher, generator, data, path, measure, first)
+        trainer.counter = counter
+        if arm.shuffled:
+            inner = list(range(1, len(path)))
+            drawn = torch.randperm(len(inner), generator=torch.Generator().manual_seed(seed))
+            trainer.order = {node: inner[i] for node, i in zip(inner, drawn.tolist(), strict=True)}
+        counter.total = stage_1["evaluations"]
+        trainer.train()
+    names = [name for name in trainer.curve[-1] if name != "step"]
+    columns = {name: [float(f"{row[name]:.5g}") for row in trainer.curve if name in row] for name in names}
+    columns["seconds"] = [round(seconds + stage_1["seconds"], 2) for seconds in columns["seconds"]]
+    nodes = [] if path is None else [{"step": n["step"], "mismatch": n["mismatch"]} for n in path.nodes]
+    curve = {"updates": [row["step"] for row in trainer.curve], **columns}
+    return {"stage_1": stage_1, "nodes": nodes, "switches": trainer.switches, "curve": curve}

@@ -1,0 +1,330 @@
+"""Both stages in two dimensions, of many seeds side by side, with the library's own schedules.
+
+Every seed has a target of its own: where seeds leave a node at different times, their targets are gathered from the stacked
+nodes of their paths. Costs are counted per seed: a forward pass of a network is one evaluation, a backward pass two.
+"""
+
+import functools
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import worlds
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from worlds import Draws, Weights
+
+from diffusers_disback.node_spacing import evenly_spaced, footprints, is_flat
+from diffusers_disback.target_schedule import AdaptiveSchedule, FixedSchedule, GeometricSchedule, Measure
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A task and the settings that all arms share.
+
+    Args:
+        asked (`float`): The noise level at which the student is asked.
+        generator_learning_rate, fake_score_learning_rate (`float`): Of Adam.
+        degradation_steps (`int`): Of stage 1.
+        num_path_nodes, steps_per_target (`int`): N and K.
+        updates (`int`): Of the generator.
+        batch (`int`): Points of an update.
+        ema_decay (`float`): Of the average of the student's weights that is measured.
+        evaluate_every (`int`): Updates.
+        teacher_steps (`int`): That the teacher was trained for.
+    """
+
+    asked: float = 20.0
+    generator_learning_rate: float = 1e-4
+    fake_score_learning_rate: float = 2e-4
+    degradation_steps: int = 100
+    num_path_nodes: int = 4
+    steps_per_target: int = 100
+    updates: int = 1500
+    batch: int = 128
+    ema_decay: float = 0.98
+    evaluate_every: int = 25
+    teacher_steps: int = 12_000
+
+
+REGIMES = {
+    "recorded": Regime(),
+    "over_degraded": Regime(degradation_steps=300),
+    "under_recorded": Regime(degradation_steps=60),
+    "high_learning_rate": Regime(generator_learning_rate=5e-4, fake_score_learning_rate=1e-3, updates=600),
+    "low_sigma": Regime(asked=2.5, updates=600),
+}
+SMALL = Regime(
+    degradation_steps=8, num_path_nodes=3, steps_per_target=4, updates=16, batch=16, evaluate_every=4, teacher_steps=20
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared.
+
+    Args:
+        path (`str`): none; warm (the fake score alone, the teacher the only target); steps or mismatch (how nodes are
+            spaced); shuffled (spaced by steps, in a random order of targets).
+        schedule (`str`): fixed, geometric or adaptive.
+        stop (`float`): Stage 1 ends when its loss has flattened by this share; 0 is never.
+        settings (`dict`): Of the schedule.
+    """
+
+    path: str = "steps"
+    schedule: str = "fixed"
+    stop: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+ARMS = {
+    "none": Arm("none"),
+    "warm": Arm("warm"),
+    "path": Arm(),
+    "shuffled": Arm("shuffled"),
+    "geometric": Arm(schedule="geometric", settings={"ratio": 1.5}),
+    "adaptive": Arm(schedule="adaptive", settings={"share": 0.5}),
+    "mismatch": Arm("mismatch"),
+    "mismatch_adaptive": Arm("mismatch", "adaptive", settings={"share": 0.5}),
+    "stop_adaptive": Arm("mismatch", "adaptive", stop=0.1, settings={"share": 0.5}),
+}
+SCHEDULES = {"fixed": FixedSchedule, "geometric": GeometricSchedule, "adaptive": AdaptiveSchedule}
+MISMATCH_EVERY, BANDS, PROBED = 10, 4, 64
+
+
+def trainable(weights: Weights, seeds: int) -> Weights:
+    """A copy for each seed."""
+    return [tensor.expand(seeds, -1, -1).clone().requires_grad_() for tensor in weights]
+
+
+def frozen(weights: Weights) -> Weights:
+    return [tensor.detach().clone() for tensor in weights]
+
+
+class Probe:
+    """Of each seed, points that are always noised in the same way, in bands of the logarithm of the noise level."""
+
+    def __init__(self, draws: Draws, asked: float):
+        self.asked = asked
+        self.input = draws.normal(PROBED, 2)
+        ends = torch.logspace(*torch.tensor([worlds.SIGMA_MIN, worlds.SIGMA_MAX]).log10().tolist(), BANDS + 1)
+        bands = zip(ends, ends[1:], strict=False)
+        self.sigma = torch.cat([draws.sigma(PROBED, low, high) for low, high in bands], 1)
+        self.noise = draws.normal(BANDS * PROBED, 2)
+        self.evaluations = BANDS * PROBED
+
+    @torch.no_grad()
+    def points(self, generator: Weights) -> Tensor:
+        """The generator's samples, `[S, bands * n, 2]`."""
+        return worlds.generate(generator, self.input, self.asked).repeat(1, BANDS, 1)
+
+    @torch.no_grad()
+    def denoised(self, weights: Weights, x0: Tensor) -> Tensor:
+        return worlds.denoise(weights, x0 + self.sigma * self.noise, self.sigma)
+
+    @torch.no_grad()
+    def loss(self, weights: Weights, x0: Tensor) -> Tensor:
+        return worlds.denoising_loss(weights, x0, self.sigma, self.noise)
+
+
+class Run:
+    """All seeds of one arm in one regime.
+
+    Args:
+        regime (`Regime`): The task.
+        arm (`Arm`): What is tried.
+        seeds (`list[int]`): Side by side.
+        teacher (`Weights`): `[1, in, out]`.
+    """
+
+    def __init__(self, regime: Regime, arm: Arm, seeds: list[int], teacher: Weights):
+        self.regime, self.arm, self.seeds, self.teacher = regime, arm, seeds, teacher
+        self.started = time.monotonic()
+        self.evaluations = torch.zeros(len(seeds))
+        self.probe = Probe(Draws(seeds, 3), regime.asked)
+        self.start = [tensor.expand(len(seeds), -1, -1) for tensor in teacher]
+
+    # Stage 1 -----------------------------------------------------------------------------------------------------
+
+    def record(self) -> tuple[list[Weights], list[int]]:
+        """Nodes 0..N of every seed, and the updates that were spent for each."""
+        regime, arm, seeds = self.regime, self.arm, len(self.seeds)
+        if arm.path == "none":
+            return [self.start], [0] * seeds
+        nodes, steps = regime.num_path_nodes, regime.degradation_steps
+        if arm.path == "warm":
+            kept = [steps]
+        elif arm.path == "mismatch":
+            kept = footprints(steps, nodes)
+        else:
+            kept = [round(i * steps / nodes) for i in range(1, nodes + 1)]
+        footprint, losses = self.walk(kept)
+        chosen, spent = [], []
+        for seed in range(seeds):
+            own = [loss[seed].item() for loss in losses]
+            last = len(kept)
+            if arm.stop:
+                ends = (k for k in range(1, last) if is_flat([0, *kept[:k]], own[: k + 1], arm.stop))
+                last = next(ends, last)
+            spent.append(kept[last - 1])
+            places = evenly_spaced(own[: last + 1], nodes) if arm.path == "mismatch" else list(range(1, last + 1))
+            places = [places[0]] * (nodes - len(places)) + places if arm.path != "warm" else places
+            chosen.append([0, *places])
+        if arm.path == "shuffled":
+            for seed, places in zip(self.seeds, chosen, strict=True):
+                generator = torch.Generator().manual_seed(seed)
+                places[1:-1] = [places[1:-1][i] for i in torch.randperm(nodes - 1, generator=generator)]
+        path = [
+            [
+                torch.stack([footprint[places[i]][layer][seed] for seed, places in enumerate(chosen)])
+                for layer in range(len(self.start))
+            ]
+            for i in range(len(chosen[0]))
+        ]
+        self.evaluations += 4 * torch.tensor(spent)  # generator forward, fake score forward and backward
+        if arm.path == "mismatch":
+            measured = torch.tensor([sum(step <= end for step in kept) + 1 for end in spent])
+            self.evaluations += measured * self.probe.evaluations / regime.batch
+        return path, spent
+
+    def walk(self, kept: list[int]) -> tuple[list[Weights], list[Tensor]]:
+        """The fake score's weights and loss after 0 updates and after those to be kept."""
+        draws, weights = Draws(self.seeds, 1), trainable(self.teacher, len(self.seeds))
+        optimizer = torch.optim.Adam(weights, self.regime.fake_score_learning_rate)
+        x0 = self.probe.points(self.start)
+        footprint, losses = [self.start], [self.probe.loss(self.start, x0)]
+        for step in range(1, kept[-1] + 1):
+            with torch.no_grad():
+                points = worlds.generate(self.start, draws.normal(self.regime.batch, 2), self.regime.asked)
+            self.fit(weights, optimizer, points, draws)
+            if step in kept:
+                footprint.append(frozen(weights))
+                losses.append(self.probe.loss(weights, x0))
+        return footprint, losses
+
+    def fit(self, weights: Weights, optimizer: torch.optim.Optimizer, points: Tensor, draws: Draws) -> None:
+        """An update of the fake score."""
+        batch = self.regime.batch
+        loss = worlds.denoising_loss(weights, points, draws.sigma(batch), draws.normal(batch, 2)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    # Stage 2 -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> list[dict[str, Any]]:
+        """Both stages. Returns the record of each seed."""
+        regime, arm, seeds = self.regime, self.arm, len(self.seeds)
+        path, spent = self.record()
+        stage_1 = self.evaluations.tolist(), (time.monotonic() - self.started) / seeds
+        common = len(path) - 1, regime.steps_per_target, regime.updates
+        schedule = SCHEDULES[arm.schedule](*common, **arm.settings)
+        measures: list[list[Measure]] = [[] for _ in self.seeds]
+        stacked = [torch.stack([node[layer] for node in path]) for layer in range(len(path[0]))]
+        generator, fake_score = (
+            trainable(self.teacher, seeds),
+            [tensor.clone().requires_grad_() for tensor in path[-1]],
+        )
+        g_optimizer = torch.optim.Adam(generator, regime.generator_learning_rate)
+        f_optimizer = torch.optim.Adam(fake_score, regime.fake_score_learning_rate)
+        draws, nodes, target = Draws(self.seeds, 2), None, []
+        average = frozen(generator)
+        truth = Draws([77], 4).data(2000)
+        shown = Draws([78], 4).normal(2000, 2)
+        curve: list[dict[str, list[float]]] = [self.measure(average, shown, truth)]
+        for step in range(regime.updates):
+            now = [schedule.node(step, own) for own in measures]
+            if now != nodes:
+                nodes = now
+                target = self.at(stacked, nodes)
+            x0 = worlds.generate(generator, draws.normal(regime.batch, 2), regime.asked)
+            sigma = draws.sigma(regime.batch)
+            with torch.no_grad():
+                x = x0 + sigma * draws.normal(regime.batch, 2)
+                x0_target, x0_fake = worlds.denoise(target, x, sigma), worlds.denoise(fake_score, x, sigma)
+                # DMD, Eq. 8: per sample, over the target's mean absolute error
+                direction = (x0_fake - x0_target) / (x0 - x0_target).abs().mean(2, keepdim=True).clamp_min(1e-6)
+            g_optimizer.zero_grad()
+            (direction * x0).mean((1, 2)).sum().backward()
+            g_optimizer.step()
+            for kept, tensor in zip(average, generator, strict=True):
+                kept.lerp_(tensor.detach(), 1 - regime.ema_decay)
+            self.fit(fake_score, f_optimizer, x0.detach(), draws)
+            self.evaluations += 8  # generator 3, target 1, fake score 1, and 3 to fit it
+            done = step + 1
+            if schedule.needs_measures and done % MISMATCH_EVERY == 0 and any(nodes):
+                self.note(done, nodes, measures, generator, fake_score, target, stacked)
+            if done % regime.evaluate_every == 0:
+                self.look(done, generator, fake_score, target)
+                curve.append(self.measure(average, shown, truth))
+        return [
+            self.result(i, spent, stage_1, schedule.switches(measures[i]), measures[i], curve) for i in range(seeds)
+        ]
+
+    def look(self, done: int, generator: Weights, fake_score: Weights, target: Weights) -> None:
+        """For those who want to see more of a run than its distance: asked at every evaluation."""
+
+    def at(self, stacked: list[Tensor], nodes: list[int]) -> Weights:
+        """The weights of each seed's own node."""
+        return [layer[torch.tensor(nodes), torch.arange(len(nodes))] for layer in stacked]
+
+    def note(self, done, nodes, measures, generator, fake_score, target, stacked) -> None:
+        """The adaptive schedule's measure of the seeds that are not at the teacher yet."""
+        x0 = self.probe.points(generator)
+        fake, here = self.probe.denoised(fake_score, x0), self.probe.denoised(target, x0)
+        there = self.probe.denoised(self.at(stacked, [max(node - 1, 0) for node in nodes]), x0)
+        gap, next_gap = (worlds.gap(fake, other, self.probe.sigma).tolist() for other in (here, there))
+        for seed, node in enumerate(nodes):
+            if node > 0:
+                measures[seed].append(Measure(done, node, gap[seed], next_gap[seed]))
+                self.evaluations[seed] += (3 * self.probe.evaluations + PROBED) / self.regime.batch
+
+    @torch.no_grad()
+    def measure(self, generator: Weights, shown: Tensor, truth: Tensor) -> dict[str, list[float]]:
+        points = worlds.generate(generator, shown.expand(len(self.seeds), -1, -1), self.regime.asked)
+        return {
+            "evaluations": self.evaluations.tolist(),
+            "seconds": [(time.monotonic() - self.started) / len(self.seeds)] * len(self.seeds),
+            "distance": worlds.sliced_wasserstein(points, truth).tolist(),
+            "modes": worlds.modes_found(points).tolist(),
+        }
+
+    def result(self, i, spent, stage_1, switches, measures, curve) -> dict[str, Any]:
+        columns = {key: [float(f"{row[key][i]:.5g}") for row in curve] for key in curve[0]}
+        updates = [k * self.regime.evaluate_every for k in range(len(curve))]
+        return {
+            "stage_1": {"updates": spent[i], "evaluations": stage_1[0][i], "seconds": round(stage_1[1], 3)},
+            "switches": switches,
+            "curve": {"updates": updates, **columns},
+        }
+
+
+# What the benchmark asks of a world -----------------------------------------------------------------------------------
+
+SIDE_BY_SIDE = True
+SEEDS = list(range(10))
+MEASURES = ["modes"]
+
+
+def run(regime: str, arm: str, seeds: list[int], small: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The settings, and the record of each seed."""
+    task = SMALL if small else REGIMES[regime]
+    results = Run(task, ARMS[arm], seeds, teacher(task.teacher_steps)).run()
+    return {"settings": asdict(task) | {"arm": asdict(ARMS[arm])}}, results
+
+
+@functools.cache
+def teacher(steps: int) -> Weights:
+    """The teacher of all runs; it is trained once, and kept."""
+    file = Path(__file__).parent / "results" / f"toy-teacher-{steps}.safetensors"
+    if not file.exists():
+        weights = worlds.train_teacher(steps=steps)
+        if steps != Regime.teacher_steps:
+            return weights
+        draft = file.with_suffix(f".{os.getpid()}.draft")
+        save_file({f"{i:02d}": tensor.contiguous() for i, tensor in enumerate(weights)}, draft)
+        os.replace(draft, file)
+    return [tensor for _, tensor in sorted(load_file(file).items())]

@@ -1,0 +1,141 @@
+"""When the target changes: policies that take generator updates, and recorded measures, to a node of the path."""
+
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What was measured of the student while a node was its target.
+
+    Args:
+        step (`int`): Generator updates so far.
+        node (`int`): The target of the last of them.
+        gap (`float`): The mismatch of the student and that target.
+        next_gap (`float`): The mismatch of the student and the node after it, one closer to the teacher.
+    """
+
+    step: int
+    node: int
+    gap: float
+    next_gap: float
+
+
+class TargetSchedule(ABC):
+    """Step and measures -> node: N-1 first, never up again, every node, the teacher (0) at the end.
+
+    A pure function: the node of an update depends on its number and on what was measured before it, on nothing else, so
+    that a resumed run goes the way of an unbroken one.
+
+    Args:
+        num_nodes (`int`): N. With 0 or 1 the teacher is the only target.
+        steps_per_target (`int`): Generator updates with each of N-1..1: exactly, on average or at most.
+        steps (`int`): All generator updates.
+
+    Raises:
+        ValueError: If the teacher would get fewer than `steps_per_target`.
+    """
+
+    needs_measures = False
+
+    def __init__(self, num_nodes: int, steps_per_target: int, steps: int):
+        if steps < num_nodes * steps_per_target:
+            raise ValueError(
+                f"--max_train_steps {steps} is less than {num_nodes} targets x --steps_per_target {steps_per_target}: "
+                "the teacher would not get its share."
+            )
+        self.num_nodes = num_nodes
+        self.steps_per_target = steps_per_target
+        self.steps = steps
+
+    def node(self, step: int, measures: Sequence[Measure] = ()) -> int:
+        """The target of generator update `step`, counted from 0.
+
+        Args:
+            step (`int`): Its number.
+            measures (`Sequence[Measure]`): Taken after updates 0..step-1, in order; later ones do not matter.
+        """
+        return max(self.num_nodes - 1, 0) - bisect_right(self.switches(measures), step)
+
+    @abstractmethod
+    def switches(self, measures: Sequence[Measure] = ()) -> list[int]:
+        """The updates from which nodes N-2, ..., 0 are the target, N-1 numbers that rise; those to come as they will be
+        if nothing more is measured."""
+
+
+class FixedSchedule(TargetSchedule):
+    """`steps_per_target` updates with each node."""
+
+    def switches(self, measures: Sequence[Measure] = ()) -> list[int]:
+        return [i * self.steps_per_target for i in range(1, self.num_nodes)]
+
+
+class GeometricSchedule(TargetSchedule):
+    """Phases that are `ratio` times as long as the one before, `steps_per_target` on average, at least one update each.
+
+    Args:
+        num_nodes, steps_per_target, steps (`int`): As of `TargetSchedule`.
+        ratio (`float`): Above 1 phases grow towards the teacher, below 1 they shrink; 1 is the fixed schedule.
+    """
+
+    def __init__(self, num_nodes: int, steps_per_target: int, steps: int, ratio: float):
+        super().__init__(num_nodes, steps_per_target, steps)
+        self.ratio = ratio
+
+    def switches(self, measures: Sequence[Measure] = ()) -> list[int]:
+        phases = self.num_nodes - 1
+        lengths = [self.ratio**i for i in range(phases)]
+        total, ends, gone = phases * self.steps_per_target, [], 0.0
+        for i, length in enumerate(lengths):
+            gone += length / sum(lengths)
+            earliest, latest = (ends[-1] if ends else 0) + 1, total - (phases - 1 - i)
+            ends.append(min(max(round(gone * total), earliest), latest))
+        return ends
+
+
+class AdaptiveSchedule(TargetSchedule):
+    """Leaves a node as soon as the student has come near it, or comes no nearer; after `steps_per_target` at the latest.
+
+    Near: the mismatch of the student and the node is below `share` of that of the student and the next node. No nearer:
+    of the measures in the node's phase, the last `PATIENCE` were no better than all before them, by `LEAST_FALL`.
+
+    Args:
+        num_nodes, steps_per_target, steps (`int`): As of `TargetSchedule`.
+        share (`float`): Between 0 and 1: lower stays longer.
+    """
+
+    needs_measures = True
+    PATIENCE = 2
+    LEAST_FALL = 0.02
+
+    def __init__(self, num_nodes: int, steps_per_target: int, steps: int, share: float):
+        super().__init__(num_nodes, steps_per_target, steps)
+        self.share = share
+
+    def switches(self, measures: Sequence[Measure] = ()) -> list[int]:
+        ends, entered = [], 0
+        for node in range(self.num_nodes - 1, 0, -1):
+            end = entered + self.steps_per_target
+            phase = [m for m in measures if m.node == node and entered < m.step < end]
+            ends.append(next((m.step for i, m in enumerate(phase, 1) if self.is_done(phase[:i])), end))
+            entered = ends[-1]
+        return ends
+
+    def is_done(self, phase: Sequence[Measure]) -> bool:
+        """Whether a node is left after these measures of its phase, of which there is at least one."""
+        last = phase[-1]
+        if last.gap < self.share * last.next_gap:
+            return True
+        before, recent = phase[: -self.PATIENCE], phase[-self.PATIENCE :]
+        if not before:
+            return False
+        return min(m.gap for m in recent) > (1 - self.LEAST_FALL) * min(m.gap for m in before)
+
+
+TARGET_SCHEDULES: dict[str, type[TargetSchedule]] = {
+    "fixed": FixedSchedule,
+    "geometric": GeometricSchedule,
+    "adaptive": AdaptiveSchedule,
+}

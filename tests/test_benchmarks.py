@@ -1,0 +1,109 @@
+"""The benchmark: what is read off its curves against what is known, and its smallest setting end to end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import convergence  # noqa: E402
+import toy_world  # noqa: E402
+import worlds  # noqa: E402
+
+
+def result(distances, stage_1=0, evaluations_per_row=10):
+    rows = range(len(distances))
+    return {
+        "stage_1": {"updates": stage_1},
+        "curve": {
+            "updates": [5 * k for k in rows],
+            "evaluations": [4 * stage_1 + evaluations_per_row * k for k in rows],
+            "seconds": [0.1 * k for k in rows],
+            "distance": distances,
+        },
+    }
+
+
+def test_a_threshold_is_crossed_for_good_or_not_at_all():
+    crossed = result([9, 3, 1, 3, 2, 1], stage_1=7)
+    assert convergence.crossing(crossed, 2) == 4, "not where it first was below"
+    assert convergence.cost(crossed, 2, "updates") == 4 * 5 + 7 and convergence.cost(crossed, 2, "evaluations") == 68
+    assert convergence.cost(crossed, 0.5, "updates") == 5 * 5 + 7, "never: the whole budget"
+    assert convergence.crossing(crossed, 0.5) is None and convergence.crossing(crossed, 10) == 0
+
+
+def test_intervals_are_of_the_median_over_seeds():
+    assert convergence.bootstrap([3.0] * 5) == (3.0, 3.0)
+    low, high = convergence.bootstrap([float(k) for k in range(101)])
+    assert 35 < low < 45 and 55 < high < 65
+    middle, low, high = convergence.ratio_interval([10.0, 20.0, 30.0], [20.0, 40.0, 60.0])
+    assert middle == low == high == 2, "seed by seed, above 1 if ours is cheaper"
+
+
+def test_an_arm_is_run_once_goes_on_and_is_reported(tmp_path, capsys):
+    line = ["--world", "toy", "--small", "--output", str(tmp_path), "--regimes", "recorded", "--seeds", "3", "4"]
+    convergence.main([*line, "--arms", "none", "warm"])
+    folder = tmp_path / "toy" / "recorded"
+    assert sorted(f.name for f in folder.iterdir()) == [
+        f"{arm}-{seed}.json" for arm in ("none", "warm") for seed in (3, 4)
+    ]
+    before = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
+    (folder / "warm-4.json").unlink()
+    with convergence.claimed(folder / "path-3.json") as ours:  # as another process would hold it
+        assert ours
+        convergence.main([*line, "--arms", "none", "warm", "path"])
+    now = {f.name: f.stat().st_mtime_ns for f in folder.glob("*.json")}
+    assert now.keys() == before.keys() | {"path-4.json"} and now["none-3.json"] == before["none-3.json"]
+    assert (tmp_path / "toy" / "recorded.png").stat().st_size > 10_000
+    assert "| warm | 2 |" in (tmp_path / "toy" / "tables.md").read_text()
+
+
+@pytest.mark.parametrize("arm", toy_world.ARMS)
+def test_every_arm_of_the_toy_ends_on_the_teacher_and_counts_its_cost(arm):
+    _, (one,) = toy_world.run("recorded", arm, [5], small=True)
+    task = toy_world.SMALL
+    nodes = {"none": 0, "warm": 1}.get(arm, task.num_path_nodes)
+    assert len(one["switches"]) == max(nodes - 1, 0) and all(s < task.updates for s in one["switches"])
+    assert (one["stage_1"]["evaluations"] > 0) == (arm != "none")
+    evaluations = one["curve"]["evaluations"]
+    assert evaluations[0] == one["stage_1"]["evaluations"] and evaluations[-1] >= evaluations[0] + 8 * task.updates
+    if "adaptive" not in arm:
+        assert evaluations[-1] == evaluations[0] + 8 * task.updates
+
+
+def test_a_seed_does_not_depend_on_those_beside_it():
+    alone, beside = (toy_world.run("recorded", "adaptive", seeds, small=True)[1] for seeds in ([8], [7, 8]))
+    assert alone[0]["curve"]["distance"] == pytest.approx(beside[1]["curve"]["distance"], rel=1e-4)
+    one, two = (worlds.Draws(seeds, 1).normal(4, 2) for seeds in ([8], [7, 8]))
+    assert torch.equal(one[0], two[1]) and not torch.equal(one[0], two[0])
+
+
+def test_measures_of_the_world_tell_good_from_bad():
+    draws = worlds.Draws([0, 1], 0)
+    real, other = draws.data(2000), draws.data(2000)
+    assert (worlds.sliced_wasserstein(real, other) < 0.2).all() and (worlds.modes_found(real) == 1).all()
+    assert (worlds.sliced_wasserstein(real, 0 * real) > 1.5).all() and (worlds.modes_found(0 * real) == 1 / 25).all()
+    assert (worlds.modes_found(real + 1) == 0).all()
+
+
+def test_the_denoiser_is_preconditioned_to_the_identity_where_there_is_no_noise():
+    draws = worlds.Draws([0], 0)
+    x, weights = draws.data(50), worlds.new_weights(draws)
+    assert torch.allclose(worlds.denoise(weights, x, torch.full((1, 50, 1), 1e-4)), x, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_shapes_world_end_to_end(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "convergence.py"), "--world", "shapes", "--small", "--seeds", "0"]
+    subprocess.run([*command, "--output", str(tmp_path), "--arms", "none", "shuffled", "stop_adaptive"], check=True)
+    for arm in ("none", "shuffled", "stop_adaptive"):
+        one = json.loads((tmp_path / "shapes" / "shapes" / f"{arm}-0.json").read_text())
+        evaluations = one["curve"]["evaluations"]
+        assert evaluations[0] == one["stage_1"]["evaluations"] and evaluations[-1] > evaluations[0]
+        assert one["curve"]["target_to_teacher"][-1] == 0

@@ -1,0 +1,107 @@
+"""What every policy promises, whatever is measured; and what each does."""
+
+import random
+
+import pytest
+
+from diffusers_disback.backtracking import BacktrackingConfig, target_schedule
+from diffusers_disback.target_schedule import TARGET_SCHEDULES, AdaptiveSchedule, GeometricSchedule, Measure
+
+
+SIZES = [(0, 3, 5), (1, 3, 5), (2, 1, 2), (4, 3, 12), (4, 3, 40), (9, 1, 9), (5, 20, 100)]
+POLICIES = [
+    ("fixed", {}),
+    ("geometric", {"target_ratio": 1.5}),
+    ("geometric", {"target_ratio": 0.2}),
+    ("geometric", {"target_ratio": 9.0}),
+    ("adaptive", {"target_share": 0.1}),
+    ("adaptive", {"target_share": 1.0}),
+]
+
+
+def make(policy, size, settings):
+    num_nodes, steps_per_target, steps = size
+    config = BacktrackingConfig(
+        max_train_steps=steps, steps_per_target=steps_per_target, target_schedule=policy, **settings
+    )
+    return target_schedule(config, num_nodes)
+
+
+def walk(schedule, seed, every=1):
+    """A run: the node of every update, and measures of a random student on the way."""
+    numbers, nodes, measures = random.Random(seed), [], []
+    for step in range(schedule.steps):
+        nodes.append(schedule.node(step, measures))
+        if nodes[-1] > 0 and (step + 1) % every == 0:
+            measures.append(Measure(step + 1, nodes[-1], numbers.expovariate(1), numbers.expovariate(1)))
+    return nodes, measures
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("policy, settings", POLICIES, ids=lambda value: str(value))
+def test_it_visits_every_node_and_ends_on_the_teacher(policy, settings, size, seed):
+    schedule = make(policy, size, settings)
+    nodes, measures = walk(schedule, seed, every=1 + seed % 3)
+    num_nodes, steps_per_target, steps = size
+    assert nodes[0] == max(num_nodes - 1, 0) and nodes[-1] == 0
+    assert nodes == sorted(nodes, reverse=True), "it never goes back up"
+    assert set(nodes) == set(range(max(num_nodes, 1)))
+    assert nodes.count(0) >= min(steps_per_target, steps), "the teacher has its share"
+    assert schedule.switches(measures) == [step for step in range(1, steps) if nodes[step] != nodes[step - 1]]
+    if policy == "adaptive":
+        assert all(nodes.count(i) <= steps_per_target for i in range(1, num_nodes))
+    else:
+        assert len(nodes) - nodes.count(0) == max(num_nodes - 1, 0) * steps_per_target
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("policy, settings", POLICIES, ids=lambda value: str(value))
+def test_the_past_does_not_depend_on_what_is_measured_later(policy, settings, seed):
+    schedule = make(policy, (5, 20, 100), settings)
+    nodes, measures = walk(schedule, seed, every=2)
+    assert [schedule.node(step, measures) for step in range(100)] == nodes, "asked again at the end"
+    for cut in (7, 33, 61):
+        before = [measure for measure in measures if measure.step <= cut]
+        assert [schedule.node(step, before) for step in range(cut + 1)] == nodes[: cut + 1]
+
+
+@pytest.mark.parametrize("policy", TARGET_SCHEDULES)
+def test_the_teacher_gets_its_share(policy):
+    make(policy, (4, 3, 12), {})
+    with pytest.raises(ValueError, match="--max_train_steps 11 is less than 4 targets x --steps_per_target 3"):
+        make(policy, (4, 3, 11), {})
+
+
+def test_the_fixed_schedule_stays_as_long_with_each():
+    nodes, _ = walk(make("fixed", (4, 3, 14), {}), 0)
+    assert nodes == [3, 3, 3, 2, 2, 2, 1, 1, 1, 0, 0, 0, 0, 0]
+
+
+def test_geometric_phases_grow_or_shrink():
+    assert GeometricSchedule(4, 70, 280, 2.0).switches() == [30, 90, 210]
+    assert GeometricSchedule(4, 70, 280, 0.5).switches() == [120, 180, 210]
+    assert GeometricSchedule(4, 70, 280, 1.0).switches() == [70, 140, 210]
+    assert GeometricSchedule(4, 1, 4, 100.0).switches() == [1, 2, 3], "no phase is empty"
+
+
+def test_the_adaptive_schedule_leaves_a_node_that_is_near():
+    schedule = AdaptiveSchedule(3, 100, 300, share=0.5)
+    far, near = Measure(10, 2, 0.6, 1.0), Measure(20, 2, 0.4, 1.0)
+    assert schedule.switches([far]) == [100, 200]
+    assert schedule.switches([far, near]) == [20, 120]
+    assert schedule.node(19, [far, near]) == 2 and schedule.node(20, [far, near]) == 1
+    assert schedule.switches([far, near, Measure(30, 1, 0.1, 1.0)]) == [20, 30]
+
+
+def test_the_adaptive_schedule_leaves_a_node_that_comes_no_nearer():
+    schedule = AdaptiveSchedule(3, 100, 300, share=0.1)
+
+    def ends(*gaps):
+        return schedule.switches([Measure(10 * i, 2, gap, 1.0) for i, gap in enumerate(gaps, 1)])[0]
+
+    assert ends(0.9, 0.8, 0.7, 0.6) == 100, "it falls"
+    assert ends(0.9, 0.95) == 100, "one look back is no trend"
+    assert ends(0.9, 0.95, 0.7) == 100 and ends(0.9, 0.7, 0.75, 0.6) == 100, "a step up between two down"
+    assert ends(0.9, 0.95, 0.92) == 30
+    assert ends(0.9, 0.8, 0.799, 0.795) == 40, "by less than it has to"
