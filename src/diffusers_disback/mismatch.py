@@ -20,13 +20,19 @@ _STAGE = 3  # of the samples' seeds: neither stage trains on them
 
 @dataclass
 class Question:
-    """What score models are asked: a slice of the student's samples, noised within one band of the schedule."""
+    """What score models are asked: a slice of the student's samples, each noised within one band of the schedule.
+
+    Args:
+        x_t, wanted (`Tensor`): Noisy samples, and what a network's output should be, `[B, C, H, W]`.
+        t, band (`Tensor`): Timesteps, and the bands that they are in, `[B]`.
+        condition (`Condition`): Of the prompts.
+    """
 
     x_t: Tensor
     t: Tensor
     condition: Condition
     wanted: Tensor
-    band: int
+    band: Tensor
 
 
 class MismatchProbe:
@@ -49,16 +55,16 @@ class MismatchProbe:
 
     @torch.no_grad()
     def questions(self, generator: OneStepGenerator) -> list[Question]:
-        """The generator's present samples, each noised once in every band; bands rise with the noise."""
-        asked, last = [], self.schedule.num_timesteps
+        """The generator's present samples, the bands in turn; bands rise with the noise."""
+        asked, last, first = [], self.schedule.num_timesteps, 0
         for draw in self.batches[0]:
             batch = self.data.batch(draw, self.device)
             x0 = generator(batch.noise, batch.condition)
-            for band in range(BANDS):
-                t = batch.draw_timesteps(band * last // BANDS, (band + 1) * last // BANDS - 1)
-                noise = batch.draw_noise()
-                wanted = self.schedule.regression_target(x0, noise, t)
-                asked.append(Question(self.schedule.diffuse(x0, noise, t), t, batch.condition, wanted, band))
+            band = torch.arange(first, first + len(x0), device=self.device) % BANDS
+            first += len(x0)
+            t, noise = band * last // BANDS + batch.draw_timesteps(0, last // BANDS - 1), batch.draw_noise()
+            wanted = self.schedule.regression_target(x0, noise, t)
+            asked.append(Question(self.schedule.diffuse(x0, noise, t), t, batch.condition, wanted, band))
         return asked
 
 
@@ -105,7 +111,7 @@ def compare(
 
 
 def _by_band(questions: list[Question], one: list[Tensor], two: list[Tensor]) -> list[float]:
-    squares: list[list[Tensor]] = [[] for _ in range(BANDS)]
-    for question, first, second in zip(questions, one, two, strict=True):
-        squares[question.band].append((first - second).square().mean())
-    return [torch.stack(band).mean().item() for band in squares]
+    bands = torch.cat([question.band for question in questions])
+    pairs = zip(one, two, strict=True)
+    squares = torch.cat([(first - second).square().flatten(1).mean(1) for first, second in pairs])
+    return [squares[bands == band].mean().item() for band in range(BANDS)]
