@@ -14,7 +14,7 @@ SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
     {"noise_schedule", "pipeline", "batch", "repository", "manifest", "target_schedule", "node_spacing"},
     {"single_file"},
-    {"score_model", "model_reference", "cards", "condition_cache"},
+    {"score_model", "model_reference", "cards", "condition_cache", "allocations"},
     {"adapters"},
     {"branches"},
     {"sharing"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"run_folder", "learner", "mismatch"},
     {"trainer"},
     {"degradation", "backtracking", "evaluation", "export"},
-    {"hub"},
+    {"hub", "plan"},
     {"upload"},
     {"run"},
     {"cli"},
@@ -36,7 +36,7 @@ DOORS = {
     "matplotlib": {"evaluation/pictures.py"},
     "huggingface_hub": {"repository.py", "branches.py", "single_file.py", "model_reference.py", "cards.py", "hub.py"},
     "datasets": {"data.py"},
-    "transformers": {"pipeline.py", "evaluation/report.py"},
+    "transformers": {"pipeline.py", "evaluation/report.py", "plan.py", "cli.py"},
     "peft": {"model_reference.py", "export.py", "adapters.py"},
     "bitsandbytes": {"learner.py"},
 }

@@ -159,6 +159,32 @@ def extract_lora(parsed: argparse.Namespace) -> None:
         print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
 
+def plan(parsed: argparse.Namespace) -> None:
+    """Prints what a training run will take, before anything is loaded. Takes the training script's own flags."""
+    from transformers import HfArgumentParser
+
+    from .backtracking import BacktrackingConfig
+    from .config import TrainingConfig
+    from .degradation import DegradationConfig
+    from .plan import REMARKS, Planner, Setup, fits, table
+
+    flags = HfArgumentParser(
+        (TrainingConfig, DegradationConfig, BacktrackingConfig),
+        prog="diffusers-disback plan",
+        description=plan.__doc__,
+    )
+    training, _, backtracking = flags.parse_args_into_dataclasses(parsed.flags, look_for_args_file=False)
+    if training.pretrained_model_name_or_path is None:
+        raise ValueError("Say whose distillation is planned: --pretrained_model_name_or_path.")
+    planner, setup = Planner.of(training.teacher, training.cache_dir), Setup.of(training, backtracking)
+    _, height, width = planner.latent_shape(setup)
+    print(
+        f"{training.pretrained_model_name_or_path}: {height * planner.stride} x {width * planner.stride} pixels, batches of "
+        f"{setup.train_batch_size}, mixed precision {setup.mixed_precision}\n\n{table(planner, setup)}\n\n"
+        f"{fits(planner, setup)}\n\n{REMARKS}"
+    )
+
+
 def push(parsed: argparse.Namespace) -> None:
     """Pushes a run's folder, or a path's, to the Hub. It can be repeated."""
     from .hub import path_of_run, push_run
@@ -237,6 +263,9 @@ def parser() -> argparse.ArgumentParser:
     pulling.add_argument("folder", help="new, or empty")
     pulling.add_argument("--revision", help="branch, tag or commit of main")
 
+    planning = command(commands, "plan", plan)
+    planning.usage = "diffusers-disback plan --pretrained_model_name_or_path TEACHER [any flag of the training script]"
+
     sweep = command(commands, "timestep-sweep", timestep_sweep, "--cache_dir")
     sweep.add_argument("pretrained_model_name_or_path", help="the teacher: a folder, a model on the Hub, or a file")
     add_version_of_teacher(sweep)
@@ -281,7 +310,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parsed = parser().parse_args(arguments)
+    parsed, parsed_not = parser().parse_known_args(arguments)
+    if parsed.command == "plan":
+        parsed.flags = parsed_not
+    elif parsed_not:
+        parser().error(f"unrecognized arguments: {' '.join(parsed_not)}")
     if "prompt" in parsed:
         parsed.prompt = parsed.prompt or ["a photograph of a cat", "a red house by the sea"]
     try:

@@ -1,0 +1,180 @@
+"""What a training step allocates, counted on the meta device: nothing is loaded, and nothing is computed."""
+
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+
+TOKENS = 77  # of a prompt, for CLIP
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make within it, and their peak. On any device.
+
+    Kernels' own workspaces and what an allocator rounds up or keeps are not seen.
+
+    Args:
+        known (`Iterable[Tensor]`): Tensors that were there before; they and their views do not count.
+
+    Attributes:
+        live (`int`): Bytes that are held now.
+        peak (`int`): The most that were held at once.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()):
+        super().__init__()
+        self.live = self.peak = 0
+        self._storages: dict[int, weakref.ref] = {}
+        for tensor in known:
+            self._add(tensor.untyped_storage(), 0)
+
+    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        if key in self._storages:
+            return
+
+        def freed(_: weakref.ref) -> None:
+            self.live -= size
+            del self._storages[key]
+
+        self._storages[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for leaf in (made,) if isinstance(made, Tensor) else tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage(), leaf.untyped_storage().nbytes())
+        return made
+
+
+class OnGPU(TorchFunctionMode):
+    """Makes a network on the meta device allocate as one on a GPU does: attention fused, and the casts of autocast.
+
+    Autocast itself does not know the meta device. Which operations it casts is what PyTorch's documentation says of
+    CUDA.
+
+    Args:
+        dtype (`torch.dtype`, *optional*): Autocast's; `None` for none.
+        caches (`bool`): Casts of trained weights are kept until the end, as within a forward pass.
+    """
+
+    LOWER = (F.linear, F.conv2d)
+    FLOAT32 = (F.group_norm, F.layer_norm, F.mse_loss)
+
+    def __init__(self, dtype: torch.dtype | None = None, caches: bool = True):
+        super().__init__()
+        self.dtype = dtype
+        self.caches = caches
+        self._cache: dict[int, Tensor] = {}
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
+            return value
+        if not (self.caches and value.is_leaf and value.requires_grad and dtype == self.dtype):
+            return value.to(dtype)
+        if id(value) not in self._cache:
+            self._cache[id(value)] = value.to(dtype)
+        return self._cache[id(value)]
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        dtype = {**dict.fromkeys(self.LOWER, self.dtype), **dict.fromkeys(self.FLOAT32, torch.float32)}.get(func)
+        if func is F.scaled_dot_product_attention:
+            query, key, value = (self._cast(each, self.dtype or each.dtype) for each in (args or kwargs.values())[:3])
+            return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
+        if self.dtype is not None and dtype is not None:
+            args = tuple(self._cast(each, dtype) for each in args)
+            kwargs = {name: self._cast(each, dtype) for name, each in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def checkpointed(autocast: torch.dtype | None) -> Callable:
+    """What `enable_gradient_checkpointing` takes: it casts as on a GPU when a block is run again in the backward pass, too."""
+
+    def run(block: nn.Module, *arguments: Any) -> Any:
+        return checkpoint(
+            block, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), OnGPU(autocast, caches=False))
+        )
+
+    return run
+
+
+def forward(
+    network: nn.Module, batch: int, latent_shape: tuple[int, int, int], autocast: torch.dtype | None
+) -> Tensor:
+    """The output of a UNet on the meta device, `[B, C, H, W]`, in float32.
+
+    Args:
+        network (`nn.Module`): A `UNet2DConditionModel`.
+        batch (`int`): Samples.
+        latent_shape (`tuple[int, int, int]`): `(C, H, W)`.
+        autocast (`torch.dtype`, *optional*): The precision that it computes in where that is not its own.
+    """
+    config, dtype = network.config, next(network.parameters()).dtype
+    condition = {"encoder_hidden_states": torch.empty(batch, TOKENS, config.cross_attention_dim, dtype=dtype)}
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        shapes = {"text_embeds": (batch, pooled), "time_ids": (batch, 6)}
+        added = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+        condition["added_cond_kwargs"] = added
+    condition["encoder_hidden_states"] = condition["encoder_hidden_states"].to("meta")
+    x_t = torch.empty(batch, *latent_shape, dtype=dtype, device="meta")
+    t = torch.empty(batch, dtype=torch.long, device="meta")
+    with OnGPU(autocast):
+        return network(x_t, timestep=t, return_dict=False, **condition)[0].float()
+
+
+@dataclass(frozen=True)
+class PassMemory:
+    """What a forward and a backward pass hold, in bytes.
+
+    Args:
+        activations (`int`): Between the two: what is kept for the backward pass.
+        gradients (`int`): After the backward pass.
+        peak (`int`): At the worst moment. Activations go as gradients come, so it is less than the sum.
+    """
+
+    activations: int
+    gradients: int
+    peak: int
+
+
+def pass_memory(
+    network: nn.Module, batch: int, latent_shape: tuple[int, int, int], autocast: torch.dtype | None = None
+) -> PassMemory:
+    """What a forward and a backward pass of a network on the meta device would hold on a GPU. Arguments as of `forward`."""
+    with Allocations(network.parameters()) as allocations:
+        output = forward(network, batch, latent_shape, autocast)
+        activations = allocations.live
+        output.square().mean().backward()
+        del output
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    network.zero_grad(set_to_none=True)
+    return PassMemory(activations, sum(map(size, gradients)), allocations.peak)
+
+
+@torch.no_grad()
+def evaluation_memory(
+    network: nn.Module, batch: int, latent_shape: tuple[int, int, int], autocast: torch.dtype | None = None
+) -> int:
+    """The most that a forward pass without a graph would hold on a GPU, in bytes. Arguments as of `forward`."""
+    with Allocations(network.parameters()) as allocations:
+        forward(network, batch, latent_shape, autocast)
+    return allocations.peak
+
+
+def size(tensor: Tensor) -> int:
+    """In bytes."""
+    return tensor.numel() * tensor.element_size()
