@@ -299,17 +299,18 @@ def skeletons_beside(teacher: ModelReference, cache_dir: str | None = None) -> d
     import transformers
     from diffusers import AutoencoderKL, DiffusionPipeline
 
-    where = {"revision": teacher.revision, "cache_dir": cache_dir}
+    source = teacher.source(cache_dir)
+    name_or_path, where = source.name_or_path, {"revision": source.revision, "cache_dir": cache_dir}
     made = {}
     try:
-        index = DiffusionPipeline.load_config(teacher.name_or_path, **where)
+        index = DiffusionPipeline.load_config(name_or_path, **where)
         for name in ("text_encoder", "text_encoder_2"):
             if index.get(name, [None])[0] is not None:
                 network_class = getattr(transformers, index[name][1])
-                config = network_class.config_class.from_pretrained(teacher.name_or_path, subfolder=name, **where)
+                config = network_class.config_class.from_pretrained(name_or_path, subfolder=name, **where)
                 with torch.device("meta"):
                     made[name] = network_class(config)
-        config = AutoencoderKL.load_config(teacher.name_or_path, subfolder="vae", **where)
+        config = AutoencoderKL.load_config(name_or_path, subfolder="vae", **where)
     except OSError as error:
         raise ValueError(f"The configs of {teacher.name_or_path!r} cannot be read. {error}") from error
     with torch.device("meta"):
