@@ -58,13 +58,15 @@ def cli_flags() -> set[str]:
 def test_flags_in_the_docs_exist():
     import train_disback
 
-    text = " ".join(page.read_text() for page in PAGES if "teacher" not in page.parts)  # whose makers have their own
+    from shapes.make_teacher import parser as maker
+
+    text = " ".join(page.read_text() for page in PAGES if "teacher" not in page.parts)  # whose measurer has its own
     known = {
         name
         for config in (train_disback.TrainingConfig, train_disback.DegradationConfig, train_disback.BacktrackingConfig)
         for name in config.__dataclass_fields__
     }
-    known |= cli_flags()
+    known |= cli_flags() | {option.lstrip("-") for option in maker()._option_string_actions}
     others = {
         "num_cpu_threads_per_process",
         "num_processes",
