@@ -1,6 +1,7 @@
 """The docs against the code."""
 
 import argparse
+import json
 import re
 import runpy
 import sys
@@ -78,6 +79,15 @@ def test_flags_in_the_docs_exist():
     }
     for flag in set(re.findall(r"--([a-z0-9][a-z0-9_-]+)", text)) - others:
         assert flag in known or flag in ("num_images", "output_dir"), flag
+
+
+def test_the_table_of_teachers_is_that_of_its_report():
+    page = (ROOT / "docs" / "teachers.md").read_text()
+    for name, run in json.loads((ROOT / "docs" / "teachers_report.json").read_text()).items():
+        distances = [run[model]["distance"] for model in ("teacher", "initial", "student")]
+        factor = distances[1] / distances[2]
+        cells = [*(f"{distance:.4g}" for distance in distances), f"{factor:.2f}"]
+        assert f"| {name} | {' | '.join(cells)} |" in page and factor >= 2
 
 
 def test_the_toy_finds_its_way_back(tmp_path, monkeypatch, capsys):
