@@ -1,6 +1,7 @@
 """The docs against the code."""
 
 import argparse
+import json
 import re
 import runpy
 import sys
@@ -58,13 +59,15 @@ def cli_flags() -> set[str]:
 def test_flags_in_the_docs_exist():
     import train_disback
 
-    text = " ".join(page.read_text() for page in PAGES if "teacher" not in page.parts)  # whose makers have their own
+    from shapes.make_teacher import parser as maker
+
+    text = " ".join(page.read_text() for page in PAGES if "teacher" not in page.parts)  # whose measurer has its own
     known = {
         name
         for config in (train_disback.TrainingConfig, train_disback.DegradationConfig, train_disback.BacktrackingConfig)
         for name in config.__dataclass_fields__
     }
-    known |= cli_flags()
+    known |= cli_flags() | {option.lstrip("-") for option in maker()._option_string_actions}
     others = {
         "num_cpu_threads_per_process",
         "num_processes",
@@ -76,6 +79,15 @@ def test_flags_in_the_docs_exist():
     }
     for flag in set(re.findall(r"--([a-z0-9][a-z0-9_-]+)", text)) - others:
         assert flag in known or flag in ("num_images", "output_dir"), flag
+
+
+def test_the_table_of_teachers_is_that_of_its_report():
+    page = (ROOT / "docs" / "teachers.md").read_text()
+    for name, run in json.loads((ROOT / "docs" / "teachers_report.json").read_text()).items():
+        distances = [run[model]["distance"] for model in ("teacher", "initial", "student")]
+        factor = distances[1] / distances[2]
+        cells = [*(f"{distance:.4g}" for distance in distances), f"{factor:.2f}"]
+        assert f"| {name} | {' | '.join(cells)} |" in page and factor >= 2
 
 
 def test_the_toy_finds_its_way_back(tmp_path, monkeypatch, capsys):

@@ -8,7 +8,8 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 
-from diffusers_disback import Evaluation
+from diffusers_disback import Evaluation, ModelReference, load_family
+from diffusers_disback.families import FAMILIES
 from shapes import world
 from shapes.evaluator import HERE, is_shapes_teacher, shapes_prompts
 
@@ -135,3 +136,70 @@ def test_making_a_teacher_resumes_exactly(tmp_path):
         make("broken", break_at=25)
     assert json.loads((tmp_path / "broken" / "part.json").read_text())["step"] == 20
     assert torch.equal(make("broken").weight, whole.weight)
+
+
+OTHER_TEACHERS = {
+    "stable_diffusion": ["--prediction_type", "v_prediction", "--zero_terminal_snr"],
+    "stable_diffusion_xl": [],
+}
+
+
+@pytest.mark.parametrize("family", OTHER_TEACHERS)
+def test_teachers_of_other_kinds_are_made_from_flags(family, tmp_path):
+    """The library takes them for what they are, and gives their networks the very arguments of their training."""
+    from shapes.make_teacher import PROMPT_LENGTH, main, network_arguments
+
+    sizes = ["--num_latents", "100", "--denoiser_steps", "2"]
+    folders = ["--work_dir", str(tmp_path), "--output_dir", str(tmp_path)]
+    main(["--denoiser_only", "--family", family, *OTHER_TEACHERS[family], *sizes, *folders])
+    assert is_shapes_teacher(str(tmp_path / "teacher")) and not (tmp_path / "judge").exists()
+
+    teacher = load_family(ModelReference(str(tmp_path / "teacher")))
+    assert type(teacher) is FAMILIES[family]
+    zero_snr = "--zero_terminal_snr" in OTHER_TEACHERS[family]
+    assert teacher.schedule.prediction_type == ("v_prediction" if zero_snr else "epsilon")
+    assert (teacher.schedule.alpha[-1] == 0) == zero_snr
+    assert teacher.pipeline.scheduler.config.timestep_spacing == ("trailing" if zero_snr else "leading")
+
+    shipped = StableDiffusionPipeline.from_pretrained(TEACHER)
+    for mine, theirs in zip(teacher.pipeline.vae.parameters(), shipped.vae.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+    prompts = ["", *world.CAPTIONS[:3]]
+    tokens = teacher.pipeline.tokenizer(prompts, padding="max_length", max_length=PROMPT_LENGTH, return_tensors="pt")
+    encoders = {name: part for name, part in teacher.pipeline.components.items() if name.startswith("text_encoder")}
+    empty = torch.tensor([prompt == "" for prompt in prompts])
+    arguments = network_arguments(torch.nn.ModuleDict(encoders), tokens.input_ids, empty)
+    arguments |= arguments.pop("added_cond_kwargs", {})
+    condition = teacher.encode(prompts)
+    assert arguments.keys() == condition.keys()
+    for name, value in condition.items():
+        assert torch.equal(value, arguments[name]), name
+
+    for name, encoder in encoders.items():
+        folder = tmp_path / "teacher" / name
+        with safe_open(folder / "model.safetensors", "pt") as weights:
+            keys = set(weights.keys())
+        prefixed = {key.removeprefix("text_model.") for key in keys if key.startswith("text_model.")}
+        assert prefixed == {key.removeprefix("text_model.") for key in encoder.state_dict()} - {
+            "text_projection.weight"
+        }
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+        tokenizer = tmp_path / "teacher" / name.replace("text_encoder", "tokenizer")
+        assert (tokenizer / "vocab.json").exists() and (tokenizer / "merges.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--zero_terminal_snr"], "needs --prediction_type v_prediction or sample"),
+        (["--denoiser_only"], "needs an --output_dir of its own"),
+    ],
+)
+def test_teachers_that_cannot_be_made_are_refused(flags, says, tmp_path, capsys):
+    from shapes.make_teacher import main
+
+    with pytest.raises(SystemExit):
+        main([*flags, "--work_dir", str(tmp_path / "work")])
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()

@@ -4,6 +4,11 @@
 
 The judge and the autoencoder are made from shapes at any tilt, the teacher from the world's own.
 
+Teachers of other kinds are made with the shipped judge and autoencoder, each in folders of its own:
+
+    accelerate launch -m shapes.make_teacher --denoiser_only --family stable_diffusion_xl \\
+        --work_dir outputs/xl --output_dir outputs/xl
+
 Every part is resumable: run the same command again and it goes on where it was. `shapes.measure_teacher` measures the
 result and writes its card.
 """
@@ -17,13 +22,23 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from diffusers_disback.families import FAMILIES
+from diffusers_disback.noise_schedule import PREDICTION_TYPES, NoiseSchedule
 
 from .judge import ATTRIBUTES, Judge
 from .world import ANY_TILT, CAPTIONS, MAX_TILT, SCENES, pixels
@@ -31,7 +46,8 @@ from .world import ANY_TILT, CAPTIONS, MAX_TILT, SCENES, pixels
 
 HERE = Path(__file__).parent
 PROMPT_LENGTH = 16
-TEXT_WIDTH = 64
+TEXT_WIDTH, TEXT_WIDTH_2 = 64, 96
+SIDE = 64.0
 
 
 def fit(
@@ -171,21 +187,36 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=PROMPT_LENGTH)
 
 
-def make_denoiser(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=2 * TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=PROMPT_LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def make_scheduler(prediction_type: str, zero_terminal_snr: bool) -> DDPMScheduler:
+    ends_with_noise = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_terminal_snr else {}
+    return DDPMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        clip_sample=False,  # latents are not confined to [-1, 1]
+        steps_offset=1,
+        **ends_with_noise,
     )
-    unet = UNet2DConditionModel(
+
+
+def text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=PROMPT_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def make_unet(**config) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
@@ -193,17 +224,62 @@ def make_denoiser(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(64, 112),
         layers_per_block=1,
-        cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,
         norm_num_groups=16,
+        **config,
     )
-    return nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
+
+
+def make_denoiser(family: str, tokenizer: CLIPTokenizer) -> nn.ModuleDict:
+    """The text encoders and the UNet, by the names that the pipeline has for them."""
+    if family == "stable_diffusion":
+        text_encoder = CLIPTextModel(text_config(tokenizer, TEXT_WIDTH, layers=2))
+        return nn.ModuleDict({"text_encoder": text_encoder, "unet": make_unet(cross_attention_dim=TEXT_WIDTH)})
+    # SDXL conditions on the last layer but one, hence a layer more.
+    config_2 = text_config(tokenizer, TEXT_WIDTH_2, layers=3)
+    config_2.projection_dim = TEXT_WIDTH_2
+    return nn.ModuleDict(
+        {
+            "text_encoder": CLIPTextModel(text_config(tokenizer, TEXT_WIDTH, layers=3)),
+            "text_encoder_2": CLIPTextModelWithProjection(config_2),
+            "unet": make_unet(
+                cross_attention_dim=TEXT_WIDTH + TEXT_WIDTH_2,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=TEXT_WIDTH_2 + 6 * 8,
+                transformer_layers_per_block=(1, 2),
+                use_linear_projection=True,
+            ),
+        }
+    )
+
+
+def network_arguments(denoiser: nn.ModuleDict, tokens: Tensor, empty: Tensor) -> dict[str, Tensor | dict[str, Tensor]]:
+    """What the pipeline tells the UNet besides latents and timestep, with gradients to the text encoders.
+
+    Args:
+        denoiser (`nn.ModuleDict`): Of `make_denoiser`.
+        tokens (`Tensor`): `[B, PROMPT_LENGTH]`.
+        empty (`Tensor`): Which prompts are empty, `[B]` bool.
+    """
+    if "text_encoder_2" not in denoiser:
+        return {"encoder_hidden_states": denoiser["text_encoder"](tokens).last_hidden_state}
+    encoded = [denoiser[name](tokens, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")]
+    states = torch.cat([output.hidden_states[-2] for output in encoded], -1).masked_fill(empty[:, None, None], 0)
+    pooled = encoded[1].text_embeds.masked_fill(empty[:, None], 0)
+    time_ids = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]], device=tokens.device).expand(len(tokens), -1)
+    return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
 
 
 def make_teacher(
-    tokenizer: CLIPTokenizer, scheduler: DDPMScheduler, latents: dict[str, Tensor], steps: int, work_dir: Path
+    family: str,
+    tokenizer: CLIPTokenizer,
+    scheduler: DDPMScheduler,
+    latents: dict[str, Tensor],
+    steps: int,
+    work_dir: Path,
 ) -> nn.ModuleDict:
-    scale = 1 / latents["mean"].std()
+    scale, schedule = 1 / latents["mean"].std(), NoiseSchedule.from_scheduler(scheduler)
     tokens = tokenizer(["", *CAPTIONS], padding="max_length", max_length=PROMPT_LENGTH, return_tensors="pt").input_ids
 
     def loss(model: nn.Module, step: int) -> Tensor:
@@ -215,78 +291,95 @@ def make_teacher(
         noise = torch.randn(x0.shape, generator=generator)
         t = torch.randint(1000, (len(x0),), generator=generator)
         dropped = torch.rand(len(x0), generator=generator) < 0.1
-        captions = tokens[torch.where(dropped, 0, scenes + 1)].to(device)
-        x_t = scheduler.add_noise(x0, noise, t).to(device)
-        states = model["text_encoder"](captions).last_hidden_state
-        output = model["unet"](x_t, t.to(device), encoder_hidden_states=states).sample
-        return nn.functional.mse_loss(output, noise.to(device))
+        captions = tokens[torch.where(dropped, 0, scenes + 1)]
+        x_t = schedule.diffuse(x0, noise, t).to(device)
+        arguments = network_arguments(model, captions.to(device), dropped.to(device))
+        output = model["unet"](x_t, t.to(device), **arguments).sample
+        return nn.functional.mse_loss(output, schedule.regression_target(x0, noise, t).to(device))
 
-    return fit("denoiser", make_denoiser(tokenizer), loss, steps, 1e-3, work_dir, ema_decay=0.999)
+    return fit("denoiser", make_denoiser(family, tokenizer), loss, steps, 1e-3, work_dir, ema_decay=0.999)
 
 
-def save_teacher(output_dir: Path, vae, denoiser, tokenizer, scheduler) -> None:
+def pipeline_of(
+    vae: AutoencoderKL, denoiser: nn.ModuleDict, tokenizer: CLIPTokenizer, scheduler: DDPMScheduler
+) -> DiffusionPipeline:
+    components = {"vae": vae, "tokenizer": tokenizer, "scheduler": scheduler, **denoiser}
+    if "text_encoder_2" in denoiser:
+        return StableDiffusionXLPipeline(**components, tokenizer_2=tokenizer, add_watermarker=False)
+    return StableDiffusionPipeline(
+        **components, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+
+
+def save_teacher(output_dir: Path, pipeline: DiffusionPipeline) -> None:
     """The pipeline's folder in half precision, in the form that older transformers read too.
 
-    transformers 5 writes the text encoder without its `text_model.` prefix and the tokenizer as one file; older ones
+    transformers 5 writes a text encoder without its `text_model.` prefix and the tokenizer as one file; older ones
     take the first for random weights, without an error, and cannot read the second.
     """
-    text_encoder = denoiser["text_encoder"]
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=denoiser["unet"],
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(dtype=torch.float16)
     shutil.rmtree(output_dir, ignore_errors=True)
-    pipeline.save_pretrained(output_dir)
-    weights = {
-        key if key.startswith("text_model.") else f"text_model.{key}": value.contiguous()
-        for key, value in text_encoder.state_dict().items()
-    }
-    save_file(weights, output_dir / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
-    # By default transformers 5 loads what the config declares, and diffusers float32: the two have to agree.
-    config_file = output_dir / "text_encoder" / "config.json"
-    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    pipeline.to(dtype=torch.float16).save_pretrained(output_dir)
+    for name, component in pipeline.components.items():
+        if name.startswith("text_encoder"):
+            weights = {
+                key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}": value.contiguous()
+                for key, value in component.state_dict().items()
+            }
+            save_file(weights, output_dir / name / "model.safetensors", metadata={"format": "pt"})
+            # By default transformers 5 loads what the config declares, and diffusers float32: the two have to agree.
+            config_file = output_dir / name / "config.json"
+            config = {**json.loads(config_file.read_text()), "dtype": "float32"}
+            config_file.write_text(json.dumps(config, indent=2) + "\n")
+        if name.startswith("tokenizer"):
+            component.backend_tokenizer.model.save(str(output_dir / name))
     (output_dir / "world.json").write_text('{"world": "shapes"}\n')
-    tokenizer.backend_tokenizer.model.save(str(output_dir / "tokenizer"))
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Make the shapes teacher and its judge.")
-    parser.add_argument("--work_dir", type=Path, default=Path("outputs/shapes_teacher"))
-    parser.add_argument("--output_dir", type=Path, default=HERE)
+    parser.add_argument(
+        "--work_dir",
+        type=Path,
+        default=Path("outputs/shapes_teacher"),
+        help="What is unfinished; one for each teacher.",
+    )
+    parser.add_argument("--output_dir", type=Path, default=HERE, help="Gets the folders `judge` and `teacher`.")
+    parser.add_argument("--denoiser_only", action="store_true", help="Take the shipped judge and autoencoder.")
+    parser.add_argument("--family", choices=FAMILIES, default="stable_diffusion")
+    parser.add_argument("--prediction_type", choices=PREDICTION_TYPES, default="epsilon")
+    parser.add_argument("--zero_terminal_snr", action="store_true", help="No signal is left at the last timestep.")
     parser.add_argument("--judge_steps", type=int, default=1500)
     parser.add_argument("--vae_steps", type=int, default=4000)
     parser.add_argument("--denoiser_steps", type=int, default=12000)
     parser.add_argument("--num_latents", type=int, default=40000)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    arguments.work_dir.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(arguments.seed)
+    return parser
 
-    judge = make_judge(arguments.judge_steps, arguments.work_dir)
-    judge.half().save_pretrained(arguments.output_dir / "judge")
 
-    vae = make_autoencoder(arguments.vae_steps, arguments.work_dir)
-    latents = encode_world(vae, arguments.num_latents, arguments.work_dir)
+def main(arguments: list[str] | None = None) -> None:
+    settings = parser().parse_args(arguments)
+    if settings.zero_terminal_snr and settings.prediction_type == "epsilon":
+        parser().error(
+            "--zero_terminal_snr needs --prediction_type v_prediction or sample: the noise alone tells no x0."
+        )
+    if settings.denoiser_only and settings.output_dir == HERE:
+        parser().error("--denoiser_only needs an --output_dir of its own: the shipped teacher is not to be replaced.")
+    settings.work_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(settings.seed)
+
+    if settings.denoiser_only:
+        vae = AutoencoderKL.from_pretrained(HERE / "teacher" / "vae", torch_dtype=torch.float32).eval()
+    else:
+        judge = make_judge(settings.judge_steps, settings.work_dir)
+        judge.half().save_pretrained(settings.output_dir / "judge")
+        vae = make_autoencoder(settings.vae_steps, settings.work_dir)
+    latents = encode_world(vae, settings.num_latents, settings.work_dir)
     vae.register_to_config(scaling_factor=round((1 / latents["mean"].std()).item(), 5))
 
     tokenizer = make_tokenizer()
-    scheduler = DDPMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="epsilon",
-        clip_sample=False,  # latents are not confined to [-1, 1]
-        steps_offset=1,
-    )
-    denoiser = make_teacher(tokenizer, scheduler, latents, arguments.denoiser_steps, arguments.work_dir)
-    save_teacher(arguments.output_dir / "teacher", vae, denoiser, tokenizer, scheduler)
+    scheduler = make_scheduler(settings.prediction_type, settings.zero_terminal_snr)
+    denoiser = make_teacher(settings.family, tokenizer, scheduler, latents, settings.denoiser_steps, settings.work_dir)
+    save_teacher(settings.output_dir / "teacher", pipeline_of(vae, denoiser, tokenizer, scheduler))
 
 
 if __name__ == "__main__":
