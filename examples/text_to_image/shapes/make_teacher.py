@@ -39,6 +39,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from diffusers_disback.families import FAMILIES
 from diffusers_disback.noise_schedule import PREDICTION_TYPES, NoiseSchedule
+from diffusers_disback.single_file import save_portable
 
 from .judge import ATTRIBUTES, Judge
 from .world import ANY_TILT, CAPTIONS, MAX_TILT, SCENES, pixels
@@ -312,26 +313,9 @@ def pipeline_of(
 
 
 def save_teacher(output_dir: Path, pipeline: DiffusionPipeline) -> None:
-    """The pipeline's folder in half precision, in the form that older transformers read too.
-
-    transformers 5 writes a text encoder without its `text_model.` prefix and the tokenizer as one file; older ones
-    take the first for random weights, without an error, and cannot read the second.
-    """
+    """The pipeline's folder in half precision, in the form that older transformers read too."""
     shutil.rmtree(output_dir, ignore_errors=True)
-    pipeline.to(dtype=torch.float16).save_pretrained(output_dir)
-    for name, component in pipeline.components.items():
-        if name.startswith("text_encoder"):
-            weights = {
-                key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}": value.contiguous()
-                for key, value in component.state_dict().items()
-            }
-            save_file(weights, output_dir / name / "model.safetensors", metadata={"format": "pt"})
-            # By default transformers 5 loads what the config declares, and diffusers float32: the two have to agree.
-            config_file = output_dir / name / "config.json"
-            config = {**json.loads(config_file.read_text()), "dtype": "float32"}
-            config_file.write_text(json.dumps(config, indent=2) + "\n")
-        if name.startswith("tokenizer"):
-            component.backend_tokenizer.model.save(str(output_dir / name))
+    save_portable(pipeline.to(dtype=torch.float16), output_dir)
     (output_dir / "world.json").write_text('{"world": "shapes"}\n')
 
 
