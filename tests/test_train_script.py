@@ -70,6 +70,33 @@ def test_the_stages_apart_equal_the_stages_together(run, tmp_path):
     assert equal(student(in_place), student(together))
 
 
+@pytest.mark.parametrize("cache_conditions, leave", [("auto", True), ("disk", True), ("off", False)])
+def test_text_encoders_leave_memory_when_every_prompt_is_encoded(run, monkeypatch, cache_conditions, leave):
+    import gc
+    import weakref
+
+    from diffusers_disback.backtracking import BacktrackingTrainer
+    from diffusers_disback.families import ModelFamily
+
+    encoders, left, train, check = [], [], BacktrackingTrainer.train, ModelFamily.check
+
+    def watched(family):
+        check(family)
+        encoders.extend(map(weakref.ref, family.text_encoders))
+
+    def trained(self):
+        gc.collect()
+        left.extend(encoder() is None for encoder in encoders)
+        return train(self)
+
+    monkeypatch.setattr(ModelFamily, "check", watched)
+    monkeypatch.setattr(BacktrackingTrainer, "train", trained)
+    folder = run(cache_conditions=cache_conditions)
+    assert left == [leave]
+    assert json.loads((folder / "model_index.json").read_text())["text_encoder"] == ["transformers", "CLIPTextModel"]
+    DiffusionPipeline.from_pretrained(folder)(tiny.PROMPTS[0], num_inference_steps=1, guidance_scale=0)
+
+
 def test_a_finished_run_prints_its_summary_again(run, capsys):
     import shutil
 
