@@ -20,7 +20,7 @@ quickstart: $(VENV)/.installed
 
 # More arguments of pytest: make test ARGS="-m slow"
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile $(ARGS)
 
 style: $(VENV)/.installed
 	$(BIN)/ruff check --fix $(SOURCES)
