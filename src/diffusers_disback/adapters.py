@@ -140,7 +140,11 @@ def lora_config(rank: int, alpha: float | None = None, target_modules: list[str]
 
 
 def base_of(
-    network: nn.Module, device: torch.device, dtype: torch.dtype, quantization: str | None = None
+    network: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    scratch: str | Path | None = None,
 ) -> nn.Module:
     """The network in the precision of a base that several roles share: itself where nothing has to change, else a copy.
 
@@ -149,12 +153,13 @@ def base_of(
         device (`torch.device`): Of the base.
         dtype (`torch.dtype`): That the base computes in.
         quantization (`str`, *optional*): One of `QUANTIZATIONS`: keep the weights of linear layers in 4 or 8 bits.
+        scratch (`str` or `Path`, *optional*): A folder on a disk that has room for the network, to quantise it.
 
     Raises:
         ValueError: If quantisation is asked for without a GPU.
     """
     if quantization is not None:
-        return _quantized(network, device, dtype, quantization)
+        return _quantized(network, device, dtype, quantization, scratch)
     parameter = next(network.parameters())
     if parameter.device == device and parameter.dtype == dtype:
         return network
@@ -168,7 +173,9 @@ def base_of(
     return base
 
 
-def _quantized(network: nn.Module, device: torch.device, dtype: torch.dtype, quantization: str) -> nn.Module:
+def _quantized(
+    network: nn.Module, device: torch.device, dtype: torch.dtype, quantization: str, scratch: str | Path | None
+) -> nn.Module:
     """By bitsandbytes, which quantises what it loads: so the network is written down once, and read again."""
     if device.type != "cuda":
         raise ValueError(
@@ -180,7 +187,7 @@ def _quantized(network: nn.Module, device: torch.device, dtype: torch.dtype, qua
         "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype},
         "int8": {"load_in_8bit": True},
     }[quantization]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         network.save_pretrained(folder)
         return type(network).from_pretrained(
             folder, quantization_config=BitsAndBytesConfig(**config), torch_dtype=dtype, use_safetensors=True

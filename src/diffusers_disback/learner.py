@@ -310,7 +310,11 @@ def accelerator_of(config: TrainingConfig) -> Accelerator:
 def shared_base(network: nn.Module, config: TrainingConfig) -> SharedNetwork:
     """A network in float32 as the base of several roles' adapters, in the precision and on the device of the run."""
     accelerator = accelerator_of(config)
-    base = base_of(network, accelerator.device, compute_dtype(accelerator), config.base_quantization)
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    dtype, scratch = compute_dtype(accelerator), config.output_dir
+    base = base_of(network, accelerator.device, dtype, config.base_quantization, scratch)
+    if base is not network:
+        network.to("cpu")  # it is needed again to fuse a trained adapter into
     return SharedNetwork(tuned(base, config))
 
 
