@@ -66,27 +66,20 @@ class OnGPU(TorchFunctionMode):
     CUDA.
 
     Args:
-        dtype (`torch.dtype`, *optional*): Autocast's; `None` for none.
-        caches (`bool`): Casts of trained weights are kept until the end, as within a forward pass.
+        dtype (`torch.dtype`, *optional*): Autocast's, which keeps no casts; `None` for none.
     """
 
     LOWER = (F.linear, F.conv2d)
     FLOAT32 = (F.group_norm, F.layer_norm, F.mse_loss)
 
-    def __init__(self, dtype: torch.dtype | None = None, caches: bool = True):
+    def __init__(self, dtype: torch.dtype | None = None):
         super().__init__()
         self.dtype = dtype
-        self.caches = caches
-        self._cache: dict[int, Tensor] = {}
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
             return value
-        if not (self.caches and value.is_leaf and value.requires_grad and dtype == self.dtype):
-            return value.to(dtype)
-        if id(value) not in self._cache:
-            self._cache[id(value)] = value.to(dtype)
-        return self._cache[id(value)]
+        return value.to(dtype)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -104,9 +97,7 @@ def checkpointed(autocast: torch.dtype | None) -> Callable:
     """What `enable_gradient_checkpointing` takes: it casts as on a GPU when a block is run again in the backward pass, too."""
 
     def run(block: nn.Module, *arguments: Any) -> Any:
-        return checkpoint(
-            block, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), OnGPU(autocast, caches=False))
-        )
+        return checkpoint(block, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), OnGPU(autocast)))
 
     return run
 

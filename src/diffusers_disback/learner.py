@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast
+from accelerate.utils import AutocastKwargs, DistributedType, ProjectConfiguration, broadcast
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -78,7 +78,7 @@ class Learner:
         self.config = config
         self.accelerator = accelerator_of(config)
         self.bad = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
-        self.optimizer = optimizer_of(parameters, learning_rate, config, self.accelerator.device)
+        self.optimizer = optimizer_of(parameters, learning_rate, config)
         self.lr_schedule = get_scheduler(
             config.lr_scheduler, self.optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=updates
         )
@@ -110,14 +110,11 @@ class Learner:
             self._update(parameters, self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm))
 
     def _update(self, parameters: list[nn.Parameter], norm: Tensor) -> None:
-        sharded = self.accelerator.distributed_type in SHARDED
-        if self.accelerator.scaler is None and not sharded:
+        if self.accelerator.scaler is None and self.accelerator.distributed_type not in SHARDED:
             # Once a gradient was not finite, no update is made with it or after it. Nothing waits for the device: the
             # flag is looked at where losses are logged.
             self.bad = self.bad | ~torch.isfinite(norm)
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.masked_fill_(self.bad, 0.0)
+            self._guard(parameters)
         self.optimizer.step()
         # fp16's loss scaling overflows and skips an update now and then; that is no error.
         skipped = self.optimizer.step_was_skipped
@@ -131,6 +128,16 @@ class Learner:
             self.ema.step(self.parameters())
             if self.config.offload_ema:
                 self.ema.to("cpu")
+
+    def _guard(self, parameters: list[nn.Parameter]) -> None:
+        """Keeps the optimiser from an update if the flag is up."""
+        optimizer = self.optimizer.optimizer
+        if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.found_inf = self.bad.float()  # as torch's GradScaler tells a fused optimiser
+            return
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.masked_fill_(self.bad, 0.0)
 
     def accumulate(self):
         """A context for one slice of a batch."""
@@ -304,6 +311,8 @@ def accelerator_of(config: TrainingConfig) -> Accelerator:
         ),
         # A learning rate step per update, whatever the number of processes.
         step_scheduler_with_optimizer=False,
+        # Each weight is cast once in a pass: a cache would only hold copies, of the whole network where no gradient is asked.
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
 
 
@@ -341,9 +350,9 @@ def in_precision(model: ScoreModel, accelerator: Accelerator) -> ScoreModel:
 
 
 def optimizer_of(
-    parameters: list[nn.Parameter], learning_rate: float, config: TrainingConfig, device: torch.device
+    parameters: list[nn.Parameter], learning_rate: float, config: TrainingConfig
 ) -> torch.optim.Optimizer:
-    """AdamW: torch's, fused on a GPU; or that of bitsandbytes with states of 8 bits, or in pages that a full GPU moves out.
+    """AdamW: torch's, fused; or that of bitsandbytes with states of 8 bits, or in pages that a full GPU moves out.
 
     Raises:
         ValueError: If bitsandbytes is asked for and not installed.
@@ -355,7 +364,7 @@ def optimizer_of(
         "eps": config.adam_epsilon,
     }
     if not config.use_8bit_adam and not config.use_paged_adam:
-        return torch.optim.AdamW(parameters, **arguments, **({"fused": True} if device.type == "cuda" else {}))
+        return torch.optim.AdamW(parameters, fused=True, **arguments)
     try:
         import bitsandbytes
     except ImportError as error:

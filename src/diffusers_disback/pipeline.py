@@ -195,9 +195,9 @@ class DisBackOneStepPipeline(
         pooled_prompt_embeds: torch.Tensor | None,
         lora_scale: float | None,
         clip_skip: int | None,
+        device: torch.device,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Text embeddings, `[B, tokens, width]`, and for SDXL the pooled ones, `[B, pooled width]`."""
-        device = self._execution_device
         if self.is_xl:
             prompt_embeds, _, pooled_prompt_embeds, _ = self.encode_prompt(
                 prompt,
@@ -338,6 +338,7 @@ class DisBackOneStepPipeline(
             pooled_prompt_embeds,
             (cross_attention_kwargs or {}).get("scale"),
             clip_skip,
+            device,
         )
         # Where text encoder, UNet and autoencoder are of different precisions, each computes in its own.
         dtype = next(self.unet.parameters()).dtype
