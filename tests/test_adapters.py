@@ -400,6 +400,63 @@ def test_an_update_with_a_gradient_that_is_not_finite_is_not_made(tmp_path, path
     assert all(parameter.isfinite().all() for parameter in stage.student.parameters())
 
 
+@pytest.mark.parametrize("lora_rank", [None, 4], ids=["full", "adapters"])
+def test_one_bad_gradient_among_several_updates_stops_the_run(tmp_path, path, lora_rank):
+    """It is not hidden by the good ones that follow in the same step, and nothing moves after it."""
+    config = training(tmp_path, lora_rank=lora_rank, checkpointing_steps=1, logging_steps=100)
+    stage = trainer(config, path if lora_rank else None, fake_score_updates=3)
+    learn, number, kept = stage.fake_score.learn, [], []
+
+    def poisoned(loss):
+        number.append(1)
+        if len(number) == 5:  # the second update of step 1
+            kept.extend(parameter.detach().clone() for parameter in stage.fake_score.parameters())
+        learn(loss * float("nan") if len(number) == 5 else loss)
+
+    stage.fake_score.learn = poisoned
+    with pytest.raises(FloatingPointError, match="fake_score_gradient_norm was not finite at step 1"):
+        stage.run()
+    assert len(number) == 6 and all(map(torch.equal, kept, stage.fake_score.parameters()))
+    saved = sorted(f.name for f in (tmp_path / "checkpoints" / "backtracking").glob("checkpoint-*"))
+    assert saved == ["checkpoint-000001"]
+
+
+def test_an_overflow_under_loss_scaling_is_skipped_and_seen(tmp_path):
+    """As on a GPU in fp16: accelerate has to see that the scaler skipped, which a fused optimiser hides from it."""
+    from diffusers_disback.learner import optimizer_of
+
+    config = training(tmp_path)
+    network = torch.nn.Linear(2, 1)
+    assert optimizer_of(list(network.parameters()), 1e-3, config, False).defaults["fused"]
+    optimizer = optimizer_of(list(network.parameters()), 1e-3, config, True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    called = []
+    optimizer.register_step_post_hook(lambda *_: called.append(1))
+    before = network.weight.detach().clone()
+    for factor in (1e38, 1.0):
+        scaler.scale(network(torch.ones(1, 2)).sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(network.weight, before) == (factor > 1)
+    assert len(called) == 1, "the overflow did not come to the optimiser"
+
+
+@pytest.mark.parametrize("lora_rank", [None, 4], ids=["full", "adapters"])
+def test_stage_1_leaves_nothing_behind(tmp_path, teacher_folder, lora_rank):
+    import gc
+    import weakref
+
+    stage = recorder(training(tmp_path, lora_rank=lora_rank, mixed_precision="bf16"), teacher_folder)
+    held = [weakref.ref(parameter) for parameter in stage.fake_score.parameters()]
+    gc.disable()
+    try:
+        stage.record()
+        assert not [reference for reference in held if reference() is not None]
+    finally:
+        gc.enable()
+
+
 # Memory and speed ----------------------------------------------------------------------------------------------------
 
 
@@ -459,6 +516,9 @@ def test_xformers_that_cannot_be_used_is_told(run):
 def test_settings_that_do_not_fit_together(run):
     for flags, message in [
         ({"lora_rank": 0}, "--lora_rank has to be at least 1"),
+        ({"lora_alpha": 2.0}, "--lora_alpha and --lora_roles are of adapters: pass --lora_rank"),
+        ({"lora_roles": ["generator"]}, "--lora_alpha and --lora_roles are of adapters: pass --lora_rank"),
+        ({"lora_rank": 4, "lora_alpha": 0.0}, "--lora_alpha has to be above 0"),
         ({"lora_rank": 4, "lora_roles": ["teacher"]}, "--lora_roles teacher: roles are generator and fake_score"),
         ({"lora_rank": 4, "lora_target_modules": ["nothing"]}, "Target modules .*nothing.* not found"),
         ({"use_paged_adam": True, "offload_idle_role": True}, "leave --offload_idle_role out"),
@@ -473,6 +533,24 @@ def test_compiled_blocks_compute_the_same(run):
     expected = weights(UNet2DConditionModel.from_pretrained(run("a", **flags), subfolder="unet"))
     compiled = run("b", **flags, compile=True)
     assert close(weights(UNet2DConditionModel.from_pretrained(compiled, subfolder="unet")), expected, atol=1e-3)
+
+
+def test_nodes_that_are_more_than_a_plain_lora_are_refused(tmp_path, path):
+    from safetensors.torch import save_file
+
+    from diffusers_disback.adapters import config_of
+
+    file = tmp_path / "node.safetensors"
+    for said, message in [
+        ({"r": 4, "lora_alpha": 4, "target_modules": ["to_q"], "use_dora": True}, "more than a plain LoRA .use_dora"),
+        ({"r": 4, "lora_alpha": 4, "target_modules": ["to_q"], "bias": "all"}, "more than a plain LoRA .biases"),
+        (None, "does not say its adapter's rank"),
+    ]:
+        metadata = {"format": "pt"} if said is None else {"format": "pt", "lora_adapter_metadata": json.dumps(said)}
+        save_file({"x": torch.zeros(1)}, file, metadata)
+        with pytest.raises(ValueError, match=message):
+            config_of(file)
+    assert path.adapter_config(1).r == 4
 
 
 # The result ----------------------------------------------------------------------------------------------------------

@@ -28,9 +28,10 @@ from diffusers_disback import (
     load_family,
 )
 from diffusers_disback.backtracking import nodes_are_guided
-from diffusers_disback.evaluation.report import Report, summary
+from diffusers_disback.evaluation.report import Report, drawable, summary
 from diffusers_disback.generator import to_pipeline
 from diffusers_disback.hub import save_student
+from diffusers_disback.learner import accelerator_of, compute_dtype
 from diffusers_disback.run import (
     check_settings,
     flag_of,
@@ -83,6 +84,7 @@ def main(arguments: list[str]) -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     set_seed(training.seed)
+    dtype = compute_dtype(accelerator_of(training))
     torch.backends.cuda.matmul.allow_tf32 = training.allow_tf32
 
     # The teacher, the prompts, the student's start, and what will be measured.
@@ -109,11 +111,14 @@ def main(arguments: list[str]) -> None:
         wanted = validation_prompts(training, prompts)
         shapes = is_shapes_teacher(reference.name_or_path)
         evaluation = shapes_evaluation() if shapes else picture_evaluation(training, wanted)
-        report = Report(evaluation, wanted, teacher.pipeline, backtracking.guidance_scale)
+        size = teacher.resolution(training.resolution)
+        report = Report(evaluation, wanted, teacher.pipeline, backtracking.guidance_scale, dtype=dtype, size=size)
     if data.is_encoded:
         teacher.release_text_encoders()
     if report:
-        initial = measure(generator.to(state.device), "initial")
+        report.add_teacher()
+        with drawable(generator, state.device, dtype) as network:
+            initial = measure(network, "initial")
     teacher.rest()
     state.wait_for_everyone()
 
@@ -130,6 +135,12 @@ def main(arguments: list[str]) -> None:
         if report:
             deployed = to_pipeline(student, timestep, teacher.pipeline)
             save_student(deployed, reference, folder, training.cache_dir, trainer.student.lora)
+            if trainer.student.lora is not None:  # was measured before it was fused, maybe on a base of few bits
+                with drawable(student, state.device, dtype) as network:
+                    measure(network)
+            del deployed
+        del student
+        trainer.release()
 
     if report:
         script = "examples/text_to_image/train_disback.py"

@@ -54,7 +54,7 @@ class SharedNetwork:
         Args:
             role (`str`): Its name.
             config (`LoraConfig`): Rank, alpha and the layers.
-            seed (`int`): Of the other factor. Global random state is left as it is.
+            seed (`int`): Of the other factor. The CPU's global random state is left as it is.
 
         Raises:
             ValueError: If the network has none of the layers.
@@ -143,7 +143,10 @@ def lora_config(rank: int, alpha: float | None = None, target_modules: list[str]
     from peft import LoraConfig
 
     return LoraConfig(
-        r=rank, lora_alpha=alpha or rank, target_modules=target_modules or TARGET_MODULES, init_lora_weights=True
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        target_modules=target_modules or TARGET_MODULES,
+        init_lora_weights=True,
     )
 
 
@@ -169,7 +172,7 @@ def base_of(
     if quantization is not None:
         return _quantized(network, device, dtype, quantization, scratch)
     parameter = next(network.parameters())
-    if parameter.device == device and parameter.dtype == dtype:
+    if parameter.device.type == device.type and parameter.dtype == dtype:
         return network
     with torch.device("meta"):
         base = type(network).from_config(network.config)
@@ -222,7 +225,7 @@ def config_of(file: Path) -> "LoraConfig":
     """Rank, alpha and layers of an adapter's file.
 
     Raises:
-        ValueError: If it does not say.
+        ValueError: If it does not say, or holds more than a plain LoRA.
     """
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft import LoraConfig
@@ -231,7 +234,14 @@ def config_of(file: Path) -> "LoraConfig":
         said = (stream.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
     if said is None:
         raise ValueError(f"{file} does not say its adapter's rank and layers.")
-    return LoraConfig(**json.loads(said))
+    said = json.loads(said)
+    more = [name for name in ("use_dora", "use_rslora", "lora_bias", "modules_to_save") if said.get(name)]
+    if more or said.get("bias", "none") != "none":
+        raise ValueError(
+            f"{file} holds more than a plain LoRA ({', '.join(more) or 'biases'}), which is not supported."
+        )
+    known = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
+    return LoraConfig(**{name: said[name] for name in known if name in said})
 
 
 def write_adapter(network: nn.Module, adapter: str, folder: Path) -> None:

@@ -360,6 +360,12 @@ class BacktrackingTrainer(Stage):
         digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
         return {**super().identity(), "path": digest[:16]}
 
+    def release(self) -> None:
+        """Lets go of all networks, when the student was saved; figures stay."""
+        self.generator = self.target = self._adapted_teacher = self._adapted_target = None
+        for learner in self.learners:
+            learner.release()
+
     def train(self) -> nn.Module:
         """Stage 2, whole or resumed. Returns the student's network, averaged if an average is kept; an adapter is fused
         into a copy of what it was trained on, and stays in `student.lora`."""

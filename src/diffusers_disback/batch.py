@@ -30,8 +30,16 @@ class Batch:
     def draw_timesteps(self, low: int, high: int) -> Tensor:
         """Integer timesteps, uniform on `low..high`, both included, `[B]`."""
         drawn = [torch.randint(low, high + 1, (), generator=generator) for generator in self.generators]
-        return torch.stack(drawn).to(self.noise.device)
+        return to_device(torch.stack(drawn), self.noise.device)
 
     def draw_noise(self) -> Tensor:
         """Fresh standard normal noise, shape of `noise`."""
-        return randn_tensor(tuple(self.noise.shape), generator=self.generators, device=self.noise.device)
+        drawn = randn_tensor(tuple(self.noise.shape), generator=self.generators, device=torch.device("cpu"))
+        return to_device(drawn, self.noise.device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of CPU memory on a device, without waiting for what the device has still to do."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

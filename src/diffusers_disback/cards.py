@@ -66,7 +66,7 @@ image = pipe({{ prompt }}).images[0]
 ```python
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained({{ lora_base }})
+pipe = DiffusionPipeline.from_pretrained({{ lora_base }}{% if teacher_revision %}, revision="{{ teacher_revision }}"{% endif %}{% if teacher_variant %}, variant="{{ teacher_variant }}"{% endif %})
 pipe.load_lora_weights({{ repo }}, subfolder="lora", weight_name="pytorch_lora_weights.safetensors")
 pipe.scheduler = DDIMScheduler.from_pretrained({{ repo }}, subfolder="scheduler")
 image = pipe({{ prompt }}, num_inference_steps=1, guidance_scale=0).images[0]
@@ -270,9 +270,15 @@ def student_card(report: dict[str, Any], title: str, repo: str, path_picture: bo
         "timestep": settings["conditioning_timestep"],
         "resolution": report["resolution"],
     }
-    base = settings["generator_model_name_or_path"] or settings["pretrained_model_name_or_path"]
-    # Else it is on a network that no snippet of two lines loads.
-    plain = report.get("lora") and not settings["teacher_lora"] and single_file_of(base) is None
+    # Where it was trained on the teacher as it lies there: else no snippet of a few lines loads what it is on.
+    others = (
+        "generator_model_name_or_path",
+        "teacher_lora",
+        "pretrained_vae_model_name_or_path",
+        "single_file_config",
+    )
+    base = settings["pretrained_model_name_or_path"]
+    plain = report.get("lora") and not any(settings[name] for name in others) and single_file_of(base) is None
     bare = _BARE_XL if report["pipeline_class"] == "StableDiffusionXLPipeline" else _BARE
     return _render(
         _STUDENT,
@@ -284,6 +290,8 @@ def student_card(report: dict[str, Any], title: str, repo: str, path_picture: bo
         **texts,
         bare=Template(bare).render(texts),
         lora_base=json.dumps(base) if plain else None,
+        teacher_revision=settings["revision"],
+        teacher_variant=settings["variant"],
         figures=table(measured),
         num_pictures=evaluation["num_pictures"],
         dataset=evaluation["name"],

@@ -220,6 +220,14 @@ class TrainingConfig:
                 raise ValueError(f"--{name} {getattr(self, name)!r} is none of {', '.join(known)}.")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"--lora_rank has to be at least 1, but is {self.lora_rank}.")
+        if self.lora_rank is None and (
+            self.lora_alpha is not None or set(self.lora_roles) != {"generator", "fake_score"}
+        ):
+            raise ValueError(
+                "--lora_alpha and --lora_roles are of adapters: pass --lora_rank, too, or leave them out."
+            )
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise ValueError(f"--lora_alpha has to be above 0, but is {self.lora_alpha}.")
         unknown = [role for role in self.lora_roles if role not in ("generator", "fake_score")]
         if unknown or not self.lora_roles:
             raise ValueError(f"--lora_roles {' '.join(unknown)}: roles are generator and fake_score.")

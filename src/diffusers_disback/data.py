@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .batch import Batch, Condition
+from .batch import Batch, Condition, to_device
 from .condition_cache import ConditionCache
 
 
@@ -209,11 +209,13 @@ class PromptData:
 
     def batch(self, draw: "Draw", device: torch.device) -> Batch:
         """The batch of a draw, on a device."""
-        condition = {key: value.to(device) for key, value in self.conditions(draw.prompts, draw.rows).items()}
+        found = self.conditions(draw.prompts, draw.rows)
+        condition = {key: to_device(value, device) for key, value in found.items()}
         negative = {
-            key: value.to(device).expand(len(draw.prompts), *value.shape[1:]) for key, value in self.empty.items()
+            key: to_device(value, device).expand(len(draw.prompts), *value.shape[1:])
+            for key, value in self.empty.items()
         }
-        return Batch(draw.noise.to(device), condition, negative, draw.generators)
+        return Batch(to_device(draw.noise, device), condition, negative, draw.generators)
 
 
 @dataclass

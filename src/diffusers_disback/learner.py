@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedType, ProjectConfiguration, broadcast
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
+from diffusers.training_utils import EMAModel, free_memory
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -22,6 +22,7 @@ from .score_model import ScoreModel
 
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+SKIPS = 100  # updates in a row that fp16's loss scaling may skip; it halves the scale each time
 
 
 class Learner:
@@ -78,7 +79,8 @@ class Learner:
         self.config = config
         self.accelerator = accelerator_of(config)
         self.bad = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
-        self.optimizer = optimizer_of(parameters, learning_rate, config)
+        self.skipped_in_a_row = 0
+        self.optimizer = optimizer_of(parameters, learning_rate, config, self.accelerator.mixed_precision == "fp16")
         self.lr_schedule = get_scheduler(
             config.lr_scheduler, self.optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=updates
         )
@@ -118,11 +120,16 @@ class Learner:
         self.optimizer.step()
         # fp16's loss scaling overflows and skips an update now and then; that is no error.
         skipped = self.optimizer.step_was_skipped
-        self.gradient_norm = torch.zeros_like(norm) if skipped else norm
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row > SKIPS:
+            raise FloatingPointError(
+                f"The last {SKIPS} updates of the {self.name} overflowed in fp16, whatever the loss was scaled by. Use bf16."
+            )
+        self.gradient_norm = torch.zeros_like(norm) if skipped else torch.where(self.bad, torch.nan, norm)
         if not skipped:
             self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
+        if self.ema is not None and not skipped:
             if self.config.offload_ema:
                 self.ema.to(self.accelerator.device)
             self.ema.step(self.parameters())
@@ -167,7 +174,7 @@ class Learner:
         for state in self.optimizer.state.values():
             for key, value in state.items():
                 if torch.is_tensor(value) and value.ndim:
-                    state[key] = value.to(device, non_blocking=True)
+                    state[key] = value.to(device)
 
     def release(self) -> None:
         """Lets go of the network and of the optimiser's state."""
@@ -175,6 +182,7 @@ class Learner:
             self.network, self.optimizer, self.lr_schedule
         )
         self.ema = None
+        free_memory()  # a prepared network is in a cycle of references
 
     def save(self, folder: Path) -> None:
         """Writes all state. To be called on every process."""
@@ -287,6 +295,7 @@ class AdapterLearner(Learner):
         self.optimizer, self.lr_schedule = self.accelerator.free_memory(self.optimizer, self.lr_schedule)
         self.shared.release()
         self.network = self.ema = None
+        free_memory()
 
     def save(self, folder: Path) -> None:
         super().save(folder)
@@ -350,9 +359,9 @@ def in_precision(model: ScoreModel, accelerator: Accelerator) -> ScoreModel:
 
 
 def optimizer_of(
-    parameters: list[nn.Parameter], learning_rate: float, config: TrainingConfig
+    parameters: list[nn.Parameter], learning_rate: float, config: TrainingConfig, is_scaled: bool
 ) -> torch.optim.Optimizer:
-    """AdamW: torch's, fused; or that of bitsandbytes with states of 8 bits, or in pages that a full GPU moves out.
+    """AdamW: torch's, fused unless the loss is scaled, as for fp16, when accelerate could not see what is skipped; or that of bitsandbytes with states of 8 bits, or in pages that a full GPU moves out.
 
     Raises:
         ValueError: If bitsandbytes is asked for and not installed.
@@ -364,7 +373,7 @@ def optimizer_of(
         "eps": config.adam_epsilon,
     }
     if not config.use_8bit_adam and not config.use_paged_adam:
-        return torch.optim.AdamW(parameters, fused=True, **arguments)
+        return torch.optim.AdamW(parameters, fused=not is_scaled, **arguments)
     try:
         import bitsandbytes
     except ImportError as error:
@@ -398,5 +407,7 @@ def tuned(network: nn.Module, config: TrainingConfig) -> nn.Module:
                 "own attention, which is the default, is as frugal."
             ) from error
     if config.compile:
+        # All blocks share one code object, of which each width, role and batch size is a variant.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         network.compile_repeated_blocks()
     return network

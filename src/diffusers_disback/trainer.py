@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -287,7 +288,8 @@ class Stage(ABC):
 
 def process_state() -> PartialState:
     """This process among the others, as `accelerate launch` set them up. To be called before any Accelerator is made."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    # Others wait while the main process draws pictures or fills a cache, which may take hours.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=24))
 
 
 def peak_memory_mb(device: torch.device) -> float:

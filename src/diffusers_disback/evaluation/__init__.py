@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .distance import FrechetDistance
@@ -37,6 +38,7 @@ class Evaluation:
 
     Attributes:
         evaluators (`list[Evaluator]`): What measures the pictures.
+        size (`int`, *optional*): The pictures' side in pixels; by default the pipeline's own.
         references (`dict`): Measures to set beside those of pipelines, by name, such as the `floor` of a distance.
     """
 
@@ -55,6 +57,7 @@ class Evaluation:
         self.batch_size = batch_size
         self.evaluators: list[Evaluator] = []
         self.references: dict[str, dict[str, float]] = {}
+        self.size: int | None = None
         self._encoded: dict[str, Tensor] = {}  # the arguments of a pipeline's call, a row for each distinct prompt
         self._negative: dict[str, Tensor] = {}
 
@@ -101,7 +104,13 @@ class Evaluation:
             prompts = self.prompts[first : first + self.batch_size]
             said = self._arguments(prompts, arguments.get("guidance_scale", 1) > 1)
             said = {name: v.to(pipeline.device) if torch.is_tensor(v) else v for name, v in said.items()}
-            drawn = pipeline(**said, generator=generator, output_type="pt", **arguments).images
+            stride = pipeline.vae_scale_factor
+            side = self.size or pipeline.unet.config.sample_size * stride
+            shape = (len(prompts), pipeline.unet.config.in_channels, side // stride, side // stride)
+            # The same noise in any precision.
+            latents = randn_tensor(shape, generator=generator, device=pipeline.device, dtype=torch.float32)
+            size = {"height": side, "width": side}
+            drawn = pipeline(**said, **size, latents=latents, output_type="pt", **arguments).images
             pictures.append((drawn.float().clamp(0, 1) * 255).round().to("cpu", torch.uint8))
         return torch.cat(pictures), (time.monotonic() - started) / len(self.prompts)
 

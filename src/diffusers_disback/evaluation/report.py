@@ -2,13 +2,17 @@
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from ..adapters import base_of
 from ..path import DegradationPath
 from . import Evaluation
 from .drift import DriftEvaluator
@@ -45,6 +49,30 @@ def unadorned(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return pipeline
 
 
+@contextmanager
+def drawable(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """A float32 network on a device, in a precision, for as long as it draws pictures.
+
+    Args:
+        network (`nn.Module`): A diffusers UNet. In float32 it is moved, and moved back; in half of it a copy is made.
+        device (`torch.device`): Where pictures are drawn.
+        dtype (`torch.dtype`): That the run computes in. The rest of the pipeline stays in float32.
+    """
+    if dtype == torch.float32:
+        home = next(network.parameters()).device
+        yield network.to(device)
+        network.to(home)
+        return
+
+    def cast(values: Any, to: torch.dtype) -> Any:
+        return tree_map(lambda v: v.to(to) if torch.is_tensor(v) and v.is_floating_point() else v, values)
+
+    half = base_of(network, device, dtype)
+    half.register_forward_pre_hook(lambda _, given, named: (cast(given, dtype), cast(named, dtype)), with_kwargs=True)
+    half.register_forward_hook(lambda _, given, output: cast(output, torch.float32))
+    yield half
+
+
 class Report:
     """Measures pipelines as a run goes on, and writes what it found.
 
@@ -54,6 +82,8 @@ class Report:
         teacher (`DiffusionPipeline`): The teacher's pipeline.
         guidance_scale (`float`): The teacher's guidance.
         teacher_steps (`int`, *optional*): Steps of the teacher's sampler (DDIM); by default 25.
+        dtype (`torch.dtype`): In which UNets draw.
+        size (`int`, *optional*): The pictures' side in pixels; by default that which the teacher was made for.
     """
 
     def __init__(
@@ -63,30 +93,36 @@ class Report:
         teacher: DiffusionPipeline,
         guidance_scale: float,
         teacher_steps: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        size: int | None = None,
     ):
         self.evaluation = evaluation
+        self.dtype = dtype
         self.gallery = Evaluation(wanted, evaluation.seed, evaluation.batch_size)
         self.guidance_scale = guidance_scale
         self.teacher_steps = teacher_steps or TEACHER_STEPS
         for prompts in (evaluation, self.gallery):
             prompts.encode(teacher)
+            prompts.size = size
         self.teacher = many_step_pipeline(teacher)
         for name in ("text_encoder", "text_encoder_2"):
             if name in self.teacher.components:  # it is not asked again, and may leave memory
                 self.teacher.register_modules(**{name: None})
         self.measures: dict[str, dict[str, float]] = dict(evaluation.references)
         self.shown: dict[str, Tensor] = {}
-        pictures, seconds = self.draw_teacher(evaluation, guidance_scale)
-        evaluation.evaluators.append(DriftEvaluator(pictures))
-        self._keep("teacher", pictures, seconds, self.draw_teacher(self.gallery, guidance_scale)[0])
-        self.measures["teacher"] |= {"num_inference_steps": self.teacher_steps, "guidance_scale": guidance_scale}
 
-    def draw_teacher(self, evaluation: Evaluation, guidance_scale: float) -> tuple[Tensor, float]:
-        """The teacher's pictures in many steps, and seconds per picture. Its UNet is on the device just for that."""
-        self.teacher.unet.to(self.teacher.vae.device)
-        drawn = evaluation.draw(self.teacher, num_inference_steps=self.teacher_steps, guidance_scale=guidance_scale)
-        self.teacher.unet.to("cpu")
-        return drawn
+    def add_teacher(self) -> None:
+        """Measures the teacher in many steps; the others' drift is from these pictures. Its UNet is on the device just for
+        that."""
+        arguments = {"num_inference_steps": self.teacher_steps, "guidance_scale": self.guidance_scale}
+        own = self.teacher.unet
+        with drawable(own, self.teacher.vae.device, self.dtype) as self.teacher.unet:
+            pictures, seconds = self.evaluation.draw(self.teacher, **arguments)
+            shown, _ = self.gallery.draw(self.teacher, **arguments)
+        self.teacher.unet = own
+        self.evaluation.evaluators.append(DriftEvaluator(pictures))
+        self._keep("teacher", pictures, seconds, shown)
+        self.measures["teacher"] |= arguments
 
     def add_student(self, name: str, pipeline: DiffusionPipeline) -> dict[str, float]:
         """Measures a one-step pipeline under a name (`initial`, `student`); its safety checker is taken off."""
@@ -125,7 +161,7 @@ class Report:
         """
         last = {"initial student\n1 step": self.shown["initial"]}
         drawn = self.shown["teacher"]
-        draw_path(path, self.teacher, self.gallery, scales, self.teacher_steps, file, last, drawn)
+        draw_path(path, self.teacher, self.gallery, scales, self.teacher_steps, file, last, drawn, self.dtype)
 
     def write(self, folder: Path, **others: Any) -> dict[str, Any]:
         """Writes `report.json`: the measures by name, and what else is passed."""
@@ -155,6 +191,7 @@ def draw_path(
     file: Path,
     others: dict[str, Tensor] | None = None,
     drawn: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Writes a picture of what each node draws, from the same noise. The teacher's own UNet stays in CPU memory.
 
@@ -167,25 +204,27 @@ def draw_path(
         file (`Path`): PNG.
         others (`dict[str, Tensor]`, *optional*): More columns: title -> pictures.
         drawn (`Tensor`, *optional*): The teacher's pictures, if they are there already.
+        dtype (`torch.dtype`): In which UNets draw.
     """
     kept, columns = teacher.unet, {}
-    teacher.unet = copy.deepcopy(kept).to(teacher.vae.device)
-    for index, scale in enumerate(scales):
-        title = f"node {index}, step {path.nodes[index - 1]['step']}" if index else "teacher"
-        adapter = index > 0 and path.nodes[index - 1]["kind"] == "adapter"
-        if adapter:
-            path.read(index)  # which checks it
-            teacher.unet.load_lora_adapter(
-                path.node_folder(index), subfolder="unet", prefix=None, use_safetensors=True
-            )
-        elif index:
-            path.load(index, teacher.unet)
-        pictures = drawn
-        if index or drawn is None:
-            pictures, _ = evaluation.draw(teacher, num_inference_steps=num_inference_steps, guidance_scale=scale)
-        if adapter:
-            teacher.unet.unload_lora()
-        columns[f"{title}\nw={scale:.3g}"] = pictures
+    own = copy.deepcopy(kept) if dtype == torch.float32 else kept
+    with drawable(own, teacher.vae.device, dtype) as teacher.unet:
+        for index, scale in enumerate(scales):
+            title = f"node {index}, step {path.nodes[index - 1]['step']}" if index else "teacher"
+            adapter = index > 0 and path.nodes[index - 1]["kind"] == "adapter"
+            if adapter:
+                path.read(index)  # which checks it
+                teacher.unet.load_lora_adapter(
+                    path.node_folder(index), subfolder="unet", prefix=None, use_safetensors=True
+                )
+            elif index:
+                path.load(index, teacher.unet)
+            pictures = drawn
+            if index or drawn is None:
+                pictures, _ = evaluation.draw(teacher, num_inference_steps=num_inference_steps, guidance_scale=scale)
+            if adapter:
+                teacher.unet.unload_lora()
+            columns[f"{title}\nw={scale:.3g}"] = pictures
     teacher.unet = kept
     columns |= others or {}
     rows = {prompt: [column[row] for column in columns.values()] for row, prompt in enumerate(evaluation.prompts)}

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from ..adapters import base_of
 from ..batch import Condition
 from ..model_reference import ModelReference, fingerprint
 from ..noise_schedule import NoiseSchedule
@@ -181,11 +182,10 @@ class ModelFamily:
     def doubt(self) -> str | None:
         """What speaks against the scheduler's config, if anything does: against its prediction type, or its betas."""
         device = self.text_encoders[0].device
-        home = next(self.network.parameters()).device
-        model = self.score_model(self.network.to(device))
-        doubt = self._doubt_of_prediction_type(model, device) or self._doubt_of_betas(model, device)
-        self.network.to(home)
-        return doubt
+        # A half-precision copy on a GPU, where the text encoders lie beside it.
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        model = self.score_model(base_of(self.network, device, dtype))
+        return self._doubt_of_prediction_type(model, device) or self._doubt_of_betas(model, device)
 
     def _doubt_of_prediction_type(self, model: ScoreModel, device: torch.device) -> str | None:
         """At the highest noise level x_t is all but the noise itself. A network that predicts the noise gives it back; one
