@@ -18,22 +18,27 @@ from diffusers_disback.node_spacing import footprints
 
 
 SEEDS = [100, 101, 102, 103]
-THRESHOLDS = (0.636, 0.398)  # of the regime `recorded`
-NONE, WARM, PATH, MISMATCH = Arm("none"), Arm("warm"), Arm(), Arm("mismatch")
-HALF, NINE = (Arm(schedule="adaptive", settings={"share": share}) for share in (0.5, 0.9))
+THRESHOLDS = {"high_learning_rate": (0.844, 0.528), "low_sigma": (0.946, 0.591)}
+OTHERS = (0.636, 0.398)
+MISMATCH = Arm("mismatch")
+HALF, NINE = (Arm(schedule="near", settings={"share": share}) for share in (0.5, 0.9))
+STONES = [Arm(schedule="adaptive", settings={"share": share}) for share in (0.5, 0.6, 0.65, 0.7)]
 LOOKS = [
     *(("recorded", {}, arm) for arm in (HALF, NINE, MISMATCH)),
     *(("over_degraded", {}, arm) for arm in (HALF, NINE, replace(NINE, path="mismatch"), MISMATCH)),
     ("over_degraded", {"degradation_steps": 200}, MISMATCH),
     ("over_degraded", {"degradation_steps": 200, "steps_per_target": 60}, MISMATCH),
-    *((regime, {}, arm) for regime in ("high_learning_rate", "low_sigma") for arm in (NONE, WARM, HALF, NINE, PATH)),
+    *((regime, {}, arm) for regime in REGIMES if regime != "under_recorded" for arm in STONES),
 ]
 
 
 def look(regime: str, changes: dict, arm: Arm) -> None:
-    task = replace(REGIMES[regime], updates=min(REGIMES[regime].updates, 1100), **changes)
+    task = replace(REGIMES[regime], updates=min(REGIMES[regime].updates, 1200), **changes)
     results = Run(task, arm, SEEDS, teacher(task.teacher_steps)).run()
-    costs = [f"{median(cost(result, level, 'evaluations') for result in results):.0f}" for level in THRESHOLDS]
+    costs = [
+        f"{median(cost(result, level, 'evaluations') for result in results):.0f}"
+        for level in THRESHOLDS.get(regime, OTHERS)
+    ]
     print(regime, changes, arm, *costs, results[0]["switches"], flush=True)
 
 
