@@ -18,7 +18,7 @@ HEALTHY = Regime(
     fake_score_learning_rate=6e-4,
     degradation_steps=60,
     steps_per_target=60,
-    updates=1200,
+    updates=900,
 )
 CASES = {
     "healthy": HEALTHY,
@@ -70,7 +70,7 @@ def main() -> None:
             for switch in result["switches"]:
                 column[panel].axvline(switch, color="0.7", lw=0.8)
         column[0].set(title=title, yscale="log", ylim=(1e-4, 3))
-        column[1].set(ylim=(0, 2), xlabel="generator updates")
+        column[1].set(ylim=(0, 1.2), xlabel="generator updates")
         column[2].scatter(*run.points.T, s=1, alpha=0.3)
         column[2].set(xlim=(-6, 6), ylim=(-6, 6), aspect="equal")
         last = {name: f"{value:.3g}" for name, value in run.rows[-1].items()}

@@ -7,6 +7,7 @@ nodes of their paths. Costs are counted per seed: a forward pass of a network is
 import functools
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Arm:
     Args:
         path (`str`): none; warm (the fake score alone, the teacher the only target); steps or mismatch (how nodes are
             spaced); shuffled (spaced by steps, in a random order of targets).
-        schedule (`str`): fixed, geometric or adaptive.
+        schedule (`str`): fixed, geometric, near or adaptive.
         stop (`float`): Stage 1 ends when its loss has flattened by this share; 0 is never.
         settings (`dict`): Of the schedule.
     """
@@ -86,12 +87,31 @@ ARMS = {
     "path": Arm(),
     "shuffled": Arm("shuffled"),
     "geometric": Arm(schedule="geometric", settings={"ratio": 1.5}),
-    "adaptive": Arm(schedule="adaptive", settings={"share": 0.5}),
+    "near": Arm(schedule="near", settings={"share": 0.5}),
+    "adaptive": Arm(schedule="adaptive", settings={"share": 0.6}),
     "mismatch": Arm("mismatch"),
-    "mismatch_adaptive": Arm("mismatch", "adaptive", settings={"share": 0.5}),
-    "stop_adaptive": Arm("mismatch", "adaptive", stop=0.1, settings={"share": 0.5}),
+    "mismatch_adaptive": Arm("mismatch", "adaptive", settings={"share": 0.6}),
+    "stop_adaptive": Arm("mismatch", "adaptive", stop=0.1, settings={"share": 0.6}),
 }
-SCHEDULES = {"fixed": FixedSchedule, "geometric": GeometricSchedule, "adaptive": AdaptiveSchedule}
+
+
+class NearSchedule(AdaptiveSchedule):
+    """What was tried first: leaves a node when its mismatch is below `share` of the next one's, or has stopped falling (the
+    last two measures of a phase are no better than all before them, by 2 %)."""
+
+    def is_done(self, phase: Sequence[Measure]) -> bool:
+        if phase[-1].gap < self.share * phase[-1].next_gap:
+            return True
+        before, recent = phase[:-2], phase[-2:]
+        return bool(before) and min(m.gap for m in recent) > 0.98 * min(m.gap for m in before)
+
+
+SCHEDULES = {
+    "fixed": FixedSchedule,
+    "geometric": GeometricSchedule,
+    "near": NearSchedule,
+    "adaptive": AdaptiveSchedule,
+}
 MISMATCH_EVERY, BANDS, PROBED = 10, 4, 64
 
 

@@ -246,6 +246,27 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path, path):
     assert close(*results, atol=1e-4)
 
 
+def test_measuring_changes_nothing(tmp_path, path):
+    expected = weights(trainer(adapted(tmp_path / "plain"), path, max_train_steps=5).train())
+    config = adapted(tmp_path / "measured", validation_steps=1)
+    measured = trainer(config, path, lambda _: {}, max_train_steps=5)
+    assert equal(weights(measured.train()), expected)
+    assert [row["node"] for row in measured.curve] == [2, 1, 0, 0, 0]
+    assert all((row["target_to_teacher"] == 0) == (row["node"] == 0) for row in measured.curve)
+
+
+def test_another_node_takes_the_targets_place_for_a_while(tmp_path, path):
+    stage = trainer(adapted(tmp_path), path)
+    stage.switch_target(0)
+    own, target = lora_weights(stage, "target"), stage.target
+    with stage.other_target(1):
+        assert equal(lora_weights(stage, "target"), read(path, 1)) and stage.target is target
+    assert equal(lora_weights(stage, "target"), own)
+    with stage.other_target(0):
+        assert stage.target is not target, "the network itself, the teacher"
+    assert equal(lora_weights(stage, "target"), own) and stage.target is target
+
+
 def test_a_path_of_another_rank_is_gone_along(tmp_path, path):
     stage = trainer(training(tmp_path, lora_rank=2, lora_alpha=1.0), path)
     assert stage.shared.config("generator").r == 2 and stage.shared.config("generator").lora_alpha == 1
@@ -341,6 +362,7 @@ def test_stage_1_asks_each_network_once(tmp_path, teacher_folder, lora_rank):
         return model
 
     stage.fake_score.score_model = counted
+    stage.measure = lambda done: stage.walk.append({"step": done, "losses": [1.0]})  # which is not asked in every step
     stage.run()
     assert seen == [("generator", False), ("fake_score", True)]
 

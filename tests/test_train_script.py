@@ -175,7 +175,7 @@ def test_resuming_from_a_named_checkpoint(run):
         {"steps_per_target": 1},
         {"num_path_nodes": 3, "max_train_steps": 6, "target_schedule": "geometric"},
         {"num_path_nodes": 3, "max_train_steps": 6, "target_schedule": "geometric", "target_ratio": 3.0},
-        {"target_schedule": "adaptive", "mismatch_steps": 1, "target_share": 1.0},
+        {"target_schedule": "adaptive", "mismatch_steps": 1, "target_share": 0.1},
         {"max_train_steps": 5},
         {"fake_score_updates": 2},
         {"objective": "diff_instruct"},

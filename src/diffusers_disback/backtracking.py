@@ -43,13 +43,13 @@ class BacktrackingConfig:
     target_schedule: Literal["fixed", "geometric", "adaptive"] = setting(
         "fixed",
         "When to leave a node: fixed after --steps_per_target; geometric after phases that grow by --target_ratio, "
-        "--steps_per_target on average; adaptive as soon as the student has come near it or comes no nearer, after "
-        "--steps_per_target at the latest.",
+        "--steps_per_target on average; adaptive as soon as it is hardly nearer to the student than the next node is, "
+        "after --steps_per_target at the latest.",
     )
     target_ratio: float = setting(1.5, "Of the geometric schedule: the length of a phase over that of the one before.")
     target_share: float = setting(
-        0.5,
-        "Of the adaptive schedule: leave a node when its mismatch with the student is below this share of the next one's.",
+        0.6,
+        "Of the adaptive schedule: leave a node when its mismatch with the student is above this share of the next one's.",
     )
     mismatch_steps: int = setting(
         10, "Of the adaptive schedule: measure the mismatch every so many generator updates."

@@ -96,19 +96,18 @@ class GeometricSchedule(TargetSchedule):
 
 
 class AdaptiveSchedule(TargetSchedule):
-    """Leaves a node as soon as the student has come near it, or comes no nearer; after `steps_per_target` at the latest.
+    """Stays with a node while it is a stepping stone, `steps_per_target` updates at most.
 
-    Near: the mismatch of the student and the node is below `share` of that of the student and the next node. No nearer:
-    of the measures in the node's phase, the last `PATIENCE` were no better than all before them, by `LEAST_FALL`.
+    A node is left at the first measure that finds it hardly nearer to the student than the next node is: its mismatch is
+    above `share` of the next one's. So it is where a path was recorded for too short a time, and the fake score, which
+    goes on to learn the student, leaves the path behind; or where nodes are as good as equal.
 
     Args:
         num_nodes, steps_per_target, steps (`int`): As of `TargetSchedule`.
-        share (`float`): Between 0 and 1: lower stays longer.
+        share (`float`): Above 0: lower leaves earlier.
     """
 
     needs_measures = True
-    PATIENCE = 2
-    LEAST_FALL = 0.02
 
     def __init__(self, num_nodes: int, steps_per_target: int, steps: int, share: float):
         super().__init__(num_nodes, steps_per_target, steps)
@@ -125,13 +124,7 @@ class AdaptiveSchedule(TargetSchedule):
 
     def is_done(self, phase: Sequence[Measure]) -> bool:
         """Whether a node is left after these measures of its phase, of which there is at least one."""
-        last = phase[-1]
-        if last.gap < self.share * last.next_gap:
-            return True
-        before, recent = phase[: -self.PATIENCE], phase[-self.PATIENCE :]
-        if not before:
-            return False
-        return min(m.gap for m in recent) > (1 - self.LEAST_FALL) * min(m.gap for m in before)
+        return phase[-1].gap > self.share * phase[-1].next_gap
 
 
 TARGET_SCHEDULES: dict[str, type[TargetSchedule]] = {
