@@ -382,6 +382,6 @@ Weights, gradients and optimiser states are counted. Activations are an estimate
 allocate, followed on the meta device with fused attention and autocast's casts. On a CPU, in float32, this was what the
 operations allocate to 0.1 %, and 18 to 262 MB less than resident memory grew by (docs/performance.md); on a GPU nothing
 was measured.
-Not in it: the CUDA context, workspaces of kernels, what an allocator rounds up or keeps, and the autoencoder while
-pictures are drawn. A card of 24 GB has 24 x 2^30 bytes, 7 % more than is called fitting here. --compile,
+Not in it: the CUDA context, workspaces of kernels, what an allocator rounds up or keeps, and what draws pictures: the
+autoencoder, and before training the teacher's UNet in the run's precision, with the text encoders until prompts are encoded. A card of 24 GB has 24 x 2^30 bytes, 7 % more than is called fitting here. --compile,
 --channels_last, xformers and the work space of quantised layers are not modelled."""
