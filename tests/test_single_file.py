@@ -1,7 +1,6 @@
 """Checkpoints in one file, written in the original layout from tiny pipelines."""
 
 import json
-import os
 import shutil
 
 import original_layout
@@ -153,8 +152,12 @@ def test_a_conversion_that_was_broken_off_is_done_again(checkpoint, tmp_path, mo
 
     pipe, file = checkpoint("v1")
     arguments = (str(file), str(tmp_path / "config"), None, str(tmp_path / "cache"))
+
+    def broken_off(*_):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as context:
-        context.setattr(single_file, "write_json", lambda *_: os.kill(os.getpid(), 2))
+        context.setattr(single_file, "write_json", broken_off)
         with pytest.raises(KeyboardInterrupt):
             single_file.to_folder(*arguments)
     assert not [
