@@ -482,7 +482,7 @@ def test_stage_1_leaves_nothing_behind(tmp_path, teacher_folder, lora_rank):
 # Memory and speed ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lora_rank", [None, 4], ids=["full", "adapters"])
+@pytest.mark.parametrize("lora_rank", [pytest.param(None, marks=pytest.mark.slow), 4], ids=["full", "adapters"])
 def test_where_things_lie_changes_nothing(tmp_path, path, lora_rank):
     """Offloading changes no bit, channels last and checkpointing no more than rounding does."""
     students = []

@@ -232,7 +232,7 @@ def test_settings_that_save_memory_do():
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion_xl", pytest.param("stable_diffusion", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["stable_diffusion", pytest.param("stable_diffusion_xl", marks=pytest.mark.slow)])
 def test_the_command_loads_nothing(name, tmp_path, capsys):
     tiny.PIPELINES[name]().save_pretrained(tmp_path)
     for file in tmp_path.rglob("*.safetensors"):

@@ -94,7 +94,7 @@ def test_a_file_is_the_pipeline_that_it_was_made_of(checkpoint, kind, dtype, tmp
     assert equal(weights(stock.unet), weights(pipe.unet)) and stock.text_encoder.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["v1", pytest.param("v2", marks=pytest.mark.slow), "xl_base"])
+@pytest.mark.parametrize("kind", ["v1", *(pytest.param(k, marks=pytest.mark.slow) for k in ("v2", "xl_base"))])
 def test_a_file_is_distilled_as_its_folder_is(checkpoint, run, kind, tmp_path):
     """Both stages by the script; the path's nodes and the student load stock, and the path knows its teacher."""
     pipe, file = checkpoint(kind)

@@ -70,7 +70,7 @@ def test_the_stages_apart_equal_the_stages_together(run, tmp_path):
     assert equal(student(in_place), student(together))
 
 
-@pytest.mark.parametrize("cache_conditions, leave", [("auto", True), ("disk", True), ("off", False)])
+@pytest.mark.parametrize("cache_conditions, leave", [("disk", True), ("off", False)])
 def test_text_encoders_leave_memory_when_every_prompt_is_encoded(run, monkeypatch, cache_conditions, leave):
     import gc
     import weakref
