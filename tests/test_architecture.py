@@ -37,7 +37,7 @@ DOORS = {
     "huggingface_hub": {"repository.py", "branches.py", "single_file.py", "model_reference.py", "cards.py", "hub.py"},
     "datasets": {"data.py"},
     "transformers": {"pipeline.py", "evaluation/report.py", "plan.py", "cli.py"},
-    "peft": {"model_reference.py", "export.py", "adapters.py"},
+    "peft": {"model_reference.py", "adapters.py"},
     "bitsandbytes": {"learner.py"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -553,15 +553,20 @@ def test_accelerate_launch(tmp_path, teacher_folder, prompts_file, baseline):
     assert done.returncode != 0 and "holds a run's results already" in done.stderr
 
 
+def in_two_processes(folder, line) -> list[dict[str, torch.Tensor]]:
+    """Runs the script in two gloo processes. Returns what each rank holds at the end."""
+    program = Path(__file__).with_name("two_processes.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    done = launch([*torchrun, program, folder, *line], ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
+
+
 def test_two_processes_train_both_stages_and_agree(tmp_path, teacher_folder, prompts_file):
     """Two gloo processes with half the batch each see the samples of one: ranks end identical, and near the one."""
     flags = {"train_batch_size": 1, "checkpointing_steps": 2, "use_ema": True, "validation_steps": 2}
     line = arguments(tmp_path / "two", teacher_folder, prompts_file, **flags)
-    program = Path(__file__).with_name("two_processes.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    done = launch([*torchrun, program, tmp_path / "ranks", *line], ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [load_file(tmp_path / "ranks" / f"{rank}.safetensors") for rank in (0, 1)]
+    ranks = in_two_processes(tmp_path / "ranks", line)
     assert {name.split(".conv_in")[0] for name in ranks[0] if name.endswith("conv_in.weight")} == {
         "degradation.fake_score",
         "backtracking.generator",
@@ -580,8 +585,7 @@ def test_two_processes_train_both_stages_and_agree(tmp_path, teacher_folder, pro
     for file in ("report.json", "model_index.json"):
         (tmp_path / "two" / file).unlink()
     resume = ["--resume_from_checkpoint", tmp_path / "two" / "checkpoints" / "backtracking" / "checkpoint-000002"]
-    done = launch([*torchrun, program, tmp_path / "again", *line, *resume], ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(tmp_path / "again", [*line, *resume])
     assert equal(student(tmp_path / "two"), two)
 
 
@@ -589,11 +593,7 @@ def test_two_processes_train_adapters_and_agree(tmp_path, teacher_folder, prompt
     """Each role's gradients are averaged over the processes: after five steps its adapter is the same on both."""
     flags = {"lora_rank": 4, "train_batch_size": 1, "max_train_steps": 5, "use_ema": True, "fake_score_updates": 2}
     line = arguments(tmp_path / "two", teacher_folder, prompts_file, **flags)
-    program = Path(__file__).with_name("two_processes.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    done = launch([*torchrun, program, tmp_path / "ranks", *line], ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [load_file(tmp_path / "ranks" / f"{rank}.safetensors") for rank in (0, 1)]
+    ranks = in_two_processes(tmp_path / "ranks", line)
     for role in ("backtracking.generator", "backtracking.fake_score", "degradation.fake_score"):
         adapter = [key for key in ranks[0] if key.startswith(role) and f".{role.split('.')[1]}.weight" in key]
         assert len(adapter) > 50 and any(ranks[0][key].any() for key in adapter if "lora_B" in key)

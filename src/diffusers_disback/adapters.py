@@ -29,8 +29,6 @@ TARGET_MODULES = [
 Lora = tuple[dict[str, Tensor], "LoraConfig"]
 """An adapter off its network: its weights in peft's own names, and its config."""
 
-QUANTIZATIONS = ("nf4", "int8")
-
 
 class SharedNetwork:
     """A frozen network, and for each role an adapter on it. Without a role it is the network itself.
@@ -163,7 +161,7 @@ def base_of(
         network (`nn.Module`): A diffusers denoiser in float32. A copy leaves it as it is.
         device (`torch.device`): Of the base.
         dtype (`torch.dtype`): That the base computes in.
-        quantization (`str`, *optional*): One of `QUANTIZATIONS`: keep the weights of linear layers in 4 or 8 bits.
+        quantization (`str`, *optional*): `nf4` or `int8`: keep the weights of linear layers in 4 or 8 bits.
         scratch (`str` or `Path`, *optional*): A folder on a disk that has room for the network, to quantise it.
 
     Raises:

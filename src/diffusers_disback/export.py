@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from . import adapters
 from .manifest import write_json
 
 
@@ -116,20 +117,14 @@ def save_lora(layers: dict[str, torch.Tensor], rank: int, folder: str | Path) ->
         rank (`int`): Its rank, and its alpha.
         folder (`str` or `Path`): Made if it is not there.
     """
-    from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_state_dict_to_kohya
-    from peft import LoraConfig
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     targets = sorted({key.split(".lora_")[0] for key in layers})
-    metadata = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets).to_dict()
-    StableDiffusionPipeline.save_lora_weights(
-        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata, safe_serialization=True
-    )
+    file = adapters.save_lora(layers, adapters.lora_config(rank, target_modules=targets), folder)
     kohya = convert_state_dict_to_kohya({f"unet.{key}": value for key, value in layers.items()})
     # SDXL's embedding of pooled text and size goes by its original name: diffusers loses it by its own without a word.
     for number, original in (("1", "0_0"), ("2", "0_2")):
         kohya = {key.replace(f"add_embedding_linear_{number}", f"label_emb_{original}"): v for key, v in kohya.items()}
     save_file({key: value.contiguous() for key, value in kohya.items()}, folder / "kohya.safetensors")
-    return folder / "pytorch_lora_weights.safetensors", folder / "kohya.safetensors"
+    return file, folder / "kohya.safetensors"

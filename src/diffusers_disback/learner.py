@@ -108,10 +108,10 @@ class Learner:
         """The backward pass, and with the last accumulated gradient an update. Call it under `accumulate`."""
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
-            parameters = list(self.network.parameters())
-            self._update(parameters, self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm))
+            self._update(list(self.network.parameters()))
 
-    def _update(self, parameters: list[nn.Parameter], norm: Tensor) -> None:
+    def _update(self, parameters: list[nn.Parameter]) -> None:
+        norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
         if self.accelerator.scaler is None and self.accelerator.distributed_type not in SHARDED:
             # Once a gradient was not finite, no update is made with it or after it. Nothing waits for the device: the
             # flag is looked at where losses are logged.
@@ -274,7 +274,7 @@ class AdapterLearner(Learner):
                 gradients = [parameter.grad for parameter in parameters]
                 mean = self.accelerator.reduce(parameters_to_vector(gradients), "mean")
                 vector_to_parameters(mean, gradients)
-            self._update(parameters, self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm))
+            self._update(parameters)
 
     @contextmanager
     def deployed(self) -> Iterator[nn.Module]:
@@ -361,7 +361,9 @@ def in_precision(model: ScoreModel, accelerator: Accelerator) -> ScoreModel:
 def optimizer_of(
     parameters: list[nn.Parameter], learning_rate: float, config: TrainingConfig, is_scaled: bool
 ) -> torch.optim.Optimizer:
-    """AdamW: torch's, fused unless the loss is scaled, as for fp16, when accelerate could not see what is skipped; or that of bitsandbytes with states of 8 bits, or in pages that a full GPU moves out.
+    """AdamW: torch's, or that of bitsandbytes with states of 8 bits, or in pages that a full GPU moves out.
+
+    Torch's is fused unless the loss is scaled, as for fp16: accelerate could then not see what is skipped.
 
     Raises:
         ValueError: If bitsandbytes is asked for and not installed.
