@@ -45,12 +45,12 @@ class Regime:
         pictures (`int`): Of each evaluation.
     """
 
-    updates: int = 100
+    updates: int = 200
     degradation_steps: int = 45
     num_path_nodes: int = 3
     steps_per_target: int = 15
     batch: int = 16
-    evaluate_every: int = 20
+    evaluate_every: int = 10
     pictures: int = 200
 
 

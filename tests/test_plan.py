@@ -77,12 +77,12 @@ def test_what_is_counted_is_what_a_run_allocates(name, tmp_path, teacher_folder,
     stage = trainer(config, path, use_ema=True)
     gradients, update = {}, Learner._update
 
-    def spy(learner, parameters, norm):
+    def spy(learner, parameters):
         gradients[learner.name] = {
             other.name: sum(size(each.grad) for each in other.parameters() if each.grad is not None)
             for other in stage.learners
         }
-        update(learner, parameters, norm)
+        update(learner, parameters)
 
     monkeypatch.setattr(Learner, "_update", spy)
     stage.run()
