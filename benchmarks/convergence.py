@@ -122,9 +122,21 @@ def ratio_interval(ours: list[float], theirs: list[float]) -> tuple[float, float
 
 
 def thresholds(found: dict[str, list[Result]]) -> list[float]:
-    """1.25 x and 2 x the distance that the runs without a path settle at."""
-    level = settled(found["none"])
+    """2 x and 1.25 x the distance that the runs without a path settle at, where they were run for longer than the budget at
+    the end of that."""
+    level = settled(found.get("reference", found["none"]))
     return [float(f"{factor * level:.3g}") for factor in (2.0, 1.25)]
+
+
+def within_budget(found: dict[str, list[Result]], budget: int) -> dict[str, list[Result]]:
+    """The arm without a path cut off at the budget, the whole of it as `reference`, if it was run for longer."""
+    if found["none"][0]["curve"]["updates"][-1] <= budget:
+        return found
+    cut = []
+    for result in found["none"]:
+        rows = sum(updates <= budget for updates in result["curve"]["updates"])
+        cut.append({**result, "curve": {name: column[:rows] for name, column in result["curve"].items()}})
+    return {**found, "none": cut, "reference": found["none"]}
 
 
 def table(found: dict[str, list[Result]], arms: list[str], measures: list[str]) -> str:
@@ -151,16 +163,24 @@ def interval(values: list[float]) -> str:
 
 
 def comparison(found: dict[str, list[Result]], arms: list[str]) -> str:
-    """How many times fewer network evaluations than without a path, and than a warm fake score, seed by seed."""
+    """How many times fewer network evaluations than without a path, and than a warm fake score, seed by seed; and whether an
+    arm's interval reaches to within 10 % of the better of these two."""
     level = thresholds(found)[-1]
-    lines = [f"| arm | against none, to {level:g} | against warm |", "| --- | --- | --- |"]
+    lines = [
+        f"| arm | against none, to {level:g} | against warm | its interval, at best | 1.1 x the better control | |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     costs = {arm: [cost(result, level, "evaluations") for result in found[arm]] for arm in found}
+    bound = 1.1 * min(median(costs[arm]) for arm in ("none", "warm") if arm in costs)
     for arm in (arm for arm in arms if arm in found and len(found[arm]) == len(found["none"])):
         cells = [arm]
         for other in ("none", "warm"):
             same = other in costs and len(costs[other]) == len(costs[arm])
             cells.append("{:.2f} ({:.2f}-{:.2f})".format(*ratio_interval(costs[arm], costs[other])) if same else "")
-        lines.append("| " + " | ".join(cells) + " |")
+        best = bootstrap(costs[arm])[0]
+        lines.append(
+            "| " + " | ".join([*cells, f"{best:.4g}", f"{bound:.4g}", "yes" if best <= bound else "no"]) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -201,6 +221,7 @@ def report(world: Any, regimes: list[str], arms: list[str], folder: Path) -> Non
         found = read(folder, regime)
         if "none" not in found:
             continue
+        found = within_budget(found, world.REGIMES[regime].updates)
         parts.append(f"## {regime}\n\n{table(found, arms, world.MEASURES)}\n\n{comparison(found, arms)}\n")
         plot(found, arms, regime, folder / f"{regime}.png")
     (folder / "tables.md").write_text("\n".join(parts))

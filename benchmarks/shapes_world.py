@@ -5,7 +5,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -35,28 +35,59 @@ from shapes.evaluator import NUM_PICTURES, shapes_evaluation, shapes_prompts  # 
 
 @dataclass(frozen=True)
 class Regime:
-    """The settings that all arms share: those of `quickstart.args`, but for a constant learning rate and smaller batches.
+    """A task and the settings that all arms share: those of `quickstart.args`, but for smaller batches and constant learning
+    rates, of which the generator's is the best of three for the arm without a path (`python benchmarks/looks.py --shapes`).
 
     Args:
-        updates (`int`): Of the generator.
+        student (`str`): What it starts as: the teacher; or a UNet of about half the teacher's widths, with random weights.
+        conditioning_timestep (`int`): At which it is asked.
+        generator_learning_rate (`float`): Constant.
+        updates (`int`): Of the generator: the budget.
+        reference (`int`): How many times the budget the arm without a path is run for, to see where it settles.
         degradation_steps, num_path_nodes, steps_per_target (`int`): Of the arms that have them.
+        default (`dict`): The same three for the arm `default`, which may end stage 1 and phases earlier.
         batch (`int`): Samples of an update.
         evaluate_every (`int`): Updates.
         pictures (`int`): Of each evaluation.
     """
 
-    updates: int = 200
+    student: Literal["teacher", "small"] = "teacher"
+    conditioning_timestep: int = 399
+    generator_learning_rate: float = 1e-4
+    updates: int = 150
+    reference: int = 1
     degradation_steps: int = 45
     num_path_nodes: int = 3
     steps_per_target: int = 15
+    default: tuple[int, int, int] = (80, 8, 15)
     batch: int = 16
     evaluate_every: int = 10
     pictures: int = 200
 
 
-REGIMES = {"shapes": Regime()}
+REGIMES = {
+    "shapes": Regime(),
+    "far": Regime(  # judged: docs/evidence.md
+        student="small",
+        generator_learning_rate=3e-4,
+        updates=300,
+        reference=3,
+        degradation_steps=20,
+        num_path_nodes=4,
+        steps_per_target=25,
+        default=(160, 8, 30),
+        evaluate_every=20,
+    ),
+}
 SMALL = Regime(
-    updates=4, degradation_steps=4, num_path_nodes=2, steps_per_target=1, batch=2, evaluate_every=2, pictures=80
+    updates=4,
+    degradation_steps=4,
+    num_path_nodes=2,
+    steps_per_target=1,
+    default=(4, 2, 2),
+    batch=2,
+    evaluate_every=2,
+    pictures=80,
 )
 
 
@@ -68,14 +99,16 @@ class Arm:
         degradation (`dict`): Changed settings of stage 1.
         backtracking (`dict`): Of stage 2.
         shuffled (`bool`): Nodes 1..N-1 are targets in a random order.
+        is_default (`bool`): The regime's `default` lengths, and all policies as they are if nothing is said.
     """
 
     degradation: dict[str, Any] = field(default_factory=dict)
     backtracking: dict[str, Any] = field(default_factory=dict)
     shuffled: bool = False
+    is_default: bool = False
 
 
-_ADAPTIVE = {"target_schedule": "adaptive", "mismatch_steps": 5}
+_ADAPTIVE = {"target_schedule": "adaptive"}
 ARMS = {
     "none": Arm({"num_path_nodes": 0}),
     "warm": Arm({"num_path_nodes": 1}),
@@ -83,8 +116,11 @@ ARMS = {
     "shuffled": Arm(shuffled=True),
     "adaptive": Arm({}, _ADAPTIVE),
     "mismatch": Arm({"node_spacing": "mismatch"}),
-    "stop_adaptive": Arm({"node_spacing": "mismatch", "degradation_stop": 0.1}, _ADAPTIVE),
+    "default": Arm(is_default=True),
 }
+FAKE_SCORE_LEARNING_RATE = 5e-4  # in both stages: five times that is too much for these networks
+MISMATCH_STEPS = 5
+SMALL_WIDTHS = (32, 64)
 SIDE_BY_SIDE = False
 SEEDS = list(range(5))
 MEASURES = ["shape_accuracy", "colour_accuracy", "background_accuracy"]
@@ -119,6 +155,22 @@ class Trainer(BacktrackingTrainer):
         return row
 
 
+def small_student(teacher: ModelFamily, seed: int) -> nn.Module:
+    """A narrower UNet for the teacher's latents and conditions, as it is before any training."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return type(teacher.network).from_config(teacher.network.config, block_out_channels=SMALL_WIDTHS)
+
+
+def shuffled(num_nodes: int, seed: int) -> dict[int, int]:
+    """Nodes 1..N-1 -> those that take their places, in a random order that is not their own; of one node it is."""
+    inner, generator = list(range(1, num_nodes)), torch.Generator().manual_seed(seed)
+    order = inner
+    while order == inner and len(inner) > 1:
+        order = [inner[i] for i in torch.randperm(len(inner), generator=generator).tolist()]
+    return dict(zip(inner, order, strict=True))
+
+
 @functools.cache
 def _evaluation(pictures: int):
     return shapes_evaluation(pictures) if pictures == NUM_PICTURES else _fewer(pictures)
@@ -133,18 +185,20 @@ def _fewer(pictures: int):
 def run(regime: str, arm: str, seeds: list[int], small: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The settings, and the record of each seed."""
     task = SMALL if small else REGIMES[regime]
-    return {"settings": asdict(task) | {"arm": asdict(ARMS[arm])}}, [_run(task, ARMS[arm], seed) for seed in seeds]
+    return {"settings": asdict(task) | {"arm": asdict(ARMS[arm])}}, [one(task, ARMS[arm], seed) for seed in seeds]
 
 
-def _run(task: Regime, arm: Arm, seed: int) -> dict[str, Any]:
+def one(task: Regime, arm: Arm, seed: int) -> dict[str, Any]:
+    """The record of a run of both stages."""
     evaluation = _evaluation(task.pictures)
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingConfig(
             pretrained_model_name_or_path=str(EXAMPLES / "shapes" / "teacher"),
             output_dir=folder,
             seed=seed,
+            conditioning_timestep=task.conditioning_timestep,
             train_batch_size=task.batch,
-            fake_score_learning_rate=5e-4,
+            fake_score_learning_rate=FAKE_SCORE_LEARNING_RATE,
             lr_scheduler="constant",
             lr_warmup_steps=0,
             adam_weight_decay=0.0,
@@ -152,33 +206,42 @@ def _run(task: Regime, arm: Arm, seed: int) -> dict[str, Any]:
             checkpointing_steps=10**6,
             validation_steps=task.evaluate_every,
         )
+        steps, nodes, per_target = task.degradation_steps, task.num_path_nodes, task.steps_per_target
+        policies = {"degradation_stop": 0.0}, {"target_schedule": "fixed"}
+        if arm.is_default:
+            (steps, nodes, per_target), policies = task.default, ({}, {})
         degradation = DegradationConfig(
             **{
-                "degradation_steps": task.degradation_steps,
-                "num_path_nodes": task.num_path_nodes,
+                "degradation_steps": steps,
+                "num_path_nodes": nodes,
+                "degradation_learning_rate": FAKE_SCORE_LEARNING_RATE,
                 "proportion_empty_prompts": 0.0,
+                **policies[0],
                 **arm.degradation,
             }
         )
         backtracking = BacktrackingConfig(
             **{
-                "max_train_steps": task.updates,
-                "steps_per_target": task.steps_per_target,
+                "max_train_steps": task.updates * (task.reference if degradation.num_path_nodes == 0 else 1),
+                "steps_per_target": per_target,
+                "mismatch_steps": MISMATCH_STEPS,
                 "guidance_scale": 4.0,
-                "generator_learning_rate": 3e-4,
+                "generator_learning_rate": task.generator_learning_rate,
                 "fake_score_updates": 1,
                 "use_ema": True,
                 "ema_decay": 0.95,
+                **policies[1],
                 **arm.backtracking,
             }
         )
         teacher = load_family(ModelReference(training.pretrained_model_name_or_path))
         counter = Counter(teacher, task.batch)
         data = PromptData(PromptFile(EXAMPLES / "shapes" / "prompts.txt"), teacher.encode)
-        generator = teacher.initial_generator()
+        generator = teacher.initial_generator() if task.student == "teacher" else small_student(teacher, seed)
         path, stage_1 = None, {"updates": 0, "evaluations": 0.0, "seconds": 0.0}
         if degradation.num_path_nodes:
-            start = {"name_or_path": None, "sha256": fingerprint(generator), "conditioning_timestep": 399}
+            start = {"name_or_path": None, "sha256": fingerprint(generator)}
+            start["conditioning_timestep"] = task.conditioning_timestep
             own = fingerprint(teacher.network)
             path = DegradationPath.create(training.path_folder, teacher.reference, own, start, {})
             path = DegradationRecorder(training, degradation, teacher, generator, data, path).record()
@@ -193,9 +256,7 @@ def _run(task: Regime, arm: Arm, seed: int) -> dict[str, Any]:
         trainer = Trainer(training, backtracking, teacher, generator, data, path, measure, first)
         trainer.counter = counter
         if arm.shuffled:
-            inner = list(range(1, len(path)))
-            drawn = torch.randperm(len(inner), generator=torch.Generator().manual_seed(seed))
-            trainer.order = {node: inner[i] for node, i in zip(inner, drawn.tolist(), strict=True)}
+            trainer.order = shuffled(len(path), seed)
         counter.total = stage_1["evaluations"]
         trainer.train()
     names = [name for name in trainer.curve[-1] if name != "step"]

@@ -1,4 +1,4 @@
-"""The two-dimensional world of the benchmark: a grid of 25 Gaussians, and networks of many seeds side by side.
+"""The two-dimensional worlds of the benchmark, grids and rings of Gaussians, and networks of many seeds side by side.
 
 A network's weights are `[S, in, out]`, one row per seed: a batched product runs all seeds at once, and Adam, which works
 element by element, keeps them apart. Every seed draws from generators of its own, so that its run does not depend on which
@@ -14,7 +14,9 @@ from torch import Tensor
 SIDE = 5
 SPACING = 2.0
 MODE_STD = 0.2
+RING = 16
 SIGMA_DATA = math.sqrt(SPACING**2 * (SIDE**2 - 1) / 12 + MODE_STD**2)
+RADIUS = SPACING * math.sqrt((SIDE**2 - 1) / 6)  # a ring's standard deviation is the grid's
 SIGMA_MIN, SIGMA_MAX = 0.1, 40.0  # of the noise that score models are fitted at
 WIDTH = 96
 WAVES = (1.0, 2.0)
@@ -46,10 +48,14 @@ class Draws:
         """Noise levels, log-uniform, `[S, n, 1]`."""
         return low * (high / low) ** self.uniform(n, 1)
 
-    def data(self, n: int) -> Tensor:
-        """Points of the world, `[S, n, 2]`."""
-        mode = (self.uniform(n, 2) * SIDE).floor() - (SIDE - 1) / 2
-        return SPACING * mode + MODE_STD * self.normal(n, 2)
+    def data(self, n: int, world: str = "grid") -> Tensor:
+        """Points of the world, `[S, n, 2]`: `grid` has 5 x 5 modes, `ring` 16 on a circle."""
+        if world == "grid":
+            place = SPACING * ((self.uniform(n, 2) * SIDE).floor() - (SIDE - 1) / 2)
+        else:
+            turn = 2 * math.pi / RING * (self.uniform(n, 1) * RING).floor()
+            place = RADIUS * torch.cat([turn.cos(), turn.sin()], -1)
+        return place + MODE_STD * self.normal(n, 2)
 
 
 def new_weights(draws: Draws, layers: int = 3) -> Weights:
@@ -122,24 +128,32 @@ def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 32) -> Tensor:
     return ((x @ across).sort(1).values - (y @ across).sort(1).values).abs().mean((1, 2))
 
 
-def modes_found(x: Tensor) -> Tensor:
-    """The share of the 25 modes near which at least a quarter of the points are that belong there, `[S]`."""
-    place = (x / SPACING).round()
-    near = ((x - SPACING * place).norm(dim=-1) < 4 * MODE_STD) & (place.abs().amax(-1) <= (SIDE - 1) / 2)
-    index = ((place + (SIDE - 1) / 2) @ torch.tensor([SIDE, 1.0])).long()
-    enough = x.shape[1] / SIDE**2 / 4
-    counts = [row[ok].bincount(minlength=SIDE**2) for row, ok in zip(index, near, strict=True)]
-    return (torch.stack(counts) >= enough).float().mean(1)
+def modes_found(x: Tensor, world: str = "grid") -> Tensor:
+    """The share of the modes near which at least a quarter of the points are that belong there, `[S]`."""
+    if world == "grid":
+        place = (x / SPACING).round()
+        inside = place.abs().amax(-1) <= (SIDE - 1) / 2
+        index, modes = ((place + (SIDE - 1) / 2) @ torch.tensor([SIDE, 1.0])).long(), SIDE**2
+        place = SPACING * place
+    else:
+        turn = (torch.atan2(x[..., 1], x[..., 0]) * RING / (2 * math.pi)).round()
+        inside, index, modes = torch.ones_like(turn, dtype=torch.bool), turn.long() % RING, RING
+        place = RADIUS * torch.stack([(turn * 2 * math.pi / RING).cos(), (turn * 2 * math.pi / RING).sin()], -1)
+    near = ((x - place).norm(dim=-1) < 4 * MODE_STD) & inside
+    counts = [row[ok].bincount(minlength=modes) for row, ok in zip(index, near, strict=True)]
+    return (torch.stack(counts) >= x.shape[1] / modes / 4).float().mean(1)
 
 
-def train_teacher(seed: int = 0, steps: int = 12_000, batch: int = 1024, learning_rate: float = 3e-3) -> Weights:
+def train_teacher(
+    world: str = "grid", seed: int = 0, steps: int = 12_000, batch: int = 1024, learning_rate: float = 3e-3
+) -> Weights:
     """A score model of the world, for all seeds, `[1, in, out]`: Adam, its learning rate falling to nothing."""
     draws = Draws([seed], 0)
     weights = [tensor.requires_grad_() for tensor in new_weights(draws)]
     optimizer = torch.optim.Adam(weights, learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        loss = denoising_loss(weights, draws.data(batch), draws.sigma(batch), draws.normal(batch, 2)).sum()
+        loss = denoising_loss(weights, draws.data(batch, world), draws.sigma(batch), draws.normal(batch, 2)).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -101,8 +101,8 @@ def test_the_denoiser_is_preconditioned_to_the_identity_where_there_is_no_noise(
 @pytest.mark.slow
 def test_the_shapes_world_end_to_end(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "convergence.py"), "--world", "shapes", "--small", "--seeds", "0"]
-    subprocess.run([*command, "--output", str(tmp_path), "--arms", "none", "shuffled", "stop_adaptive"], check=True)
-    for arm in ("none", "shuffled", "stop_adaptive"):
+    subprocess.run([*command, "--output", str(tmp_path), "--arms", "none", "shuffled", "default"], check=True)
+    for arm in ("none", "shuffled", "default"):
         one = json.loads((tmp_path / "shapes" / "shapes" / f"{arm}-0.json").read_text())
         evaluations = one["curve"]["evaluations"]
         assert evaluations[0] == one["stage_1"]["evaluations"] and evaluations[-1] > evaluations[0]

@@ -62,6 +62,7 @@ def test_older_libraries_draw_the_same(older_python, repo, hub, tmp_path):
         "prompts_file": shapes / "prompts.txt",
         "output_dir": tmp_path / "run",
         "degradation_steps": 2,
+        "degradation_stop": 0.0,
         "num_path_nodes": 1,
         "max_train_steps": 2,
         "steps_per_target": 1,

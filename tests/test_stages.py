@@ -404,6 +404,7 @@ def test_numbers_out_of_range_are_refused():
     for changes, message in [
         ({"node_spacing": "even"}, "--node_spacing 'even' is none of steps, mismatch"),
         ({"degradation_stop": 1.0}, "--degradation_stop has to be in"),
+        ({"degradation_learning_rate": 0.0}, "--degradation_learning_rate has to be above 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             DegradationConfig(**changes)
@@ -414,6 +415,7 @@ def test_numbers_out_of_range_are_refused():
         ({"target_schedule": "soon"}, "--target_schedule 'soon' is none of fixed, geometric, adaptive"),
         ({"target_ratio": 0.0}, "--target_ratio has to be above 0"),
         ({"target_share": 0.0}, "--target_share has to be in"),
+        ({"target_fall": 0.0}, "--target_fall has to be in"),
         ({"mismatch_steps": 0}, "--mismatch_steps has to be at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -16,6 +16,7 @@ POLICIES = [
     ("geometric", {"target_ratio": 9.0}),
     ("adaptive", {"target_share": 0.1}),
     ("adaptive", {"target_share": 1.0}),
+    ("adaptive", {"target_share": 1.0, "target_fall": 0.01}),
 ]
 
 
@@ -93,3 +94,16 @@ def test_the_adaptive_schedule_leaves_a_node_that_is_no_stepping_stone():
     assert schedule.node(19, [useful, useless]) == 2 and schedule.node(20, [useful, useless]) == 1
     assert schedule.switches([useful, useless, Measure(30, 1, 0.9, 1.0)]) == [20, 30]
     assert schedule.switches([useful, useless, Measure(30, 1, 0.1, 1.0)]) == [20, 120]
+
+
+def test_the_adaptive_schedule_leaves_a_node_that_the_student_is_on_its_way_to():
+    schedule = AdaptiveSchedule(3, 100, 300, share=0.5, fall=0.1)
+    rising = [Measure(10 * k, 2, 0.1 * k, 9.0) for k in range(1, 5)]
+    assert schedule.switches(rising) == [100, 200], "it learns the student"
+    first, second, little = Measure(50, 2, 0.35, 9.0), Measure(60, 2, 0.355, 9.0), Measure(60, 2, 0.37, 9.0)
+    assert schedule.switches([*rising, first]) == [100, 200]
+    assert schedule.switches([*rising, first, little]) == [100, 200]
+    assert schedule.switches([*rising, first, second]) == [60, 160], "below the highest twice, if not falling twice"
+    next_one = [Measure(70, 1, 0.3, 9.0), Measure(80, 1, 0.2, 9.0), Measure(90, 1, 0.1, 9.0)]
+    assert schedule.switches([*rising, first, second, *next_one]) == [60, 90]
+    assert AdaptiveSchedule(3, 100, 300, 0.5, 1.0).switches([*rising, first, second, *next_one]) == [100, 200]

@@ -170,12 +170,13 @@ def test_resuming_from_a_named_checkpoint(run):
         {"num_path_nodes": 1},
         {"num_path_nodes": 0},
         {"degradation_steps": 6},
+        {"degradation_learning_rate": 2e-3},
         {"degradation_steps": 9, "node_spacing": "mismatch"},
         {"degradation_steps": 9, "degradation_stop": 0.9},
         {"steps_per_target": 1},
         {"num_path_nodes": 3, "max_train_steps": 6, "target_schedule": "geometric"},
         {"num_path_nodes": 3, "max_train_steps": 6, "target_schedule": "geometric", "target_ratio": 3.0},
-        {"target_schedule": "adaptive", "mismatch_steps": 1, "target_share": 0.1},
+        {"mismatch_steps": 1, "target_share": 0.1},
         {"max_train_steps": 5},
         {"fake_score_updates": 2},
         {"objective": "diff_instruct"},
@@ -209,6 +210,19 @@ def baseline(tmp_path_factory, teacher_folder, prompts_file):
     folder = tmp_path_factory.mktemp("baseline")
     train_disback.main(arguments(folder / "run", teacher_folder, prompts_file))
     return student(folder / "run")
+
+
+def test_a_fall_of_the_mismatch_matters_where_it_falls(run):
+    long = {"mismatch_steps": 1, "target_share": 1.0, "steps_per_target": 6, "max_train_steps": 12}
+    hasty, patient, fixed = (
+        student(run(name, **long, **changes))
+        for name, changes in [
+            ("a", {"target_fall": 1e-9}),
+            ("b", {"target_fall": 1.0}),
+            ("c", {"target_schedule": "fixed"}),
+        ]
+    )
+    assert not equal(hasty, patient) and equal(patient, fixed)
 
 
 def test_an_average_differs_by_its_decay(run):

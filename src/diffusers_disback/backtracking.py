@@ -41,18 +41,23 @@ class BacktrackingConfig:
         "steps with one generator update in five.",
     )
     target_schedule: Literal["fixed", "geometric", "adaptive"] = setting(
-        "fixed",
+        "adaptive",
         "When to leave a node: fixed after --steps_per_target; geometric after phases that grow by --target_ratio, "
-        "--steps_per_target on average; adaptive as soon as it is hardly nearer to the student than the next node is, "
-        "after --steps_per_target at the latest.",
+        "--steps_per_target on average; adaptive as soon as it is hardly nearer to the student than the next node is, or "
+        "the student is on its way to it, after --steps_per_target at the latest.",
     )
     target_ratio: float = setting(1.5, "Of the geometric schedule: the length of a phase over that of the one before.")
     target_share: float = setting(
         0.6,
         "Of the adaptive schedule: leave a node when its mismatch with the student is above this share of the next one's.",
     )
+    target_fall: float = setting(
+        0.05,
+        "Of the adaptive schedule: leave a node when its mismatch with the student has fallen by this share of its "
+        "highest, at two measures running. 1: never.",
+    )
     mismatch_steps: int = setting(
-        10, "Of the adaptive schedule: measure the mismatch every so many generator updates."
+        20, "Of the adaptive schedule: measure the mismatch every so many generator updates."
     )
     guidance_scale: float = setting(8.0, "The teacher's classifier-free guidance, w. DMD2 and DisBack, for SDXL: 8.")
     guidance_schedule: Literal["ramp", "constant"] = setting(
@@ -75,6 +80,8 @@ class BacktrackingConfig:
             raise ValueError(f"--target_ratio has to be above 0, but is {self.target_ratio}.")
         if not 0 < self.target_share <= 1:
             raise ValueError(f"--target_share has to be in (0, 1], but is {self.target_share}.")
+        if not 0 < self.target_fall <= 1:
+            raise ValueError(f"--target_fall has to be in (0, 1], but is {self.target_fall}.")
         if self.guidance_scale < 1:
             raise ValueError(f"--guidance_scale has to be at least 1 (no guidance), but is {self.guidance_scale}.")
         if not 0 <= self.ema_decay < 1:
@@ -87,7 +94,10 @@ def target_schedule(config: BacktrackingConfig, num_nodes: int) -> TargetSchedul
     Raises:
         ValueError: If the teacher would get fewer than `steps_per_target` of the updates.
     """
-    own = {"geometric": {"ratio": config.target_ratio}, "adaptive": {"share": config.target_share}}
+    own = {
+        "geometric": {"ratio": config.target_ratio},
+        "adaptive": {"share": config.target_share, "fall": config.target_fall},
+    }
     policy, name = TARGET_SCHEDULES[config.target_schedule], config.target_schedule
     return policy(num_nodes, config.steps_per_target, config.max_train_steps, **own.get(name, {}))
 

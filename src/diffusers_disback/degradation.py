@@ -20,6 +20,10 @@ from .path import DegradationPath
 from .trainer import Stage
 
 
+FASTER = 5
+"""Stage 1's learning rate over stage 2's, if nothing is said."""
+
+
 @dataclass
 class DegradationConfig:
     """The settings of stage 1.
@@ -37,15 +41,21 @@ class DegradationConfig:
         10,
         "N, the nodes recorded, evenly spaced. DisBack, for SDXL: 10. 0 records nothing: plain DMD or Diff-Instruct.",
     )
+    degradation_learning_rate: float | None = setting(
+        None,
+        "Of the fake score in stage 1; by default five times --fake_score_learning_rate, at which the same path takes a "
+        "fifth of the steps.",
+    )
     node_spacing: Literal["steps", "mismatch"] = setting(
         "steps",
         "In what nodes are evenly spaced: fake-score updates; or their denoising loss on the initial student's samples, "
         "for which more nodes are written while stage 1 goes on, and N of them are kept.",
     )
     degradation_stop: float = setting(
-        0.0,
+        0.2,
         "End stage 1 when its denoising loss has flattened: when doubling the updates brought less than this share of "
-        "all that it has fallen by. 0: never before --degradation_steps.",
+        "all that it has fallen by; not before a tenth of --degradation_steps, or twice --lr_warmup_steps. 0: never "
+        "before --degradation_steps.",
     )
     proportion_empty_prompts: float = setting(
         0.1,
@@ -63,6 +73,10 @@ class DegradationConfig:
             )
         if self.node_spacing not in ("steps", "mismatch"):
             raise ValueError(f"--node_spacing {self.node_spacing!r} is none of steps, mismatch.")
+        if self.degradation_learning_rate is not None and self.degradation_learning_rate <= 0:
+            raise ValueError(
+                f"--degradation_learning_rate has to be above 0, but is {self.degradation_learning_rate}."
+            )
         if not 0 <= self.degradation_stop < 1:
             raise ValueError(f"--degradation_stop has to be in [0, 1), but is {self.degradation_stop}.")
         if not 0 <= self.proportion_empty_prompts < 1:
@@ -114,7 +128,9 @@ class DegradationRecorder(Stage):
         if degradation.degradation_stop:
             self.measured_steps |= set(footprints(degradation.degradation_steps, 1))
         self.walk: list[dict[str, Any]] = []  # the denoising loss of the fake score in each band, step by step
-        updates, rate = degradation.degradation_steps, config.fake_score_learning_rate
+        updates, rate = degradation.degradation_steps, degradation.degradation_learning_rate
+        if rate is None:
+            rate = FASTER * config.fake_score_learning_rate
         shared: SharedNetwork | None = None
         if config.is_adapter("fake_score"):
             shared = shared_base(family.network, config)
@@ -168,7 +184,8 @@ class DegradationRecorder(Stage):
     def has_flattened(self) -> bool:
         """Whether stage 1 has come to its end by itself."""
         steps, losses = [row["step"] for row in self.walk], [mean(row["losses"]) for row in self.walk]
-        return is_flat(steps, losses, self.degradation.degradation_stop)
+        earliest = max(self.degradation.degradation_steps // 10, 2 * self.config.lr_warmup_steps)
+        return is_flat(steps, losses, self.degradation.degradation_stop, earliest)
 
     def append(self, done: int) -> None:
         """Records a node, with its own loss and the teacher's in each band."""

@@ -49,13 +49,16 @@ def evenly_spaced(losses: Sequence[float], num_nodes: int) -> list[int]:
     return [*chosen[1:], last] if num_nodes else []
 
 
-def is_flat(steps: Sequence[int], losses: Sequence[float], share: float) -> bool:
+def is_flat(steps: Sequence[int], losses: Sequence[float], share: float, earliest: int = 0) -> bool:
     """Whether the loss has flattened: doubling the updates brought less than `share` of all that it has fallen by.
 
     Args:
         steps (`Sequence[int]`): 0, and the updates after which it was measured since.
         losses (`Sequence[float]`): At these.
         share (`float`): 0 is never.
+        earliest (`int`): Updates before which it is not: a walk that has hardly begun is flat, too.
     """
+    if steps[-1] < earliest:
+        return False
     half, fallen = max(i for i, step in enumerate(steps) if 2 * step <= steps[-1]), losses[0] - losses[-1]
     return half > 0 and fallen > 0 and losses[half] - losses[-1] < share * fallen

@@ -96,22 +96,27 @@ class GeometricSchedule(TargetSchedule):
 
 
 class AdaptiveSchedule(TargetSchedule):
-    """Stays with a node while it is a stepping stone, `steps_per_target` updates at most.
+    """Stays with a node while it is a stepping stone that the student is not yet on its way to, `steps_per_target` updates
+    at most.
 
-    A node is left at the first measure that finds it hardly nearer to the student than the next node is: its mismatch is
-    above `share` of the next one's. So it is where a path was recorded for too short a time, and the fake score, which
-    goes on to learn the student, leaves the path behind; or where nodes are as good as equal.
+    A node is left at the first measure that finds one of two things. It is hardly nearer to the student than the next node
+    is: its mismatch is above `share` of the next one's. So it is where a path was recorded for too short a time, and the
+    fake score, which goes on to learn the student, leaves the path behind; or where nodes are as good as equal. Or its
+    mismatch has fallen, by `fall` of its highest of the phase at two measures running: it rises while the fake score learns
+    the student, and falls once the student follows the node, from where on the next one leads as well.
 
     Args:
         num_nodes, steps_per_target, steps (`int`): As of `TargetSchedule`.
         share (`float`): Above 0: lower leaves earlier.
+        fall (`float`): Above 0: lower leaves earlier; 1 is never.
     """
 
     needs_measures = True
 
-    def __init__(self, num_nodes: int, steps_per_target: int, steps: int, share: float):
+    def __init__(self, num_nodes: int, steps_per_target: int, steps: int, share: float = 0.6, fall: float = 0.05):
         super().__init__(num_nodes, steps_per_target, steps)
         self.share = share
+        self.fall = fall
 
     def switches(self, measures: Sequence[Measure] = ()) -> list[int]:
         ends, entered = [], 0
@@ -124,7 +129,9 @@ class AdaptiveSchedule(TargetSchedule):
 
     def is_done(self, phase: Sequence[Measure]) -> bool:
         """Whether a node is left after these measures of its phase, of which there is at least one."""
-        return phase[-1].gap > self.share * phase[-1].next_gap
+        gaps = [measure.gap for measure in phase]
+        useless = gaps[-1] > self.share * phase[-1].next_gap
+        return useless or (len(gaps) > 2 and max(gaps[-2:]) < (1 - self.fall) * max(gaps))
 
 
 TARGET_SCHEDULES: dict[str, type[TargetSchedule]] = {
