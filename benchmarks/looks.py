@@ -109,7 +109,8 @@ def shapes() -> None:
     _print_curve("random: none", shapes_world.one(task, none, 100))
     _print_curve("random: path, 80 steps", shapes_world.one(fixed, shapes_world.ARMS["path"], 100))
     for lengths in ((160, 8, 30), (50, 10, 25)):
-        _print_curve(f"random: default {lengths}", shapes_world.one(replace(task, default=lengths), default, 100))
+        changed = replace(task, default=lengths, mismatch_every=5)
+        _print_curve(f"random: default {lengths}", shapes_world.one(changed, default, 100))
     shapes_world.SMALL_WIDTHS = kept[1]
 
 

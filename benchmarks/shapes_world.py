@@ -3,12 +3,15 @@
 import functools
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from toy_world import shuffled
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "text_to_image"
@@ -27,6 +30,7 @@ from diffusers_disback import (  # noqa: E402
     TrainingConfig,
     load_family,
 )
+from diffusers_disback.backtracking import target_schedule  # noqa: E402
 from diffusers_disback.evaluation.report import unadorned  # noqa: E402
 from diffusers_disback.generator import to_pipeline  # noqa: E402
 from diffusers_disback.model_reference import fingerprint  # noqa: E402
@@ -47,7 +51,7 @@ class Regime:
         degradation_steps, num_path_nodes, steps_per_target (`int`): Of the arms that have them.
         default (`dict`): The same three for the arm `default`, which may end stage 1 and phases earlier.
         batch (`int`): Samples of an update.
-        evaluate_every (`int`): Updates.
+        mismatch_every, evaluate_every (`int`): Updates.
         pictures (`int`): Of each evaluation.
     """
 
@@ -61,6 +65,7 @@ class Regime:
     steps_per_target: int = 15
     default: tuple[int, int, int] = (80, 8, 15)
     batch: int = 16
+    mismatch_every: int = 3
     evaluate_every: int = 10
     pictures: int = 200
 
@@ -76,6 +81,7 @@ REGIMES = {
         num_path_nodes=4,
         steps_per_target=25,
         default=(160, 8, 30),
+        mismatch_every=5,
         evaluate_every=20,
     ),
 }
@@ -100,12 +106,14 @@ class Arm:
         backtracking (`dict`): Of stage 2.
         shuffled (`bool`): Nodes 1..N-1 are targets in a random order.
         is_default (`bool`): The regime's `default` lengths, and all policies as they are if nothing is said.
+        is_direct (`bool`): The path is not used but for its end: the teacher is the only target.
     """
 
     degradation: dict[str, Any] = field(default_factory=dict)
     backtracking: dict[str, Any] = field(default_factory=dict)
     shuffled: bool = False
     is_default: bool = False
+    is_direct: bool = False
 
 
 _ADAPTIVE = {"target_schedule": "adaptive"}
@@ -117,9 +125,9 @@ ARMS = {
     "adaptive": Arm({}, _ADAPTIVE),
     "mismatch": Arm({"node_spacing": "mismatch"}),
     "default": Arm(is_default=True),
+    "warm_default": Arm(is_default=True, is_direct=True),
 }
-FAKE_SCORE_LEARNING_RATE = 5e-4  # in both stages: five times that is too much for these networks
-MISMATCH_STEPS = 5
+FAKE_SCORE_LEARNING_RATE = 5e-4
 SMALL_WIDTHS = (32, 64)
 SIDE_BY_SIDE = False
 SEEDS = list(range(5))
@@ -162,18 +170,14 @@ def small_student(teacher: ModelFamily, seed: int) -> nn.Module:
         return type(teacher.network).from_config(teacher.network.config, block_out_channels=SMALL_WIDTHS)
 
 
-def shuffled(num_nodes: int, seed: int) -> dict[int, int]:
-    """Nodes 1..N-1 -> those that take their places, in a random order that is not their own; of one node it is."""
-    inner, generator = list(range(1, num_nodes)), torch.Generator().manual_seed(seed)
-    order = inner
-    while order == inner and len(inner) > 1:
-        order = [inner[i] for i in torch.randperm(len(inner), generator=generator).tolist()]
-    return dict(zip(inner, order, strict=True))
-
-
 @functools.cache
 def _evaluation(pictures: int):
     return shapes_evaluation(pictures) if pictures == NUM_PICTURES else _fewer(pictures)
+
+
+def pictures_of(pipeline: DiffusionPipeline, pictures: int, **arguments: Any) -> Tensor:
+    """What a pipeline draws at the evaluation's prompts and noise, `[N, 3, H, W]` uint8."""
+    return _evaluation(pictures).draw(unadorned(pipeline), **arguments)[0]
 
 
 def _fewer(pictures: int):
@@ -188,8 +192,10 @@ def run(regime: str, arm: str, seeds: list[int], small: bool) -> tuple[dict[str,
     return {"settings": asdict(task) | {"arm": asdict(ARMS[arm])}}, [one(task, ARMS[arm], seed) for seed in seeds]
 
 
-def one(task: Regime, arm: Arm, seed: int) -> dict[str, Any]:
-    """The record of a run of both stages."""
+def one(
+    task: Regime, arm: Arm, seed: int, look: Callable[[Tensor], dict[str, float]] = lambda pictures: {}
+) -> dict[str, Any]:
+    """The record of a run of both stages; `look` takes more measures of the pictures of each evaluation."""
     evaluation = _evaluation(task.pictures)
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingConfig(
@@ -214,7 +220,6 @@ def one(task: Regime, arm: Arm, seed: int) -> dict[str, Any]:
             **{
                 "degradation_steps": steps,
                 "num_path_nodes": nodes,
-                "degradation_learning_rate": FAKE_SCORE_LEARNING_RATE,
                 "proportion_empty_prompts": 0.0,
                 **policies[0],
                 **arm.degradation,
@@ -224,7 +229,7 @@ def one(task: Regime, arm: Arm, seed: int) -> dict[str, Any]:
             **{
                 "max_train_steps": task.updates * (task.reference if degradation.num_path_nodes == 0 else 1),
                 "steps_per_target": per_target,
-                "mismatch_steps": MISMATCH_STEPS,
+                "mismatch_steps": task.mismatch_every,
                 "guidance_scale": 4.0,
                 "generator_learning_rate": task.generator_learning_rate,
                 "fake_score_updates": 1,
@@ -250,13 +255,17 @@ def one(task: Regime, arm: Arm, seed: int) -> dict[str, Any]:
 
         def measure(network: nn.Module) -> dict[str, float]:
             pipeline = unadorned(to_pipeline(network, training.conditioning_timestep, teacher.pipeline))
-            return evaluation.measure(evaluation.draw(pipeline)[0])
+            pictures = evaluation.draw(pipeline)[0]
+            return {**evaluation.measure(pictures), **look(pictures)}
 
         first = {"evaluations": counter.total, **measure(generator)}
         trainer = Trainer(training, backtracking, teacher, generator, data, path, measure, first)
         trainer.counter = counter
+        if arm.is_direct:
+            trainer.schedule = target_schedule(backtracking, 1)
         if arm.shuffled:
-            trainer.order = shuffled(len(path), seed)
+            inner = list(range(1, len(path)))
+            trainer.order = dict(zip(inner, shuffled(inner, seed), strict=True))
         counter.total = stage_1["evaluations"]
         trainer.train()
     names = [name for name in trainer.curve[-1] if name != "step"]

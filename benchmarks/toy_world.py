@@ -63,7 +63,6 @@ REGIMES = {
     "under_recorded": Regime(degradation_steps=60),
     "high_learning_rate": Regime(generator_learning_rate=5e-4, fake_score_learning_rate=1e-3, updates=600),
     "low_sigma": Regime(asked=2.5, updates=600),
-    "fast_path": Regime(degradation_rate=5.0),
     "ring": Regime(world="ring", degradation_rate=5.0, reference=3),  # judged: docs/evidence.md
 }
 SMALL = Regime(
@@ -81,6 +80,7 @@ class Arm:
         schedule (`str`): fixed, geometric, near or adaptive.
         stop (`float`): Stage 1 ends when its loss has flattened by this share; 0 is never.
         settings (`dict`): Of the schedule.
+        direct (`bool`): The path is not used but for its end: the teacher is the only target.
         glides (`bool`): Within a phase the target's weights glide from its node's to the next one's.
         task (`dict`): Settings of the regime that this arm has otherwise.
     """
@@ -89,10 +89,12 @@ class Arm:
     schedule: str = "fixed"
     stop: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
+    direct: bool = False
     glides: bool = False
     task: dict[str, Any] = field(default_factory=dict)
 
 
+DEFAULT = {"degradation_steps": 200, "num_path_nodes": 10, "degradation_rate": 5.0}
 ARMS = {
     "none": Arm("none"),
     "warm": Arm("warm"),
@@ -104,10 +106,17 @@ ARMS = {
     "adaptive": Arm(schedule="adaptive"),
     "mismatch": Arm("mismatch"),
     "interpolated": Arm(glides=True),
-    "default": Arm(
-        schedule="adaptive", stop=0.2, task={"degradation_steps": 200, "num_path_nodes": 10, "degradation_rate": 5.0}
-    ),
+    "default": Arm(schedule="adaptive", stop=0.2, task=DEFAULT),
+    "warm_default": Arm(stop=0.2, direct=True, task=DEFAULT),
 }
+
+
+def shuffled(values: list[int], seed: int) -> list[int]:
+    """Another order of different values, or their own if there is no other."""
+    generator, order = torch.Generator().manual_seed(seed), values
+    while order == values and len(values) > 1:
+        order = [values[i] for i in torch.randperm(len(values), generator=generator).tolist()]
+    return order
 
 
 class NearSchedule(AdaptiveSchedule):
@@ -214,8 +223,7 @@ class Run:
             chosen.append([0, *places])
         if arm.path == "shuffled":
             for seed, places in zip(self.seeds, chosen, strict=True):
-                generator = torch.Generator().manual_seed(seed)
-                places[1:-1] = [places[1:-1][i] for i in torch.randperm(nodes - 1, generator=generator)]
+                places[1:-1] = shuffled(places[1:-1], seed)
         path = [
             [
                 torch.stack(
@@ -264,7 +272,7 @@ class Run:
         stage_1 = self.evaluations.tolist(), (time.monotonic() - self.started) / seeds
         schedules = [
             SCHEDULES[arm.schedule](
-                count, min(regime.steps_per_target, regime.updates // max(count, 1)), regime.updates, **arm.settings
+                1 if arm.direct and count else count, regime.steps_per_target, regime.updates, **arm.settings
             )
             for count in counts
         ]

@@ -18,7 +18,6 @@ def arguments(folder: Path, teacher: Path, prompts: Path, /, **changes) -> list[
         "output_dir": folder,
         "degradation_steps": 4,
         "degradation_stop": 0.0,
-        "degradation_learning_rate": 1e-3,
         "num_path_nodes": 2,
         "max_train_steps": 4,
         "steps_per_target": 2,

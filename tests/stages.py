@@ -41,7 +41,7 @@ def recorder(config, teacher_folder, steps=4, nodes=2, **changes) -> Degradation
     else:
         start = {"name_or_path": None, "sha256": fingerprint(generator), "conditioning_timestep": 399}
         path = DegradationPath.create(folder, reference, fingerprint(family.network), start, {})
-    wanted = {"degradation_stop": 0.0, "degradation_learning_rate": config.fake_score_learning_rate, **changes}
+    wanted = {"degradation_stop": 0.0, **changes}
     degradation = DegradationConfig(degradation_steps=steps, num_path_nodes=nodes, **wanted)
     return DegradationRecorder(config, degradation, family, generator, PromptData(tiny.PROMPTS, family.encode), path)
 

@@ -38,7 +38,8 @@ def test_the_walk_ends_when_doubling_it_brings_little():
     steps, losses = [0, 1, 2, 4, 8, 16], [1.0, 0.8, 0.6, 0.3, 0.22, 0.2]
     flat = [is_flat(steps[:k], losses[:k], 0.1) for k in range(2, 7)]
     assert flat == [False, False, False, False, True]
-    assert not is_flat(steps, losses, 0.0), "0 is never"
+    assert not is_flat(steps, losses, 0.0) and not is_flat([0, 1, 2], [1.0, 0.5, 0.6], 0.0), "0 is never"
+    assert is_flat([0, 1, 2], [1.0, 0.5, 0.6], 0.1), "it has risen since half way"
     assert not is_flat(steps, losses, 0.9, steps[-1] + 1) and is_flat(steps, losses, 0.9, steps[-1]), "not yet"
     assert not is_flat([0], [1.0], 0.5) and not is_flat([0, 1], [1.0, 1.0], 0.5), "there is no half yet"
     assert not is_flat([0, 1, 2, 4], [1.0, 1.1, 1.2, 1.3], 0.5), "what rises has not come to its end"

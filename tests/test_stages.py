@@ -404,7 +404,7 @@ def test_numbers_out_of_range_are_refused():
     for changes, message in [
         ({"node_spacing": "even"}, "--node_spacing 'even' is none of steps, mismatch"),
         ({"degradation_stop": 1.0}, "--degradation_stop has to be in"),
-        ({"degradation_learning_rate": 0.0}, "--degradation_learning_rate has to be above 0"),
+        ({"degradation_lr_multiplier": 0.0}, "--degradation_lr_multiplier has to be above 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             DegradationConfig(**changes)

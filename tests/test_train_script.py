@@ -170,7 +170,7 @@ def test_resuming_from_a_named_checkpoint(run):
         {"num_path_nodes": 1},
         {"num_path_nodes": 0},
         {"degradation_steps": 6},
-        {"degradation_learning_rate": 2e-3},
+        {"degradation_lr_multiplier": 2.0},
         {"degradation_steps": 9, "node_spacing": "mismatch"},
         {"degradation_steps": 9, "degradation_stop": 0.9},
         {"steps_per_target": 1},

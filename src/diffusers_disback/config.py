@@ -133,7 +133,10 @@ class TrainingConfig:
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: slower, smaller.")
     fake_score_learning_rate: float = setting(5e-7, "Of the fake score, in both stages. DMD2, for SDXL: 5e-7.")
     lr_scheduler: str = setting("constant_with_warmup", "As of diffusers.optimization.get_scheduler.")
-    lr_warmup_steps: int = setting(500, "Updates of each network until its learning rate is reached. DMD2: 500.")
+    lr_warmup_steps: int = setting(
+        500,
+        "Updates of each network until its learning rate is reached; in stage 1 a tenth of its updates at most. DMD2: 500.",
+    )
     adam_beta1: float = setting(0.9, "AdamW's first beta.")
     adam_beta2: float = setting(0.999, "AdamW's second beta.")
     adam_weight_decay: float = setting(1e-2, "AdamW's weight decay. DMD2: 0.01.")

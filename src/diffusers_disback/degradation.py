@@ -1,7 +1,7 @@
 """Stage 1: the fake score walks from the teacher to the initial generator, and its footprints are kept."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,10 +18,6 @@ from .mismatch import MismatchProbe, answers, denoising_losses, mean
 from .node_spacing import evenly_spaced, footprints, is_flat
 from .path import DegradationPath
 from .trainer import Stage
-
-
-FASTER = 5
-"""Stage 1's learning rate over stage 2's, if nothing is said."""
 
 
 @dataclass
@@ -41,10 +37,10 @@ class DegradationConfig:
         10,
         "N, the nodes recorded, evenly spaced. DisBack, for SDXL: 10. 0 records nothing: plain DMD or Diff-Instruct.",
     )
-    degradation_learning_rate: float | None = setting(
-        None,
-        "Of the fake score in stage 1; by default five times --fake_score_learning_rate, at which the same path takes a "
-        "fifth of the steps.",
+    degradation_lr_multiplier: float = setting(
+        1.0,
+        "Learning rate of stage 1 over --fake_score_learning_rate. Where that is low, 5 records the same path in a fifth of "
+        "the steps.",
     )
     node_spacing: Literal["steps", "mismatch"] = setting(
         "steps",
@@ -54,8 +50,8 @@ class DegradationConfig:
     degradation_stop: float = setting(
         0.2,
         "End stage 1 when its denoising loss has flattened: when doubling the updates brought less than this share of "
-        "all that it has fallen by; not before a tenth of --degradation_steps, or twice --lr_warmup_steps. 0: never "
-        "before --degradation_steps.",
+        "all that it has fallen by; not before a tenth of --degradation_steps, or twice the warm-up. The path then has "
+        "fewer nodes. 0: never before --degradation_steps.",
     )
     proportion_empty_prompts: float = setting(
         0.1,
@@ -73,9 +69,9 @@ class DegradationConfig:
             )
         if self.node_spacing not in ("steps", "mismatch"):
             raise ValueError(f"--node_spacing {self.node_spacing!r} is none of steps, mismatch.")
-        if self.degradation_learning_rate is not None and self.degradation_learning_rate <= 0:
+        if self.degradation_lr_multiplier <= 0:
             raise ValueError(
-                f"--degradation_learning_rate has to be above 0, but is {self.degradation_learning_rate}."
+                f"--degradation_lr_multiplier has to be above 0, but is {self.degradation_lr_multiplier}."
             )
         if not 0 <= self.degradation_stop < 1:
             raise ValueError(f"--degradation_stop has to be in [0, 1), but is {self.degradation_stop}.")
@@ -128,16 +124,17 @@ class DegradationRecorder(Stage):
         if degradation.degradation_stop:
             self.measured_steps |= set(footprints(degradation.degradation_steps, 1))
         self.walk: list[dict[str, Any]] = []  # the denoising loss of the fake score in each band, step by step
-        updates, rate = degradation.degradation_steps, degradation.degradation_learning_rate
-        if rate is None:
-            rate = FASTER * config.fake_score_learning_rate
+        updates = degradation.degradation_steps
+        self.warmup_steps = min(config.lr_warmup_steps, updates // 10)
+        own = replace(config, lr_warmup_steps=self.warmup_steps)
+        rate = degradation.degradation_lr_multiplier * config.fake_score_learning_rate
         shared: SharedNetwork | None = None
         if config.is_adapter("fake_score"):
             shared = shared_base(family.network, config)
             add_adapter(shared, "fake_score", config, config.seed)
-            self.fake_score: Learner = AdapterLearner("fake_score", shared, family.network, rate, updates, config)
+            self.fake_score: Learner = AdapterLearner("fake_score", shared, family.network, rate, updates, own)
         else:
-            self.fake_score = Learner("fake_score", family.score_model().copy().network, rate, updates, config)
+            self.fake_score = Learner("fake_score", family.score_model().copy().network, rate, updates, own)
         super().__init__(
             config,
             degradation,
@@ -184,7 +181,7 @@ class DegradationRecorder(Stage):
     def has_flattened(self) -> bool:
         """Whether stage 1 has come to its end by itself."""
         steps, losses = [row["step"] for row in self.walk], [mean(row["losses"]) for row in self.walk]
-        earliest = max(self.degradation.degradation_steps // 10, 2 * self.config.lr_warmup_steps)
+        earliest = max(self.degradation.degradation_steps // 10, 2 * self.warmup_steps)
         return is_flat(steps, losses, self.degradation.degradation_stop, earliest)
 
     def append(self, done: int) -> None:

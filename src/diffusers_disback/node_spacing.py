@@ -58,7 +58,7 @@ def is_flat(steps: Sequence[int], losses: Sequence[float], share: float, earlies
         share (`float`): 0 is never.
         earliest (`int`): Updates before which it is not: a walk that has hardly begun is flat, too.
     """
-    if steps[-1] < earliest:
+    if not share or steps[-1] < earliest:
         return False
     half, fallen = max(i for i, step in enumerate(steps) if 2 * step <= steps[-1]), losses[0] - losses[-1]
     return half > 0 and fallen > 0 and losses[half] - losses[-1] < share * fallen
