@@ -122,15 +122,15 @@ def ratio_interval(ours: list[float], theirs: list[float]) -> tuple[float, float
 
 
 def thresholds(found: dict[str, list[Result]]) -> list[float]:
-    """2 x and 1.25 x the distance that the runs without a path settle at, where they were run for longer than the budget at
-    the end of that."""
+    """2 x and 1.25 x the distance that the runs without a path are at in the end: of the budget, or of the longer runs of a
+    judged world."""
     level = settled(found.get("reference", found["none"]))
     return [float(f"{factor * level:.3g}") for factor in (2.0, 1.25)]
 
 
 def within_budget(found: dict[str, list[Result]], budget: int) -> dict[str, list[Result]]:
     """The arm without a path cut off at the budget, the whole of it as `reference`, if it was run for longer."""
-    if found["none"][0]["curve"]["updates"][-1] <= budget:
+    if all(result["curve"]["updates"][-1] <= budget for result in found["none"]):
         return found
     cut = []
     for result in found["none"]:
@@ -164,23 +164,26 @@ def interval(values: list[float]) -> str:
 
 def comparison(found: dict[str, list[Result]], arms: list[str]) -> str:
     """How many times fewer network evaluations than without a path, and than a warm fake score, seed by seed; and whether an
-    arm's interval reaches to within 10 % of the better of these two."""
+    arm's interval reaches to within 10 % of the better of none and warm, and of the better of warm and path."""
     level = thresholds(found)[-1]
     lines = [
-        f"| arm | against none, to {level:g} | against warm | its interval, at best | 1.1 x the better control | |",
+        f"| arm | against none, to {level:g} | against warm | evaluations, 90 % interval | 1.1 x better of none, warm | 1.1 x "
+        "better of warm, path |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    costs = {arm: [cost(result, level, "evaluations") for result in found[arm]] for arm in found}
-    bound = 1.1 * min(median(costs[arm]) for arm in ("none", "warm") if arm in costs)
-    for arm in (arm for arm in arms if arm in found and len(found[arm]) == len(found["none"])):
+    costs = {arm: {r["seed"]: cost(r, level, "evaluations") for r in results} for arm, results in found.items()}
+    for arm in (arm for arm in arms if arm in found):
         cells = [arm]
         for other in ("none", "warm"):
-            same = other in costs and len(costs[other]) == len(costs[arm])
-            cells.append("{:.2f} ({:.2f}-{:.2f})".format(*ratio_interval(costs[arm], costs[other])) if same else "")
-        best = bootstrap(costs[arm])[0]
-        lines.append(
-            "| " + " | ".join([*cells, f"{best:.4g}", f"{bound:.4g}", "yes" if best <= bound else "no"]) + " |"
-        )
+            seeds = sorted(costs[arm].keys() & costs.get(other, {}).keys())
+            pairs = [costs[arm][seed] for seed in seeds], [costs[other][seed] for seed in seeds]
+            cells.append("{:.2f} ({:.2f}-{:.2f})".format(*ratio_interval(*pairs)) if seeds else "")
+        low, high = bootstrap(list(costs[arm].values()))
+        cells.append(f"{low:.4g}-{high:.4g}")
+        for controls in (("none", "warm"), ("warm", "path")):
+            bound = 1.1 * min(median(costs[control].values()) for control in controls if control in costs)
+            cells.append(f"{bound:.4g}: {'yes' if low <= bound else 'no'}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

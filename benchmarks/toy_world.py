@@ -66,7 +66,13 @@ REGIMES = {
     "ring": Regime(world="ring", degradation_rate=5.0, reference=3),  # judged: docs/evidence.md
 }
 SMALL = Regime(
-    degradation_steps=8, num_path_nodes=3, steps_per_target=4, updates=16, batch=16, evaluate_every=4, teacher_steps=20
+    degradation_steps=8,
+    num_path_nodes=3,
+    steps_per_target=12,
+    updates=40,
+    batch=16,
+    evaluate_every=4,
+    teacher_steps=20,
 )
 
 

@@ -21,6 +21,7 @@ def arguments(folder: Path, teacher: Path, prompts: Path, /, **changes) -> list[
         "num_path_nodes": 2,
         "max_train_steps": 4,
         "steps_per_target": 2,
+        "target_schedule": "fixed",
         "fake_score_updates": 1,
         "train_batch_size": 2,
         "fake_score_learning_rate": 1e-3,

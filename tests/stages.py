@@ -56,6 +56,7 @@ def trainer(config, path, evaluate=None, **changes) -> BacktrackingTrainer:
         **{
             "max_train_steps": 4,
             "steps_per_target": 1,
+            "target_schedule": "fixed",
             "guidance_scale": 3.0,
             "generator_learning_rate": 1e-3,
             "fake_score_updates": 2,

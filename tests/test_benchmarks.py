@@ -38,6 +38,19 @@ def test_a_threshold_is_crossed_for_good_or_not_at_all():
     assert convergence.crossing(crossed, 0.5) is None and convergence.crossing(crossed, 10) == 0
 
 
+def test_a_judged_world_is_judged_within_the_budget_by_where_longer_runs_settle():
+    long = [{**result([9, 4, 3, 2, 1, 1]), "seed": seed} for seed in (0, 1)]
+    path = [{**result([9, 1, 1], stage_1=1), "seed": 1}]
+    found = convergence.within_budget({"none": long, "path": path}, budget=10)
+    assert found["none"][0]["curve"]["updates"] == [0, 5, 10] and found["reference"] is long
+    assert convergence.thresholds(found) == [2.0, 1.25]
+    assert [convergence.cost(one, 1.25, "evaluations") for one in found["none"]] == [20, 20], "never: the whole budget"
+    *_, last = convergence.comparison(found, ["path"]).splitlines()
+    assert last.startswith("| path | 1.43 (1.43-1.43) |  | 14-14 | 22: yes | 15.4: yes |"), "seed by seed"
+    same = {"none": long, "path": path}
+    assert convergence.within_budget(same, budget=25) is same
+
+
 def test_intervals_are_of_the_median_over_seeds():
     assert convergence.bootstrap([3.0] * 5) == (3.0, 3.0)
     low, high = convergence.bootstrap([float(k) for k in range(101)])
@@ -73,7 +86,7 @@ def test_every_arm_of_the_toy_ends_on_the_teacher_and_counts_its_cost(arm):
     assert (one["stage_1"]["evaluations"] > 0) == (arm != "none")
     evaluations = one["curve"]["evaluations"]
     assert evaluations[0] == one["stage_1"]["evaluations"] and evaluations[-1] >= evaluations[0] + 8 * task.updates
-    if "adaptive" not in arm:
+    if toy_world.ARMS[arm].schedule in ("fixed", "geometric"):
         assert evaluations[-1] == evaluations[0] + 8 * task.updates
 
 

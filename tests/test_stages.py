@@ -420,3 +420,13 @@ def test_numbers_out_of_range_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             BacktrackingConfig(**changes)
+
+
+def test_the_warm_up_of_stage_1_is_a_tenth_of_it_and_over_before_it_may_stop(tmp_path, teacher_folder):
+    config = training(tmp_path, lr_warmup_steps=500)
+    stage = recorder(config, teacher_folder, steps=40, nodes=4, degradation_stop=0.9, degradation_lr_multiplier=3.0)
+    (group,) = stage.fake_score.optimizer.param_groups
+    assert group["initial_lr"] == pytest.approx(3 * config.fake_score_learning_rate)
+    path = stage.record()
+    assert stage.warmup_steps == 4 and 8 <= stage.steps < 40, "not before twice the warm-up"
+    assert [node["step"] for node in path.nodes][-1] == stage.steps

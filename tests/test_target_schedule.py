@@ -74,6 +74,11 @@ def test_the_teacher_gets_its_share(policy):
         make(policy, (4, 3, 11), {})
 
 
+def test_the_mismatch_is_measured_ten_times_with_each_node_by_default():
+    assert [BacktrackingConfig(steps_per_target=k).mismatch_every for k in (200, 15, 9)] == [20, 1, 1]
+    assert BacktrackingConfig(mismatch_steps=7).mismatch_every == 7
+
+
 def test_the_fixed_schedule_stays_as_long_with_each():
     nodes, _ = walk(make("fixed", (4, 3, 14), {}), 0)
     assert nodes == [3, 3, 3, 2, 2, 2, 1, 1, 1, 0, 0, 0, 0, 0]

@@ -176,7 +176,7 @@ def test_resuming_from_a_named_checkpoint(run):
         {"steps_per_target": 1},
         {"num_path_nodes": 3, "max_train_steps": 6, "target_schedule": "geometric"},
         {"num_path_nodes": 3, "max_train_steps": 6, "target_schedule": "geometric", "target_ratio": 3.0},
-        {"mismatch_steps": 1, "target_share": 0.1},
+        {"target_schedule": "adaptive", "mismatch_steps": 1, "target_share": 0.1},
         {"max_train_steps": 5},
         {"fake_score_updates": 2},
         {"objective": "diff_instruct"},
@@ -213,16 +213,9 @@ def baseline(tmp_path_factory, teacher_folder, prompts_file):
 
 
 def test_a_fall_of_the_mismatch_matters_where_it_falls(run):
-    long = {"mismatch_steps": 1, "target_share": 1.0, "steps_per_target": 6, "max_train_steps": 12}
-    hasty, patient, fixed = (
-        student(run(name, **long, **changes))
-        for name, changes in [
-            ("a", {"target_fall": 1e-9}),
-            ("b", {"target_fall": 1.0}),
-            ("c", {"target_schedule": "fixed"}),
-        ]
-    )
-    assert not equal(hasty, patient) and equal(patient, fixed)
+    long = {"target_share": 1.0, "steps_per_target": 8, "max_train_steps": 16, "fake_score_learning_rate": 3e-2}
+    hasty, patient = (student(run(f"{fall}", target_schedule=None, target_fall=fall, **long)) for fall in (1e-9, 1.0))
+    assert not equal(hasty, patient)
 
 
 def test_an_average_differs_by_its_decay(run):

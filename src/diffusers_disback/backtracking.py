@@ -56,8 +56,10 @@ class BacktrackingConfig:
         "Of the adaptive schedule: leave a node when its mismatch with the student has fallen by this share of its "
         "highest, at two measures running. 1: never.",
     )
-    mismatch_steps: int = setting(
-        20, "Of the adaptive schedule: measure the mismatch every so many generator updates."
+    mismatch_steps: int | None = setting(
+        None,
+        "Of the adaptive schedule: measure the mismatch every so many generator updates; by default a tenth of "
+        "--steps_per_target. It takes three measures to see a fall.",
     )
     guidance_scale: float = setting(8.0, "The teacher's classifier-free guidance, w. DMD2 and DisBack, for SDXL: 8.")
     guidance_schedule: Literal["ramp", "constant"] = setting(
@@ -72,7 +74,7 @@ class BacktrackingConfig:
 
     def __post_init__(self):
         for name in ("max_train_steps", "steps_per_target", "fake_score_updates", "mismatch_steps"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} has to be at least 1, but is {getattr(self, name)}.")
         if self.target_schedule not in TARGET_SCHEDULES:
             raise ValueError(f"--target_schedule {self.target_schedule!r} is none of {', '.join(TARGET_SCHEDULES)}.")
@@ -86,6 +88,11 @@ class BacktrackingConfig:
             raise ValueError(f"--guidance_scale has to be at least 1 (no guidance), but is {self.guidance_scale}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay has to be in [0, 1), but is {self.ema_decay}.")
+
+    @property
+    def mismatch_every(self) -> int:
+        """After how many generator updates the adaptive schedule measures the mismatch."""
+        return max(self.steps_per_target // 10, 1) if self.mismatch_steps is None else self.mismatch_steps
 
 
 def target_schedule(config: BacktrackingConfig, num_nodes: int) -> TargetSchedule:
@@ -314,7 +321,7 @@ class BacktrackingTrainer(Stage):
     def after_step(self, done: int) -> None:
         """The adaptive schedule's measure, equal on every process."""
         node = self.target_node
-        if not self.schedule.needs_measures or node == 0 or done % self.backtracking.mismatch_steps:
+        if not self.schedule.needs_measures or node == 0 or done % self.backtracking.mismatch_every:
             return
         self._make_room_for(self.student)  # the target is there in its turn
         questions = self.probe.questions(self.generator)

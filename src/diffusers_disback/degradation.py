@@ -35,7 +35,8 @@ class DegradationConfig:
     )
     num_path_nodes: int = setting(
         10,
-        "N, the nodes recorded, evenly spaced. DisBack, for SDXL: 10. 0 records nothing: plain DMD or Diff-Instruct.",
+        "N, the nodes recorded, evenly spaced; fewer if stage 1 ends by itself. DisBack, for SDXL: 10. 0 records nothing: "
+        "plain DMD or Diff-Instruct.",
     )
     degradation_lr_multiplier: float = setting(
         1.0,
