@@ -131,7 +131,9 @@ class TrainingConfig:
     train_batch_size: int = setting(1, "Samples per process and forward pass.")
     gradient_accumulation_steps: int = setting(1, "Forward passes per update, of each network.")
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: slower, smaller.")
-    fake_score_learning_rate: float = setting(5e-7, "Of the fake score, in both stages. DMD2, for SDXL: 5e-7.")
+    fake_score_learning_rate: float = setting(
+        5e-7, "Of the fake score; in stage 1 times --degradation_lr_multiplier. DMD2, for SDXL: 5e-7."
+    )
     lr_scheduler: str = setting("constant_with_warmup", "As of diffusers.optimization.get_scheduler.")
     lr_warmup_steps: int = setting(
         500,
