@@ -204,8 +204,16 @@ def plot(found: dict[str, list[Result]], arms: list[str], title: str, file: Path
                 for k in range(len(curves[0]["updates"]))
             ]
             distances = list(zip(*(curve["distance"] for curve in curves), strict=True))
-            panel.plot(across, [median(values) for values in distances], color=f"C{colour}", lw=1.2, label=arm)
-            panel.fill_between(across, *zip(*((min(v), max(v)) for v in distances), strict=True), alpha=0.12, lw=0)
+            panel.plot(
+                across,
+                [median(values) for values in distances],
+                color=f"C{colour % 10}",
+                lw=1.2,
+                ls="-" if colour < 10 else "--",
+                label=arm,
+            )
+            spread = zip(*((min(values), max(values)) for values in distances), strict=True)
+            panel.fill_between(across, *spread, color=f"C{colour % 10}", alpha=0.12, lw=0)
         for level in thresholds(found):
             panel.axhline(level, color="0.6", lw=0.8, ls=":")
         panel.set(yscale="log", xlabel=f"{axis}, stage 1 included")
