@@ -25,7 +25,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
+from scripts import set_threads
+
+from diffusers_disback.evaluation.pictures import pyplot
 
 
 HERE = Path(__file__).parent
@@ -189,11 +191,7 @@ def comparison(found: dict[str, list[Result]], arms: list[str]) -> str:
 
 def plot(found: dict[str, list[Result]], arms: list[str], title: str, file: Path) -> None:
     """Distance over each axis: medians over seeds, with the spread from the smallest to the largest."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(AXES), figsize=(15, 4), sharey=True)
     for panel, axis in zip(axes, AXES, strict=True):
         for colour, arm in enumerate(arm for arm in arms if arm in found):
@@ -249,7 +247,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--small", action="store_true", help="a setting of seconds, to see that everything runs")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    set_threads()
     world = importlib.import_module(f"{options.world}_world")
     folder = options.output / options.world
     regimes, arms = options.regimes or list(world.REGIMES), options.arms or list(world.ARMS)

@@ -6,14 +6,13 @@ python benchmarks/looks.py --shapes   # one seed on the shapes teacher: learning
 """
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from statistics import median
 
 import shapes_world
-import torch
 from convergence import cost
+from scripts import set_threads
 from toy_world import REGIMES, SCHEDULES, Arm, Run, teacher
 
 from diffusers_disback.node_spacing import footprints
@@ -26,7 +25,7 @@ OTHERS = (0.636, 0.398, 0.232)  # the last: 1.25 times where `none` settles in 4
 
 
 class CrestSchedule(AdaptiveSchedule):
-    """What was tried second: as the adaptive schedule, but a node is left when its mismatch has been below its highest of
+    """What was tried third: as the adaptive schedule, but a node is left when its mismatch has been below its highest of
     the phase, however little, for `patience` measures."""
 
     def __init__(self, *common: int, patience: int):
@@ -59,7 +58,7 @@ LOOKS = [
     *((regime, {"steps_per_target": 200}, CRESTS[1]) for regime in ("over_degraded", "high_learning_rate")),
     ("over_degraded", {"degradation_steps": 1200}, replace(CRESTS[1], path="mismatch", stop=0.2)),
     ("over_degraded", {"degradation_steps": 1200, "num_path_nodes": 12}, replace(CRESTS[1], stop=0.2)),
-    *(("recorded", FAST, arm) for arm in (Arm("warm"), FIXED, CRESTS[1])),
+    *(("recorded", FAST, arm) for arm in (Arm(direct=True), FIXED, CRESTS[1])),
     ("low_sigma", {**FAST, "degradation_steps": 60}, CRESTS[1]),
     ("recorded", FAST, ADAPTIVE),
     *((regime, {}, ADAPTIVE) for regime in ("over_degraded", "high_learning_rate")),
@@ -91,7 +90,6 @@ def walk(regime: str, seeds: list[int]) -> None:
 
 def shapes() -> None:
     """The learning rates of the arm without a path; then a student of the teacher's size with random weights."""
-    kept = shapes_world.FAKE_SCORE_LEARNING_RATE, shapes_world.SMALL_WIDTHS
     none, default = shapes_world.ARMS["none"], shapes_world.ARMS["default"]
     for generator, fake_score, decay in (
         (3e-4, 5e-4, 0.95),
@@ -99,19 +97,16 @@ def shapes() -> None:
         (1e-4, 3e-4, 0.95),
         (3e-4, 1e-3, 0.98),
     ):
-        shapes_world.FAKE_SCORE_LEARNING_RATE = fake_score
         arm = replace(none, backtracking={"ema_decay": decay})
-        task = shapes_world.Regime(generator_learning_rate=generator, updates=200)
+        task = shapes_world.Regime(generator_learning_rate=generator, fake_score_learning_rate=fake_score, updates=200)
         _print_curve((generator, fake_score, decay), shapes_world.one(task, arm, 100))
-    shapes_world.FAKE_SCORE_LEARNING_RATE, shapes_world.SMALL_WIDTHS = kept[0], (64, 112)
-    task = shapes_world.Regime(student="small", generator_learning_rate=3e-4, updates=250)
+    task = shapes_world.Regime(student_widths=(64, 112), generator_learning_rate=3e-4, updates=250)
     fixed = replace(task, degradation_steps=80, num_path_nodes=4, steps_per_target=25)
     _print_curve("random: none", shapes_world.one(task, none, 100))
     _print_curve("random: path, 80 steps", shapes_world.one(fixed, shapes_world.ARMS["path"], 100))
     for lengths in ((160, 8, 30), (50, 10, 25)):
         changed = replace(task, default=lengths, mismatch_every=5)
         _print_curve(f"random: default {lengths}", shapes_world.one(changed, default, 100))
-    shapes_world.SMALL_WIDTHS = kept[1]
 
 
 def _print_curve(what: object, result: dict) -> None:
@@ -123,7 +118,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--walk", action="store_true")
     parser.add_argument("--shapes", action="store_true")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    set_threads()
     if options.walk:
         for regime in ("recorded", "low_sigma"):
             walk(regime, [0, 1])

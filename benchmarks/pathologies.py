@@ -3,14 +3,15 @@
 python benchmarks/pathologies.py --output docs/images/pathologies.png
 """
 
-import argparse
-import os
 from dataclasses import replace
 
 import torch
 import worlds
+from scripts import picture_options, set_threads
 from toy_world import ARMS, Regime, Run, teacher
 from worlds import Draws, Weights
+
+from diffusers_disback.evaluation.pictures import pyplot
 
 
 HEALTHY = Regime(
@@ -49,16 +50,8 @@ class Watched(Run):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    options, plt = picture_options(__doc__), pyplot()
+    set_threads()
     figure, axes = plt.subplots(3, len(CASES), figsize=(3.2 * len(CASES), 8))
     for column, (title, regime) in zip(axes.T, CASES.items(), strict=True):
         run = Watched(regime, ARMS["path"], [options.seed], teacher(regime.teacher_steps))

@@ -3,16 +3,16 @@
 python benchmarks/saturation.py --output docs/images/saturation.png
 """
 
-import argparse
-import os
 from dataclasses import replace
 
 import torch
+from scripts import picture_options, set_threads
 from shapes_world import ARMS, EXAMPLES, Regime, one, pictures_of
 from torch import Tensor
 
 from diffusers_disback import ModelReference, load_family
 from diffusers_disback.evaluation.drift import DriftEvaluator
+from diffusers_disback.evaluation.pictures import pyplot
 
 
 SCALES = (4.0, 15.0, 40.0)
@@ -33,16 +33,8 @@ class Looker:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    options, plt = picture_options(__doc__), pyplot()
+    set_threads()
     teacher = load_family(ModelReference(str(EXAMPLES / "shapes" / "teacher")))
     reference = pictures_of(teacher.pipeline, TASK.pictures, guidance_scale=SCALES[0], num_inference_steps=20)
     rows = [("teacher, 20 steps, guidance 4", reference)]

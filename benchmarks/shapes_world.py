@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -43,21 +43,23 @@ class Regime:
     rates, of which the generator's is the best of three for the arm without a path (`python benchmarks/looks.py --shapes`).
 
     Args:
-        student (`str`): What it starts as: the teacher; or a UNet of about half the teacher's widths, with random weights.
+        student_widths (`tuple[int, int]`, *optional*): The student starts as a UNet of these widths with random weights; by
+            default as the teacher, whose are 64 and 112.
         conditioning_timestep (`int`): At which it is asked.
-        generator_learning_rate (`float`): Constant.
+        generator_learning_rate, fake_score_learning_rate (`float`): Constant.
         updates (`int`): Of the generator: the budget.
         reference (`int`): How many times the budget the arm without a path is run for, to see where it settles.
         degradation_steps, num_path_nodes, steps_per_target (`int`): Of the arms that have them.
-        default (`dict`): The same three for the arm `default`, which may end stage 1 and phases earlier.
+        default (`tuple[int, int, int]`): The same three for the arm `default`, which may end stage 1 and phases earlier.
         batch (`int`): Samples of an update.
         mismatch_every, evaluate_every (`int`): Updates.
         pictures (`int`): Of each evaluation.
     """
 
-    student: Literal["teacher", "small"] = "teacher"
+    student_widths: tuple[int, int] | None = None
     conditioning_timestep: int = 399
     generator_learning_rate: float = 1e-4
+    fake_score_learning_rate: float = 5e-4
     updates: int = 150
     reference: int = 1
     degradation_steps: int = 45
@@ -73,7 +75,7 @@ class Regime:
 REGIMES = {
     "shapes": Regime(),
     "far": Regime(  # judged: docs/evidence.md
-        student="small",
+        student_widths=(32, 64),
         generator_learning_rate=3e-4,
         updates=300,
         reference=3,
@@ -106,29 +108,26 @@ class Arm:
         backtracking (`dict`): Of stage 2.
         shuffled (`bool`): Nodes 1..N-1 are targets in a random order.
         is_default (`bool`): The regime's `default` lengths, and all policies as they are if nothing is said.
-        is_direct (`bool`): The path is not used but for its end: the teacher is the only target.
+        direct (`bool`): The path is not used but for its end: the teacher is the only target.
     """
 
     degradation: dict[str, Any] = field(default_factory=dict)
     backtracking: dict[str, Any] = field(default_factory=dict)
     shuffled: bool = False
     is_default: bool = False
-    is_direct: bool = False
+    direct: bool = False
 
 
-_ADAPTIVE = {"target_schedule": "adaptive"}
 ARMS = {
     "none": Arm({"num_path_nodes": 0}),
     "warm": Arm({"num_path_nodes": 1}),
     "path": Arm(),
     "shuffled": Arm(shuffled=True),
-    "adaptive": Arm({}, _ADAPTIVE),
+    "adaptive": Arm({}, {"target_schedule": "adaptive"}),
     "mismatch": Arm({"node_spacing": "mismatch"}),
     "default": Arm(is_default=True),
-    "warm_default": Arm(is_default=True, is_direct=True),
+    "warm_default": Arm(is_default=True, direct=True),
 }
-FAKE_SCORE_LEARNING_RATE = 5e-4
-SMALL_WIDTHS = (32, 64)
 SIDE_BY_SIDE = False
 SEEDS = list(range(5))
 MEASURES = ["shape_accuracy", "colour_accuracy", "background_accuracy"]
@@ -163,11 +162,11 @@ class Trainer(BacktrackingTrainer):
         return row
 
 
-def small_student(teacher: ModelFamily, seed: int) -> nn.Module:
-    """A narrower UNet for the teacher's latents and conditions, as it is before any training."""
+def untrained(teacher: ModelFamily, widths: tuple[int, int], seed: int) -> nn.Module:
+    """A UNet for the teacher's latents and conditions, as it is before any training."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return type(teacher.network).from_config(teacher.network.config, block_out_channels=SMALL_WIDTHS)
+        return type(teacher.network).from_config(teacher.network.config, block_out_channels=widths)
 
 
 @functools.cache
@@ -204,7 +203,7 @@ def one(
             seed=seed,
             conditioning_timestep=task.conditioning_timestep,
             train_batch_size=task.batch,
-            fake_score_learning_rate=FAKE_SCORE_LEARNING_RATE,
+            fake_score_learning_rate=task.fake_score_learning_rate,
             lr_scheduler="constant",
             lr_warmup_steps=0,
             adam_weight_decay=0.0,
@@ -213,15 +212,14 @@ def one(
             validation_steps=task.evaluate_every,
         )
         steps, nodes, per_target = task.degradation_steps, task.num_path_nodes, task.steps_per_target
-        policies = {"degradation_stop": 0.0}, {"target_schedule": "fixed"}
         if arm.is_default:
-            (steps, nodes, per_target), policies = task.default, ({}, {})
+            steps, nodes, per_target = task.default
         degradation = DegradationConfig(
             **{
                 "degradation_steps": steps,
                 "num_path_nodes": nodes,
                 "proportion_empty_prompts": 0.0,
-                **policies[0],
+                **({} if arm.is_default else {"degradation_stop": 0.0}),
                 **arm.degradation,
             }
         )
@@ -235,18 +233,19 @@ def one(
                 "fake_score_updates": 1,
                 "use_ema": True,
                 "ema_decay": 0.95,
-                **policies[1],
+                **({} if arm.is_default else {"target_schedule": "fixed"}),
                 **arm.backtracking,
             }
         )
         teacher = load_family(ModelReference(training.pretrained_model_name_or_path))
         counter = Counter(teacher, task.batch)
         data = PromptData(PromptFile(EXAMPLES / "shapes" / "prompts.txt"), teacher.encode)
-        generator = teacher.initial_generator() if task.student == "teacher" else small_student(teacher, seed)
+        widths = task.student_widths
+        generator = teacher.initial_generator() if widths is None else untrained(teacher, widths, seed)
         path, stage_1 = None, {"updates": 0, "evaluations": 0.0, "seconds": 0.0}
         if degradation.num_path_nodes:
-            start = {"name_or_path": None, "sha256": fingerprint(generator)}
-            start["conditioning_timestep"] = task.conditioning_timestep
+            timestep = task.conditioning_timestep
+            start = {"name_or_path": None, "sha256": fingerprint(generator), "conditioning_timestep": timestep}
             own = fingerprint(teacher.network)
             path = DegradationPath.create(training.path_folder, teacher.reference, own, start, {})
             path = DegradationRecorder(training, degradation, teacher, generator, data, path).record()
@@ -261,7 +260,7 @@ def one(
         first = {"evaluations": counter.total, **measure(generator)}
         trainer = Trainer(training, backtracking, teacher, generator, data, path, measure, first)
         trainer.counter = counter
-        if arm.is_direct:
+        if arm.direct:
             trainer.schedule = target_schedule(backtracking, 1)
         if arm.shuffled:
             inner = list(range(1, len(path)))

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from worlds import Draws, Weights
 
-from diffusers_disback.node_spacing import evenly_spaced, footprints, is_flat
+from diffusers_disback import DegradationConfig
+from diffusers_disback.node_spacing import earliest_end, evenly_spaced, footprints, is_flat
 from diffusers_disback.target_schedule import AdaptiveSchedule, FixedSchedule, GeometricSchedule, Measure
 
 
@@ -81,8 +82,8 @@ class Arm:
     """What is compared.
 
     Args:
-        path (`str`): none; warm (the fake score alone, the teacher the only target); steps or mismatch (how nodes are
-            spaced); shuffled (spaced by steps, in a random order of targets).
+        path (`str`): none; steps or mismatch (how nodes are spaced); shuffled (spaced by steps, in a random order of
+            targets).
         schedule (`str`): fixed, geometric, near or adaptive.
         stop (`float`): Stage 1 ends when its loss has flattened by this share; 0 is never.
         settings (`dict`): Of the schedule.
@@ -103,7 +104,7 @@ class Arm:
 DEFAULT = {"degradation_steps": 200, "num_path_nodes": 10, "degradation_rate": 5.0}
 ARMS = {
     "none": Arm("none"),
-    "warm": Arm("warm"),
+    "warm": Arm(direct=True),
     "path": Arm(),
     "shuffled": Arm("shuffled"),
     "geometric": Arm(schedule="geometric", settings={"ratio": 1.5}),
@@ -112,8 +113,8 @@ ARMS = {
     "adaptive": Arm(schedule="adaptive"),
     "mismatch": Arm("mismatch"),
     "interpolated": Arm(glides=True),
-    "default": Arm(schedule="adaptive", stop=0.2, task=DEFAULT),
-    "warm_default": Arm(stop=0.2, direct=True, task=DEFAULT),
+    "default": Arm(schedule="adaptive", stop=DegradationConfig.degradation_stop, task=DEFAULT),
+    "warm_default": Arm(stop=DegradationConfig.degradation_stop, direct=True, task=DEFAULT),
 }
 
 
@@ -205,9 +206,7 @@ class Run:
         if arm.path == "none":
             return [self.start], [0] * seeds, [0] * seeds
         nodes, steps = regime.num_path_nodes, regime.degradation_steps
-        if arm.path == "warm":
-            wanted = [steps]
-        elif arm.path == "mismatch":
+        if arm.path == "mismatch":
             wanted = footprints(steps, nodes)
         else:
             wanted = [round(i * steps / nodes) for i in range(1, nodes + 1)]
@@ -218,8 +217,8 @@ class Run:
             own = [loss[seed].item() for loss in losses]
             last = len(kept)
             if arm.stop:
-                earliest = steps // 10
-                ends = (k for k in range(1, last) if is_flat([0, *kept[:k]], own[: k + 1], arm.stop, earliest))
+                first = earliest_end(steps)
+                ends = (k for k in range(1, last) if is_flat([0, *kept[:k]], own[: k + 1], arm.stop, first))
                 last = next(ends, last)
             spent.append(kept[last - 1])
             places = [k for k, step in enumerate(kept[:last], 1) if step in wanted or k == last]
@@ -278,7 +277,7 @@ class Run:
         stage_1 = self.evaluations.tolist(), (time.monotonic() - self.started) / seeds
         schedules = [
             SCHEDULES[arm.schedule](
-                1 if arm.direct and count else count, regime.steps_per_target, regime.updates, **arm.settings
+                min(count, 1) if arm.direct else count, regime.steps_per_target, regime.updates, **arm.settings
             )
             for count in counts
         ]
@@ -315,7 +314,7 @@ class Run:
             self.fit(fake_score, f_optimizer, x0.detach(), draws)
             self.evaluations += 8  # generator 3, target 1, fake score 1, and 3 to fit it
             done = step + 1
-            if schedules[0].needs_measures and done % MISMATCH_EVERY == 0 and any(nodes):
+            if SCHEDULES[arm.schedule].needs_measures and done % MISMATCH_EVERY == 0 and any(nodes):
                 self.note(done, nodes, measures, generator, fake_score, target, stacked)
             if done % regime.evaluate_every == 0:
                 self.look(done, generator, fake_score, target)

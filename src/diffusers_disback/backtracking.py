@@ -20,7 +20,7 @@ from .learner import AdapterLearner, Learner, add_adapter, shared_base
 from .mismatch import MismatchProbe, answers, compare, gaps, mean
 from .path import DegradationPath
 from .run_folder import RunFolder
-from .target_schedule import TARGET_SCHEDULES, Measure, TargetSchedule
+from .target_schedule import FALL, SHARE, TARGET_SCHEDULES, Measure, TargetSchedule
 from .trainer import Stage
 
 
@@ -48,11 +48,11 @@ class BacktrackingConfig:
     )
     target_ratio: float = setting(1.5, "Of the geometric schedule: the length of a phase over that of the one before.")
     target_share: float = setting(
-        0.6,
+        SHARE,
         "Of the adaptive schedule: leave a node when its mismatch with the student is above this share of the next one's.",
     )
     target_fall: float = setting(
-        0.05,
+        FALL,
         "Of the adaptive schedule: leave a node when its mismatch with the student has fallen by this share of its "
         "highest, at two measures running. 1: never.",
     )

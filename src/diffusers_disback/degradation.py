@@ -15,7 +15,7 @@ from .families import ModelFamily
 from .generator import OneStepGenerator
 from .learner import AdapterLearner, Learner, add_adapter, shared_base
 from .mismatch import MismatchProbe, answers, denoising_losses, mean
-from .node_spacing import evenly_spaced, footprints, is_flat
+from .node_spacing import earliest_end, evenly_spaced, footprints, is_flat
 from .path import DegradationPath
 from .trainer import Stage
 
@@ -182,7 +182,7 @@ class DegradationRecorder(Stage):
     def has_flattened(self) -> bool:
         """Whether stage 1 has come to its end by itself."""
         steps, losses = [row["step"] for row in self.walk], [mean(row["losses"]) for row in self.walk]
-        earliest = max(self.degradation.degradation_steps // 10, 2 * self.warmup_steps)
+        earliest = earliest_end(self.degradation.degradation_steps, self.warmup_steps)
         return is_flat(steps, losses, self.degradation.degradation_stop, earliest)
 
     def append(self, done: int) -> None:

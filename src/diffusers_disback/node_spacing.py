@@ -49,6 +49,11 @@ def evenly_spaced(losses: Sequence[float], num_nodes: int) -> list[int]:
     return [*chosen[1:], last] if num_nodes else []
 
 
+def earliest_end(steps: int, warmup_steps: int = 0) -> int:
+    """The updates before which a walk of at most `steps` does not count as flat: a tenth of it, twice its warm-up."""
+    return max(steps // 10, 2 * warmup_steps)
+
+
 def is_flat(steps: Sequence[int], losses: Sequence[float], share: float, earliest: int = 0) -> bool:
     """Whether the loss has flattened: doubling the updates brought less than `share` of all that it has fallen by.
 

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+SHARE, FALL = 0.6, 0.05
+"""Of the adaptive schedule, as they were found in docs/evidence.md."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """What was measured of the student while a node was its target.
@@ -113,7 +117,7 @@ class AdaptiveSchedule(TargetSchedule):
 
     needs_measures = True
 
-    def __init__(self, num_nodes: int, steps_per_target: int, steps: int, share: float = 0.6, fall: float = 0.05):
+    def __init__(self, num_nodes: int, steps_per_target: int, steps: int, share: float = SHARE, fall: float = FALL):
         super().__init__(num_nodes, steps_per_target, steps)
         self.share = share
         self.fall = fall

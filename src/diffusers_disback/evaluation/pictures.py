@@ -2,6 +2,7 @@
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ def picture_grid(rows: dict[str, list[Tensor]], columns: list[str], file: Path, 
         file (`Path`): PNG.
         cell_inches (`float`): The side of a picture at 100 dots per inch.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(
         len(rows),
         len(columns),
@@ -48,7 +49,7 @@ def convergence_plot(
         levels (`dict[str, dict[str, float]]`): Horizontal lines: label -> measures, as of the teacher.
         file (`Path`): PNG.
     """
-    plt = _pyplot()
+    plt = pyplot()
     names = [name for name in curve[0] if name not in ("step", "seconds", "node")]
     panels = [[n for n in names if n == "distance"], [n for n in names if n != "distance"]]
     panels = [panel for panel in panels if panel]
@@ -70,7 +71,8 @@ def convergence_plot(
     plt.close(figure)
 
 
-def _pyplot():
+def pyplot() -> Any:
+    """`matplotlib.pyplot`, without a screen."""
     import matplotlib
 
     matplotlib.use("Agg")
