@@ -47,6 +47,8 @@ def test_a_judged_world_is_judged_within_the_budget_by_where_longer_runs_settle(
     assert [convergence.cost(one, 1.25, "evaluations") for one in found["none"]] == [20, 20], "never: the whole budget"
     *_, last = convergence.comparison(found, ["path"]).splitlines()
     assert last.startswith("| path | 1.43 (1.43-1.43) |  | 14-14 | 22: yes | 15.4: yes |"), "seed by seed"
+    *_, last = convergence.comparison({"none": long}, ["none"]).splitlines()
+    assert last.endswith("| 40-40 | 44: yes |  |"), "neither warm nor path is there yet"
     same = {"none": long, "path": path}
     assert convergence.within_budget(same, budget=25) is same
 
