@@ -12,7 +12,8 @@ import diffusers_disback
 
 SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
-    {"noise_schedule", "pipeline", "batch", "repository", "manifest", "target_schedule", "node_spacing"},
+    {"files", "weights", "noise_schedule", "pipeline", "batch", "target_schedule", "node_spacing"},
+    {"repository", "manifest"},
     {"single_file"},
     {"score_model", "model_reference", "cards", "condition_cache", "allocations"},
     {"adapters"},

@@ -105,7 +105,7 @@ def timestep_sweep(parsed: argparse.Namespace) -> None:
     from .evaluation.sweep import recommended
     from .evaluation.sweep import timestep_sweep as sweep
     from .families import load_family
-    from .manifest import write_json
+    from .files import write_json
 
     disable_progress_bar()
     teacher = teacher_asked_for(

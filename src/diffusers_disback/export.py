@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from . import adapters
-from .manifest import write_json
+from .files import write_json
 
 
 _WEIGHTS = re.compile(r"(?P<stem>[a-z_]+)(?P<shard>-\d+-of-\d+)?\.safetensors")

@@ -8,7 +8,8 @@ from typing import Any
 from .adapters import Lora, save_lora
 from .cards import student_card
 from .evaluation.report import REPORT, read_report
-from .manifest import MANIFEST, to_bytes, write_json
+from .files import to_bytes, write_json
+from .manifest import MANIFEST
 from .model_reference import ModelReference
 from .path import DegradationPath
 from .pipeline import DisBackOneStepPipeline

@@ -17,7 +17,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from .adapters import Lora, SharedNetwork, base_of, fused, lora_config
 from .config import TrainingConfig
 from .families import ModelFamily
-from .manifest import write_json
+from .files import write_json
 from .score_model import ScoreModel
 
 

@@ -1,10 +1,10 @@
 """The format of `path.json`: what it has to hold, and what tells one path from another. See docs/path.md."""
 
-import json
-import os
 import re
 from pathlib import Path
 from typing import Any
+
+from .files import read_json
 
 
 FORMAT_VERSION = 1
@@ -15,13 +15,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Settings that say where something lies.
 _PLACES = ("pretrained_model_name_or_path", "generator_model_name_or_path", "single_file_config", "prompts_file")
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    draft = file.with_name(file.name + ".draft")
-    draft.write_bytes(to_bytes(content))
-    os.replace(draft, file)
 
 
 def name_of(step: int) -> str:
@@ -41,11 +34,6 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def to_bytes(content: Any) -> bytes:
-    """JSON as all of the project's files have it."""
-    return (json.dumps(content, indent=2) + "\n").encode()
-
-
 def read_manifest(file: Path, where: str, pinned: bool) -> dict[str, Any]:
     """A manifest that somebody else may have written, checked before anything is done by it.
 
@@ -57,10 +45,7 @@ def read_manifest(file: Path, where: str, pinned: bool) -> dict[str, Any]:
     Raises:
         ValueError: If it is of a newer format, or not as the format says.
     """
-    try:
-        manifest = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{MANIFEST} of {where} is no valid JSON ({error}).") from error
+    manifest = read_json(file, f"{MANIFEST} of {where}")
     check_manifest(manifest, where, pinned)
     return manifest
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .manifest import to_bytes
+from .files import to_bytes
 from .repository import Files, HubError, Repository, is_licence
 from .single_file import repo_of, single_file_of, to_folder
 

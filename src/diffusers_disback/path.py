@@ -20,7 +20,8 @@ from torch import nn
 from .adapters import config_of, write_adapter
 from .branches import FolderNodes, HubNodes, Nodes
 from .cards import path_card
-from .manifest import FORMAT_VERSION, MANIFEST, name_of, read_manifest, to_bytes, write_json
+from .files import to_bytes, write_json
+from .manifest import FORMAT_VERSION, MANIFEST, name_of, read_manifest
 from .model_reference import ModelReference, check_adapter_fit, check_fit, fill, fill_adapter
 from .repository import Files, HubError, Repository, in_background, is_repo_id, sha256_of
 from .sharing import check_main, check_teacher_may_be_shared, push_nodes

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .manifest import write_json
+from .files import write_json
 
 
 # A resumed run may change these and still be the same run.

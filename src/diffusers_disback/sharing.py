@@ -4,7 +4,8 @@ import re
 from typing import Any
 
 from .branches import Nodes, node_files
-from .manifest import MANIFEST, check_manifest, identity, to_bytes
+from .files import to_bytes
+from .manifest import MANIFEST, check_manifest, identity
 from .model_reference import ModelReference
 from .repository import Files, HubError, Repository, is_file, is_licence
 from .single_file import repo_of

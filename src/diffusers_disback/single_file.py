@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .manifest import write_json
+from .files import write_json
 from .repository import HubError, Repository, is_repo_id, sha256_of
 
 
