@@ -1,6 +1,7 @@
 """One thread per process (two that spin on two cores are far slower), the CPU even where there is a GPU (tests compare
 bit for bit), a fresh accelerate state for each test, and a Hub on this machine in place of the real one."""
 
+import gc
 import os
 import tempfile
 import time
@@ -28,6 +29,12 @@ from accelerate.state import AcceleratorState, GradientState, PartialState  # no
 
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What was imported is not looked through again: each stage collects garbage when it frees memory, half a second a time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

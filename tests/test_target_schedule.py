@@ -1,6 +1,7 @@
 """What every policy promises, whatever is measured; and what each does."""
 
 import random
+from itertools import product
 
 import pytest
 
@@ -38,33 +39,32 @@ def walk(schedule, seed, every=1):
     return nodes, measures
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("policy, settings", POLICIES, ids=lambda value: str(value))
-def test_it_visits_every_node_and_ends_on_the_teacher(policy, settings, size, seed):
-    schedule = make(policy, size, settings)
-    nodes, measures = walk(schedule, seed, every=1 + seed % 3)
-    num_nodes, steps_per_target, steps = size
-    assert nodes[0] == max(num_nodes - 1, 0) and nodes[-1] == 0
-    assert nodes == sorted(nodes, reverse=True), "it never goes back up"
-    assert set(nodes) == set(range(max(num_nodes, 1)))
-    assert nodes.count(0) >= min(steps_per_target, steps), "the teacher has its share"
-    assert schedule.switches(measures) == [step for step in range(1, steps) if nodes[step] != nodes[step - 1]]
-    if policy == "adaptive":
-        assert all(nodes.count(i) <= steps_per_target for i in range(1, num_nodes))
-    else:
-        assert len(nodes) - nodes.count(0) == max(num_nodes - 1, 0) * steps_per_target
+def test_it_visits_every_node_and_ends_on_the_teacher(policy, settings):
+    for size, seed in product(SIZES, range(6)):
+        schedule, case = make(policy, size, settings), f"{size}, seed {seed}"
+        nodes, measures = walk(schedule, seed, every=1 + seed % 3)
+        num_nodes, steps_per_target, steps = size
+        assert nodes[0] == max(num_nodes - 1, 0) and nodes[-1] == 0, case
+        assert nodes == sorted(nodes, reverse=True), f"{case}: it never goes back up"
+        assert set(nodes) == set(range(max(num_nodes, 1))), case
+        assert nodes.count(0) >= min(steps_per_target, steps), f"{case}: the teacher has its share"
+        assert schedule.switches(measures) == [s for s in range(1, steps) if nodes[s] != nodes[s - 1]], case
+        if policy == "adaptive":
+            assert all(nodes.count(i) <= steps_per_target for i in range(1, num_nodes)), case
+        else:
+            assert len(nodes) - nodes.count(0) == max(num_nodes - 1, 0) * steps_per_target, case
 
 
-@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("policy, settings", POLICIES, ids=lambda value: str(value))
-def test_the_past_does_not_depend_on_what_is_measured_later(policy, settings, seed):
-    schedule = make(policy, (5, 20, 100), settings)
-    nodes, measures = walk(schedule, seed, every=2)
-    assert [schedule.node(step, measures) for step in range(100)] == nodes, "asked again at the end"
-    for cut in (7, 33, 61):
-        before = [measure for measure in measures if measure.step <= cut]
-        assert [schedule.node(step, before) for step in range(cut + 1)] == nodes[: cut + 1]
+def test_the_past_does_not_depend_on_what_is_measured_later(policy, settings):
+    for seed in range(6):
+        schedule = make(policy, (5, 20, 100), settings)
+        nodes, measures = walk(schedule, seed, every=2)
+        assert [schedule.node(step, measures) for step in range(100)] == nodes, "asked again at the end"
+        for cut in (7, 33, 61):
+            before = [measure for measure in measures if measure.step <= cut]
+            assert [schedule.node(step, before) for step in range(cut + 1)] == nodes[: cut + 1], f"{seed}, {cut}"
 
 
 @pytest.mark.parametrize("policy", TARGET_SCHEDULES)
