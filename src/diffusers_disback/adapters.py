@@ -4,13 +4,16 @@ import copy
 import json
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .model_reference import fill_adapter
 from .score_model import ScoreModel
@@ -33,8 +36,8 @@ Lora = tuple[dict[str, Tensor], "LoraConfig"]
 class SharedNetwork:
     """A frozen network, and for each role an adapter on it. Without a role it is the network itself.
 
-    Under gradient checkpointing the forward pass is run again within the backward pass, so a role is made active before
-    each of its forward passes and before its backward pass.
+    A role is made active before each of its forward passes. Under gradient checkpointing a block's forward pass is run
+    again within the backward pass, where other roles may be active by then: `checkpointed` brings its role back.
 
     Args:
         network (`nn.Module`): A diffusers denoiser; it is frozen here.
@@ -45,6 +48,7 @@ class SharedNetwork:
         self.active: str | None = None
         self._layers: list = []
         self._parameters: dict[str, list[nn.Parameter]] = {}
+        self._frozen: set[str] = set()
 
     def add(self, role: str, config: "LoraConfig", seed: int = 0) -> None:
         """Adds a role's adapter, in float32. It changes nothing yet: one of its two factors is zero.
@@ -69,9 +73,9 @@ class SharedNetwork:
         ]
         for parameter in self._parameters[role]:
             parameter.data = parameter.data.float()
-        for parameters in self._parameters.values():  # peft leaves them to the adapter that was added last
+        for name, parameters in self._parameters.items():  # peft leaves them to the adapter that was added last
             for parameter in parameters:
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(name not in self._frozen)
         self.active = role
         self.activate(None)
 
@@ -89,6 +93,33 @@ class SharedNetwork:
             if role is not None:
                 layer._active_adapter = [role]
         self.active = role
+
+    @contextmanager
+    def active_in(self, role: str | None) -> Iterator[None]:
+        """Makes a role's adapter the active one for a while."""
+        before = self.active
+        self.activate(role)
+        try:
+            yield
+        finally:
+            self.activate(before)
+
+    def checkpointed(self, block: nn.Module, *arguments: Any) -> Any:
+        """Runs a block of the network under gradient checkpointing, for `enable_gradient_checkpointing`.
+
+        The block is recomputed under the role of its forward pass: an objective whose gradient passes through several
+        roles has all their graphs in one backward pass.
+        """
+        role = self.active
+        return checkpoint(
+            block, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), self.active_in(role))
+        )
+
+    def freeze(self, role: str) -> None:
+        """Keeps gradients out of a role's adapter, for good."""
+        self._frozen.add(role)
+        for parameter in self._parameters[role]:
+            parameter.requires_grad_(False)
 
     def in_role(self, model: ScoreModel, role: str | None) -> ScoreModel:
         """The same way to ask, after the role was made active."""
@@ -126,7 +157,7 @@ class SharedNetwork:
     def release(self) -> nn.Module:
         """Takes all adapters off. Returns the network, as it was."""
         self.network.unload_lora()
-        self._layers, self._parameters, self.active = [], {}, None
+        self._layers, self._parameters, self._frozen, self.active = [], {}, set(), None
         return self.network
 
 

@@ -213,6 +213,7 @@ class BacktrackingTrainer(Stage):
             if num_nodes:
                 for role in ("fake_score", "target"):
                     shared.add(role, path.adapter_config(num_nodes))
+                shared.freeze("target")
             else:
                 add_adapter(shared, "fake_score", config, config.seed)
             if num_nodes and not resumes:  # a checkpoint has its own
@@ -297,10 +298,9 @@ class BacktrackingTrainer(Stage):
 
     def update_generator(self, batches: list[Batch]) -> tuple[list[Tensor], Tensor]:
         """One update of the generator. Returns the samples that it was made with, detached, and the mean loss."""
-        fake_score = self.fake_score.score_model(self.family)
         samples, losses = [], []
         for batch in batches:
-            with self.student.accumulate():
+            with self.student.accumulate(), self.fake_score.frozen(self.family) as fake_score:
                 x0 = self.generator(batch.noise, batch.condition)
                 loss = self.objective.generator_loss(x0, batch, self.target, fake_score)
                 self.student.learn(loss)

@@ -1,7 +1,7 @@
 """What is trained: a network, or an adapter on one that several roles share."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, free_memory
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from .adapters import Lora, SharedNetwork, base_of, fused, lora_config
@@ -103,6 +104,27 @@ class Learner:
     def score_model(self, family: ModelFamily) -> ScoreModel:
         """The way to ask it."""
         return family.score_model(self.network)
+
+    @contextmanager
+    def frozen(self, family: ModelFamily) -> Iterator[ScoreModel]:
+        """The network as a part of another network's loss, which gives it no gradients.
+
+        It has to span the backward pass, too: gradient checkpointing recomputes the forward pass there, and compares.
+
+        Args:
+            family (`ModelFamily`): That says how the network is called.
+        """
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            model = self.score_model(family)
+            if isinstance(model.network, DistributedDataParallel):  # it would wait for gradients of its own
+                model.network = model.network.module
+            yield model
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
     def learn(self, loss: Tensor) -> None:
         """The backward pass, and with the last accumulated gradient an update. Call it under `accumulate`."""
@@ -333,7 +355,9 @@ def shared_base(network: nn.Module, config: TrainingConfig) -> SharedNetwork:
     base = base_of(network, accelerator.device, dtype, config.base_quantization, scratch)
     if base is not network:
         network.to("cpu")  # it is needed again to fuse a trained adapter into
-    return SharedNetwork(tuned(base, config))
+    shared = SharedNetwork(base)
+    tuned(base, config, shared.checkpointed)
+    return shared
 
 
 def add_adapter(shared: SharedNetwork, role: str, config: TrainingConfig, seed: int) -> None:
@@ -390,14 +414,19 @@ def optimizer_of(
     return kinds[config.use_8bit_adam, config.use_paged_adam](parameters, **arguments)
 
 
-def tuned(network: nn.Module, config: TrainingConfig) -> nn.Module:
+def tuned(network: nn.Module, config: TrainingConfig, checkpointed: Callable | None = None) -> nn.Module:
     """A network with the settings that change its memory and speed, and not what it computes.
+
+    Args:
+        network (`nn.Module`): A diffusers denoiser.
+        config (`TrainingConfig`): With these settings.
+        checkpointed (`Callable`, *optional*): Runs a block under gradient checkpointing; by default diffusers' own.
 
     Raises:
         ValueError: If xformers is asked for and cannot be used.
     """
     if config.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing(checkpointed)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
     if config.enable_xformers_memory_efficient_attention:
