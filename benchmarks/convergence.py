@@ -5,8 +5,8 @@
     python benchmarks/convergence.py --world toy --report            # tables and plots of what is there
     python benchmarks/convergence.py --world toy --small --output /tmp/small
 
-Every arm and seed is one JSON file under `benchmarks/results/convergence/<world>/<regime>/`, written as it ends: a run that
-was cut off goes on, and several processes share the work. Costs include stage 1, on three axes: generator updates (of stage
+Every arm and seed is one line of `benchmarks/results/convergence/<world>/<regime>.jsonl`, written as it ends: a run that was cut
+off goes on, and several processes share the work. Costs include stage 1, on three axes: generator updates (of stage
 1: the fake score's), network evaluations (forward 1, backward 2; per sample of a batch), seconds.
 """
 
@@ -36,47 +36,64 @@ Result = dict[str, Any]
 
 
 @contextmanager
-def claimed(file: Path) -> Iterator[bool]:
-    """Whether this process is the one to write a file. The claim ends with the process, however it ends."""
-    lock = file.with_suffix(".lock")
-    with open(lock, "w") as stream:
+def locked(file: Path, wait: bool = True) -> Iterator[bool]:
+    """Whether this process holds a lock file. The lock ends with the process, however it ends."""
+    with open(file, "w") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return
-        yield not file.exists()
-        lock.unlink(missing_ok=True)
+        yield True
+
+
+@contextmanager
+def claimed(file: Path, arm: str, seed: int) -> Iterator[bool]:
+    """Whether this process is the one to run an arm's seed, of which the file has no line yet."""
+    lock = file.with_suffix(f".{arm}-{seed}.lock")
+    with locked(lock, wait=False) as ours:
+        yield ours and not any(row["seed"] == seed for row in read(file).get(arm, []))
+        if ours:
+            lock.unlink(missing_ok=True)
 
 
 def run(world: Any, regimes: list[str], arms: list[str], seeds: list[int], folder: Path, small: bool) -> None:
     """Runs what is missing: the seeds of an arm side by side where the world can, else one after the other."""
     groups = [seeds] if world.SIDE_BY_SIDE else [[seed] for seed in seeds]
+    folder.mkdir(parents=True, exist_ok=True)
     for regime, group, arm in itertools.product(regimes, groups, arms):
-        (folder / regime).mkdir(parents=True, exist_ok=True)
+        file = folder / f"{regime}.jsonl"
         with ExitStack() as claims:
-            files = {seed: folder / regime / f"{arm}-{seed}.json" for seed in group}
-            ours = [seed for seed, file in files.items() if claims.enter_context(claimed(file))]
+            ours = [seed for seed in group if claims.enter_context(claimed(file, arm, seed))]
             if not ours:
                 continue
             print(f"{regime}: {arm}, seeds {' '.join(map(str, ours))}", file=sys.stderr, flush=True)
             settings, results = world.run(regime, arm, ours, small)
-            for seed, result in zip(ours, results, strict=True):
-                write(files[seed], {"regime": regime, "arm": arm, "seed": seed, **settings, **result})
+            write(
+                file,
+                [
+                    {"regime": regime, "arm": arm, "seed": s, **settings, **r}
+                    for s, r in zip(ours, results, strict=True)
+                ],
+            )
 
 
-def write(file: Path, result: Result) -> None:
-    """Whole or not at all."""
-    draft = file.with_suffix(".draft")
-    draft.write_text(json.dumps(result) + "\n")
-    os.replace(draft, file)
+def write(file: Path, results: list[Result]) -> None:
+    """Adds lines to a regime's file, in the order of arms and seeds: all of it whole, or as it was."""
+    lock = file.with_suffix(".lock")
+    with locked(lock):
+        there = [row for rows in read(file).values() for row in rows]
+        rows = sorted([*there, *results], key=lambda row: (row["arm"], row["seed"]))
+        draft = file.with_suffix(".draft")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(draft, file)
 
 
-def read(folder: Path, regime: str) -> dict[str, list[Result]]:
+def read(file: Path) -> dict[str, list[Result]]:
     """Arm -> the results of its seeds, in order."""
     found: dict[str, list[Result]] = {}
-    for file in (folder / regime).glob("*.json"):
-        result = json.loads(file.read_text())
+    for line in file.read_text().splitlines() if file.exists() else []:
+        result = json.loads(line)
         found.setdefault(result["arm"], []).append(result)
     return {arm: sorted(results, key=lambda result: result["seed"]) for arm, results in found.items()}
 
@@ -227,7 +244,7 @@ def report(world: Any, regimes: list[str], arms: list[str], folder: Path) -> Non
     """Prints the tables and writes them, and a plot of each regime, beside the results."""
     parts = []
     for regime in regimes:
-        found = read(folder, regime)
+        found = read(folder / f"{regime}.jsonl")
         if "none" not in found:
             continue
         found = within_budget(found, world.REGIMES[regime].updates)

@@ -1,6 +1,5 @@
 """The benchmark: what is read off its curves against what is known, and its smallest setting end to end."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -64,17 +63,18 @@ def test_intervals_are_of_the_median_over_seeds():
 def test_an_arm_is_run_once_goes_on_and_is_reported(tmp_path, capsys):
     line = ["--world", "toy", "--small", "--output", str(tmp_path), "--regimes", "recorded", "--seeds", "3", "4"]
     convergence.main([*line, "--arms", "none", "warm"])
-    folder = tmp_path / "toy" / "recorded"
-    assert sorted(f.name for f in folder.iterdir()) == [
-        f"{arm}-{seed}.json" for arm in ("none", "warm") for seed in (3, 4)
-    ]
-    before = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
-    (folder / "warm-4.json").unlink()
-    with convergence.claimed(folder / "path-3.json") as ours:  # as another process would hold it
+    file = tmp_path / "toy" / "recorded.jsonl"
+    before = convergence.read(file)
+    assert {arm: [row["seed"] for row in rows] for arm, rows in before.items()} == {"none": [3, 4], "warm": [3, 4]}
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]))  # as if the last one had not ended
+    with convergence.claimed(file, "path", 3) as ours:  # as another process would hold it
         assert ours
         convergence.main([*line, "--arms", "none", "warm", "path"])
-    now = {f.name: f.stat().st_mtime_ns for f in folder.glob("*.json")}
-    assert now.keys() == before.keys() | {"path-4.json"} and now["none-3.json"] == before["none-3.json"]
+    now = convergence.read(file)
+    assert [row["seed"] for row in now["warm"]] == [3, 4] and [row["seed"] for row in now["path"]] == [4]
+    assert set(lines[:3]) < set(file.read_text().splitlines(keepends=True))
+    assert not list(tmp_path.rglob("*-*.lock")) and not list(tmp_path.rglob("*.draft"))
     assert (tmp_path / "toy" / "recorded.png").stat().st_size > 10_000
     assert "| warm | 2 |" in (tmp_path / "toy" / "tables.md").read_text()
 
@@ -118,7 +118,7 @@ def test_the_shapes_world_end_to_end(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "convergence.py"), "--world", "shapes", "--small", "--seeds", "0"]
     subprocess.run([*command, "--output", str(tmp_path), "--arms", "none", "shuffled", "default"], check=True)
     for arm in ("none", "shuffled", "default"):
-        one = json.loads((tmp_path / "shapes" / "shapes" / f"{arm}-0.json").read_text())
+        (one,) = convergence.read(tmp_path / "shapes" / "shapes.jsonl")[arm]
         evaluations = one["curve"]["evaluations"]
         assert evaluations[0] == one["stage_1"]["evaluations"] and evaluations[-1] > evaluations[0]
         assert one["curve"]["target_to_teacher"][-1] == 0
