@@ -48,7 +48,7 @@ def check_settings(configs: Configs) -> None:
         stages.pop("backtracking" if training.stage == "record" else "degradation")
     for name, own in stages.items():
         folder.check(name, flat(training, own), resume)
-        folder.checkpoint_to_resume(name, resume)
+    folder.check_named_checkpoint(resume)
     if training.stage == "record" and degradation.num_path_nodes == 0:
         raise ValueError("--stage record with --num_path_nodes 0 has nothing to do.")
     if training.push_to_hub:

@@ -1,13 +1,15 @@
 """What the two stages share: the resumable loop."""
 
-import json
 import resource
 import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -17,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .adapters import SharedNetwork
 from .batch import Batch
+from .checkpoint import read_state
 from .config import TrainingConfig
 from .data import Draw, PromptBatches, PromptData
 from .families import ModelFamily
@@ -25,6 +28,9 @@ from .learner import Learner, in_precision, tuned
 from .objectives import OBJECTIVES
 from .run_folder import RunFolder, flat
 from .score_model import ScoreModel
+
+
+T = TypeVar("T")
 
 
 class Stage(ABC):
@@ -143,12 +149,18 @@ class Stage(ABC):
         """The generator's samples, without a graph."""
         return [self.generator(batch.noise, batch.condition) for batch in batches]
 
+    @cached_property
+    def checkpoint(self) -> Path | None:
+        """The whole checkpoint to go on from, the same on every process; `None` to begin at the start."""
+        folder = RunFolder(self.config.output_dir)
+        return decided_by_main(lambda: folder.checkpoint_to_resume(self.name, self.config.resume_from_checkpoint))
+
     def resume(self) -> int:
         """Goes on from a checkpoint, if that was asked for and there is one. Returns the steps done."""
-        checkpoint = self.folder.checkpoint_to_resume(self.name, self.config.resume_from_checkpoint)
+        checkpoint = self.checkpoint
         if checkpoint is None:
             return 0
-        state = json.loads((checkpoint / "stage.json").read_text())
+        state = read_state(checkpoint)
         changed = {
             k: (state["identity"].get(k), v) for k, v in self.identity().items() if state["identity"].get(k) != v
         }
@@ -168,6 +180,7 @@ class Stage(ABC):
         """All steps, from the start or from a checkpoint."""
         if self.accelerator.is_main_process:
             self.folder.claim(self.name, self.settings)
+            self.folder.clear_drafts(self.name)
         first = self.resume()
         tracked = {k: v for k, v in self.settings.items() if isinstance(v, (int, float, str, bool))}
         self.accelerator.init_trackers(self.config.tracker_project_name, tracked)
@@ -290,6 +303,29 @@ def process_state() -> PartialState:
     """This process among the others, as `accelerate launch` set them up. To be called before any Accelerator is made."""
     # Others wait while the main process draws pictures or fills a cache, which may take hours.
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=24))
+
+
+def decided_by_main(decide: Callable[[], T]) -> T:
+    """What the main process decides, on every process; so is its error.
+
+    Args:
+        decide (`Callable`): Called on the main process alone.
+
+    Raises:
+        ValueError: As `decide` does.
+    """
+    state, decided, problem = process_state(), None, None
+    if state.is_main_process:
+        try:
+            decided = decide()
+        except ValueError as error:
+            if state.num_processes == 1:
+                raise
+            problem = str(error)
+    decided, problem = broadcast_object_list([decided, problem])
+    if problem is not None:
+        raise ValueError(problem)
+    return decided
 
 
 def peak_memory_mb(device: torch.device) -> float:
