@@ -4,7 +4,8 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,14 @@ from .evaluation import Evaluation
 from .evaluation.report import Report, read_report, summary, versions
 from .families import ModelFamily
 from .hub import write_model_card
+from .lock import locked
 from .manifest import MANIFEST
 from .model_reference import ModelReference, fingerprint
 from .path import DegradationPath
 from .repository import HubError
 from .run_folder import FREE_SETTINGS, RunFolder, flat
+from .signals import Interrupted
+from .trainer import decided_by_main
 from .upload import repository_of
 
 
@@ -60,6 +64,24 @@ def check_settings(configs: Configs) -> None:
         )
     if training.stage == "all" and not training.path_is_shared and not (training.path_folder / MANIFEST).exists():
         target_schedule(backtracking, degradation.num_path_nodes)
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Keeps an output folder for this run, in all of its processes. What is intact is noted on an error of the disk, and on
+    a signal.
+
+    Raises:
+        ValueError: If another run writes to it.
+    """
+    lock = ExitStack()
+    with lock:
+        decided_by_main(lambda: lock.enter_context(locked(folder)))
+        try:
+            yield
+        except (OSError, Interrupted) as problem:
+            problem.add_note(RunFolder(folder).intact())
+            raise
 
 
 def is_finished(configs: Configs) -> bool:

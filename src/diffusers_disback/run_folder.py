@@ -141,6 +141,14 @@ class RunFolder:
             )
         return None
 
+    def intact(self) -> str:
+        """What a run that is cut off can be gone on with from, in words."""
+        for stage in reversed(_RESULTS):
+            whole = [folder for folder in self.checkpoints(stage) if damage(folder, sizes_only=True) is None]
+            if whole:
+                return f"The last checkpoint, {whole[-1]}, is whole: go on with --resume_from_checkpoint latest."
+        return "There was no checkpoint yet; with --resume_from_checkpoint latest the same command begins again."
+
     def draft_of_checkpoint(self, stage: str, step: int) -> Path:
         """Where a checkpoint is written before it counts; `finish_checkpoint` gives it its name."""
         return self.stage_folder(stage) / f"draft-{step:06d}"
