@@ -12,6 +12,7 @@ import tiny
 import torch
 import train_disback
 from diffusers import DiffusionPipeline
+from faults import Fault, full
 from safetensors.torch import load_file
 from script import SCRIPT, arguments, student
 from stages import equal, interrupted_at
@@ -196,6 +197,108 @@ def test_a_run_that_ended_before_its_report_measures_its_student(run):
     again = json.loads((folder / "report.json").read_text())
     assert again["student"]["drift_mean"] == report["student"]["drift_mean"] and (folder / "samples.png").exists()
     assert [row["step"] for row in again["curve"]] == [0, 4]
+
+
+@pytest.fixture
+def quick_pictures(monkeypatch):
+    """What nodes draw is none of a test's matter, and its longest part."""
+    from diffusers_disback.evaluation.pictures import picture_grid
+
+    def drawn(path, teacher, evaluation, scales, steps, file, *_):
+        picture_grid({"": [torch.zeros(3, 2, 2, dtype=torch.uint8)]}, [""], file)
+
+    monkeypatch.setattr("diffusers_disback.evaluation.report.draw_path", drawn)
+
+
+def test_a_run_is_finished_when_all_that_it_leaves_is_there(run, monkeypatch, quick_pictures):
+    """The disk fills up in each of the results in turn; what is there is whole, and the run goes on to write the rest."""
+    from PIL import Image
+
+    from diffusers_disback.run import is_finished, write_results
+
+    failed = []
+
+    def attempts(*given):
+        configs, folder = given[4], run.folder / "run"
+        for at in range(100):
+            try:
+                with Fault(at, full, "replace").injected():
+                    told = write_results(*given)
+                assert is_finished(configs)
+                return told
+            except OSError as error:
+                failed.append(error.filename)
+            assert not is_finished(configs)
+            for file in folder.glob("*.json"):
+                json.loads(file.read_text())
+            for file in folder.glob("*.png"):
+                Image.open(file).verify()
+            assert not list(folder.glob("*draft*"))
+        raise AssertionError("it never ended")
+
+    monkeypatch.setattr(train_disback, "write_results", attempts)
+    folder = run()
+    assert failed == ["replace"] * 5, "three pictures, the card and the report"
+    report = json.loads((folder / "report.json").read_text())
+    assert set(report["files"]) >= {"README.md", "samples.png", "convergence.png", "path.png", "model_index.json"}
+    assert report["files"]["unet/diffusion_pytorch_model.safetensors"] > 0
+
+
+def test_what_a_finished_run_lacks_is_made_anew(run, teacher_folder, prompts_file, quick_pictures, capsys):
+    import shutil
+
+    from diffusers_disback.cli import main as command
+    from diffusers_disback.run import is_finished
+
+    folder = run()
+    before = student(folder)
+    configs = train_disback.parse(arguments(folder, teacher_folder, prompts_file, resume_from_checkpoint="latest"))
+    report = folder / "report.json"
+    names = list(json.loads(report.read_text())["files"])
+    assert is_finished(configs) and len(names) > 12
+    for name in names:
+        shutil.move(folder / name, folder / "aside")
+        for content in (None, b""):
+            (folder / name).write_bytes(content) if content is not None else None
+            assert not is_finished(configs) or (folder / "aside").stat().st_size == 0, name
+            if name == "README.md" or name.startswith("unet/"):
+                assert command(["push", str(folder), "alice/x"]) > 0, "and nothing is asked of the Hub"
+                assert f"is not whole: it has no {name}. Nothing was pushed." in capsys.readouterr().err
+        shutil.move(folder / "aside", folder / name)
+    assert is_finished(configs)
+    (folder / "README.md").write_text("# Written by hand\n")
+    assert is_finished(configs), "it may be"
+    (folder / "model_index.json").unlink()
+    for name in ("README.md", "samples.png"):
+        (folder / name).write_bytes(b"")
+    report.write_bytes(b"")
+    assert command(["push", str(folder), "alice/x"]) > 0
+    assert "report.json is damaged" in capsys.readouterr().err
+    run(resume_from_checkpoint="latest")
+    assert "report.json is damaged and is made anew" in capsys.readouterr().err
+    assert is_finished(configs) and equal(student(folder), before)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "samples.png").unlink()
+    assert is_finished(configs) and "has no samples.png: its last checkpoint is gone, too" in capsys.readouterr().err
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    assert not is_finished(configs), "a student is trained again, if nothing else is left of it"
+
+
+def test_the_push_of_a_run_that_was_cut_off_says_so(run, monkeypatch, capsys):
+    from diffusers_disback.cli import main as command
+
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_disback, "save_student", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    folder = run.folder / "run"
+    assert command(["push", str(folder), "alice/x"]) > 0
+    told = capsys.readouterr().err
+    assert f"{folder} holds no finished student: its run was cut off. Nothing was pushed." in told
+    assert f"push the path alone: diffusers-disback push {folder}/path." in told
 
 
 def test_a_longer_run_goes_on_from_a_finished_one(run):

@@ -84,7 +84,7 @@ class SignalHandler:
 
     @contextmanager
     def held(self, hold: bool = True) -> Iterator[None]:
-        """Signals are noted, and whoever holds them looks at `received`.
+        """Signals are noted; whoever holds them may look at `received`. At the end what was noted is raised.
 
         Args:
             hold (`bool`): `False` lets go of them in between: what was noted is raised at once.
@@ -96,6 +96,8 @@ class SignalHandler:
             yield
         finally:
             self._held = before
+        if not before:
+            self.raise_if_received()
 
 
 def signal_handler() -> SignalHandler:
