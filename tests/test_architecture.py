@@ -12,9 +12,9 @@ import diffusers_disback
 
 SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
-    {"files", "weights", "noise_schedule", "pipeline", "batch", "target_schedule", "node_spacing"},
-    {"repository", "manifest"},
-    {"single_file"},
+    {"signals", "files", "weights", "noise_schedule", "pipeline", "batch", "target_schedule", "node_spacing"},
+    {"repository", "manifest", "lock", "command"},
+    {"single_file", "checkpoint"},
     {"score_model", "model_reference", "cards", "condition_cache", "allocations"},
     {"adapters"},
     {"branches"},

@@ -1,9 +1,12 @@
 import json
+import shutil
 
 import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
+from faults import Fault, full, killed
+from script import student
 
 from diffusers_disback.generator import to_pipeline
 from diffusers_disback.hub import save_student
@@ -67,3 +70,78 @@ def test_a_safety_checker_is_carried_over(tmp_path):
     pipe = DisBackOneStepPipeline.from_pretrained(tmp_path / "student")
     assert isinstance(pipe.safety_checker, StableDiffusionSafetyChecker)
     assert pipe(tiny.PROMPTS[0]).nsfw_content_detected in ([True], [False])
+
+
+def test_a_student_is_written_whole_or_not_at_all(tmp_path, teacher_folder):
+    """In place of an older one: on a full disk that stays as it was; after a kill there is the one, the other or none."""
+    teacher, folder = ModelReference(str(teacher_folder)), tmp_path / "student"
+    pipes = [to_pipeline(tiny.unet(seed=seed), 399, tiny.pipeline()) for seed in (1, 2)]
+    older, newer = (pipe.unet.state_dict() for pipe in pipes)
+
+    def held():
+        """Which student is there: every file of it, and no other."""
+        if not (folder / "model_index.json").exists():
+            return None
+        index = json.loads((folder / "model_index.json").read_text())
+        names = {name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None}
+        assert names <= {file.name for file in folder.iterdir() if file.is_dir() and any(file.iterdir())}
+        json.loads((folder / "unet" / "config.json").read_text())
+        weights = student(folder)
+        (is_newer,) = {
+            torch.equal(weights[key], newer[key]) for key in weights if not torch.equal(older[key], newer[key])
+        }
+        return "newer" if is_newer else "older"
+
+    def save(pipe):
+        save_student(pipe, teacher, folder)
+
+    save(pipes[0])
+    assert held() == "older"
+    (folder / "mine.txt").write_text("stays")
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    shutil.copytree(folder, tmp_path / "copy")
+    with Fault(-1, full).injected() as counted:
+        save(pipes[1])
+    moved = len([item for item in folder.iterdir() if item.name != "mine.txt"])
+    assert held() == "newer" and counted.writes > 20
+    seen = set()
+    for at in range(counted.writes):
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "copy", folder)
+        if at < counted.writes - 2 * moved:  # before the first is moved
+            with pytest.raises(OSError, match="No space left"), Fault(at, full).injected():
+                save(pipes[1])
+            assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before, at
+        if at % 3 == 0 or at >= counted.writes - 2 * moved:
+            assert killed(lambda: save(pipes[1]), at)
+            seen.add(held())
+            save(pipes[1])  # and again
+            assert held() == "newer" and not (folder / "student.draft").exists()
+    assert seen >= {"older", None}
+    assert (folder / "mine.txt").read_text() == "stays"
+
+
+def test_writers_of_weights_tell_of_a_full_disk_as_python_does(tmp_path):
+    """Weights of safetensors, and torch's moments, in a process whose files may not grow."""
+    import subprocess
+    import sys
+
+    program = """
+import resource, signal, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from diffusers_disback.files import writing
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+for write in (save_file, torch.save):
+    try:
+        with writing(Path(sys.argv[1], "new", "file")):
+            write({"a": torch.zeros(10_000)}, sys.argv[1] + "/file")
+    except OSError as error:
+        print(error.strerror, error.filename)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        f"File too large {tmp_path}/new/file",
+        f"Input/output error {tmp_path}/new/file",
+    ], done.stderr[-2000:]

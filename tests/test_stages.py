@@ -319,6 +319,46 @@ def test_a_draft_of_a_checkpoint_does_not_count(tmp_path, path):
     assert stage.folder.checkpoint_to_resume("backtracking", "latest").name == "checkpoint-000004"
 
 
+ADAPTERS = {"lora_rank": 2, "node_precision": "fp32"}
+
+
+@pytest.mark.parametrize("changes", [{}, pytest.param(ADAPTERS, marks=pytest.mark.slow)], ids=["full", "adapters"])
+def test_both_stages_go_on_from_the_checkpoint_before_a_damaged_one_and_end_the_same(
+    tmp_path, teacher_folder, capsys, changes
+):
+    """With nodes that the older checkpoint does not know of, an average, and a schedule that goes by what it measured."""
+    kept = {"checkpointing_steps": 2, **changes}
+    policy = {"use_ema": True, "target_schedule": "adaptive", "steps_per_target": 2, "mismatch_steps": 1}
+    policy |= {"max_train_steps": 6, "fake_score_updates": 1}
+
+    def both(name, **more):
+        config = training(tmp_path / name, **kept, **more)
+        path = record(config, teacher_folder, steps=4, nodes=3)
+        stage = trainer(config, path, **policy)
+        return path.nodes, stage, weights(stage.train())
+
+    nodes, whole, expected = both("whole")
+    config = training(tmp_path / "broken", **kept)
+    stage = recorder(config, teacher_folder, steps=4, nodes=3)
+    stage.run()  # and is cut off before it says that the path is complete
+    (tmp_path / "broken/checkpoints/degradation/checkpoint-000004/fake_score/optimizer.bin").write_bytes(b"")
+    again = training(tmp_path / "broken", **kept, resume_from_checkpoint="latest")
+    path = record(again, teacher_folder, steps=4, nodes=3)
+    assert [{**entry, "files": None} for entry in path.nodes] == [{**entry, "files": None} for entry in nodes]
+    assert "checkpoint-000002 is taken instead" in capsys.readouterr().err
+    stage = trainer(config, path, **policy)
+    stage.train_step = interrupted_at(5, stage.train_step)
+    with pytest.raises(KeyboardInterrupt):
+        stage.train()
+    average = tmp_path / "broken/checkpoints/backtracking/checkpoint-000004/generator_ema/average.safetensors"
+    content = bytearray(average.read_bytes())
+    content[-1] ^= 1
+    average.write_bytes(content)
+    resumed = trainer(again, path, **policy)
+    assert equal(weights(resumed.train()), expected) and resumed.measures == whole.measures
+    assert "generator_ema/average.safetensors was changed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stage_name", ["degradation", "backtracking"])
 def test_a_loss_that_is_not_finite_stops_the_run_and_nothing_is_saved_after_it(
     tmp_path, teacher_folder, path, stage_name

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,13 @@ import tiny
 import torch
 import train_disback
 from diffusers import DiffusionPipeline
+from faults import Fault, full
 from safetensors.torch import load_file
 from script import SCRIPT, arguments, student
 from stages import equal, interrupted_at
 
 from diffusers_disback import DegradationPath, DisBackOneStepPipeline, TrainingConfig
+from diffusers_disback.command import run as command_line
 from diffusers_disback.run import picture_evaluation
 
 
@@ -129,6 +132,62 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(run, monkeypatch, where):
     )
 
 
+def signalled_at(number, step, train_step):
+    """A stage's `train_step` in which a signal comes, twice, as from a terminal and from the launcher."""
+
+    def wrapped(self, at, batches):
+        if at == step:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        return train_step(self, at, batches)
+
+    return wrapped
+
+
+def test_a_signal_ends_either_stage_after_its_step_with_a_checkpoint_and_a_code(
+    tmp_path, teacher_folder, prompts_file, baseline, monkeypatch, capsys
+):
+    from diffusers_disback.backtracking import BacktrackingTrainer
+    from diffusers_disback.degradation import DegradationRecorder
+
+    folder = tmp_path / "run"
+    line = arguments(folder, teacher_folder, prompts_file, resume_from_checkpoint="latest", validation_steps=2)
+    for stage, number, step, code in [
+        (DegradationRecorder, signal.SIGTERM, 2, 143),
+        (BacktrackingTrainer, signal.SIGINT, 1, 130),  # after which it would be validated
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, "train_step", signalled_at(number, step, stage.train_step))
+            assert command_line(train_disback.main, line, "train") == code
+        checkpoint = folder / "checkpoints" / stage.name / f"checkpoint-{step + 1:06d}"
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert told == (
+            f"train: ended by {signal.Signals(number).name}. The last checkpoint, {checkpoint}, is whole: go on with "
+            "--resume_from_checkpoint latest."
+        )
+        assert (checkpoint / "stage.json").is_file() and not (folder / "run.lock").exists()
+    assert command_line(train_disback.main, line, "train") == 0
+    assert equal(student(folder), baseline)
+    assert [row["step"] for row in json.loads((folder / "report.json").read_text())["curve"]] == [0, 2, 4]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_elsewhere_ends_the_run_at_once_and_two_runs_do_not_share_a_folder(
+    tmp_path, teacher_folder, prompts_file, monkeypatch, capsys
+):
+    def loading(*_):
+        with pytest.raises(ValueError, match=f"run is in use by process {os.getpid()}"):
+            train_disback.main([*line, "--resume_from_checkpoint", "latest"])
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    line = arguments(tmp_path / "run", teacher_folder, prompts_file)
+    monkeypatch.setattr(train_disback, "load_family", loading)
+    assert command_line(train_disback.main, line, "train") == 143
+    assert "train: ended by SIGTERM. There was no checkpoint yet" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_that_ended_before_its_report_measures_its_student(run):
     folder = run()
     report = json.loads((folder / "report.json").read_text())
@@ -138,6 +197,108 @@ def test_a_run_that_ended_before_its_report_measures_its_student(run):
     again = json.loads((folder / "report.json").read_text())
     assert again["student"]["drift_mean"] == report["student"]["drift_mean"] and (folder / "samples.png").exists()
     assert [row["step"] for row in again["curve"]] == [0, 4]
+
+
+@pytest.fixture
+def quick_pictures(monkeypatch):
+    """What nodes draw is none of a test's matter, and its longest part."""
+    from diffusers_disback.evaluation.pictures import picture_grid
+
+    def drawn(path, teacher, evaluation, scales, steps, file, *_):
+        picture_grid({"": [torch.zeros(3, 2, 2, dtype=torch.uint8)]}, [""], file)
+
+    monkeypatch.setattr("diffusers_disback.evaluation.report.draw_path", drawn)
+
+
+def test_a_run_is_finished_when_all_that_it_leaves_is_there(run, monkeypatch, quick_pictures):
+    """The disk fills up in each of the results in turn; what is there is whole, and the run goes on to write the rest."""
+    from PIL import Image
+
+    from diffusers_disback.run import is_finished, write_results
+
+    failed = []
+
+    def attempts(*given):
+        configs, folder = given[4], run.folder / "run"
+        for at in range(100):
+            try:
+                with Fault(at, full, "replace").injected():
+                    told = write_results(*given)
+                assert is_finished(configs)
+                return told
+            except OSError as error:
+                failed.append(error.filename)
+            assert not is_finished(configs)
+            for file in folder.glob("*.json"):
+                json.loads(file.read_text())
+            for file in folder.glob("*.png"):
+                Image.open(file).verify()
+            assert not list(folder.glob("*draft*"))
+        raise AssertionError("it never ended")
+
+    monkeypatch.setattr(train_disback, "write_results", attempts)
+    folder = run()
+    assert failed == ["replace"] * 5, "three pictures, the card and the report"
+    report = json.loads((folder / "report.json").read_text())
+    assert set(report["files"]) >= {"README.md", "samples.png", "convergence.png", "path.png", "model_index.json"}
+    assert report["files"]["unet/diffusion_pytorch_model.safetensors"] > 0
+
+
+def test_what_a_finished_run_lacks_is_made_anew(run, teacher_folder, prompts_file, quick_pictures, capsys):
+    import shutil
+
+    from diffusers_disback.cli import main as command
+    from diffusers_disback.run import is_finished
+
+    folder = run()
+    before = student(folder)
+    configs = train_disback.parse(arguments(folder, teacher_folder, prompts_file, resume_from_checkpoint="latest"))
+    report = folder / "report.json"
+    names = list(json.loads(report.read_text())["files"])
+    assert is_finished(configs) and len(names) > 12
+    for name in names:
+        shutil.move(folder / name, folder / "aside")
+        for content in (None, b""):
+            (folder / name).write_bytes(content) if content is not None else None
+            assert not is_finished(configs) or (folder / "aside").stat().st_size == 0, name
+            if name == "README.md" or name.startswith("unet/"):
+                assert command(["push", str(folder), "alice/x"]) > 0, "and nothing is asked of the Hub"
+                assert f"is not whole: it has no {name}. Nothing was pushed." in capsys.readouterr().err
+        shutil.move(folder / "aside", folder / name)
+    assert is_finished(configs)
+    (folder / "README.md").write_text("# Written by hand\n")
+    assert is_finished(configs), "it may be"
+    (folder / "model_index.json").unlink()
+    for name in ("README.md", "samples.png"):
+        (folder / name).write_bytes(b"")
+    report.write_bytes(b"")
+    assert command(["push", str(folder), "alice/x"]) > 0
+    assert "report.json is damaged" in capsys.readouterr().err
+    run(resume_from_checkpoint="latest")
+    assert "report.json is damaged and is made anew" in capsys.readouterr().err
+    assert is_finished(configs) and equal(student(folder), before)
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "samples.png").unlink()
+    assert is_finished(configs) and "has no samples.png: its last checkpoint is gone, too" in capsys.readouterr().err
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    assert not is_finished(configs), "a student is trained again, if nothing else is left of it"
+
+
+def test_the_push_of_a_run_that_was_cut_off_says_so(run, monkeypatch, capsys):
+    from diffusers_disback.cli import main as command
+
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_disback, "save_student", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    folder = run.folder / "run"
+    assert command(["push", str(folder), "alice/x"]) > 0
+    told = capsys.readouterr().err
+    assert f"{folder} holds no finished student: its run was cut off. Nothing was pushed." in told
+    assert f"push the path alone: diffusers-disback push {folder}/path." in told
 
 
 def test_a_longer_run_goes_on_from_a_finished_one(run):
@@ -610,6 +771,44 @@ def test_two_processes_train_adapters_and_agree(tmp_path, teacher_folder, prompt
     assert all(torch.allclose(one[key], two[key], atol=2e-3) for key in one)
     moved = [key for key in one if "lora_B" in key and one[key].abs().max() > 3e-3]
     assert len(moved) > 20, "the tolerance is small beside what was learnt"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["the launcher", "one process"])
+def test_two_processes_end_at_the_same_step_after_a_signal(tmp_path, teacher_folder, prompts_file, whom):
+    """With workers that draw batches ahead, which get the signal, too, where a whole process group does."""
+    import time
+
+    import psutil
+
+    from diffusers_disback.checkpoint import damage
+
+    changes = {"degradation_steps": 2000, "max_train_steps": 8, "train_batch_size": 1, "dataloader_num_workers": 1}
+    line = arguments(tmp_path / "run", teacher_folder, prompts_file, **changes, checkpointing_steps=1)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "told", "w") as told:
+        process = subprocess.Popen(
+            list(map(str, [*torchrun, SCRIPT, *line])), env=environment, stderr=told, stdout=told
+        )
+    checkpoints = tmp_path / "run" / "checkpoints" / "degradation"
+    while not (checkpoints / "checkpoint-000003").exists():
+        assert process.poll() is None, (tmp_path / "told").read_text()[-3000:]
+        time.sleep(0.05)
+    ranks = [child for child in psutil.Process(process.pid).children() if SCRIPT.name in " ".join(child.cmdline())]
+    if whom == "the launcher":
+        process.terminate()
+    else:
+        next(rank for rank in ranks if rank.environ()["RANK"] == "1").send_signal(signal.SIGINT)
+    process.wait(timeout=120)
+    told = (tmp_path / "told").read_text()
+    name = "SIGTERM" if whom == "the launcher" else "SIGINT"
+    assert told.count(f"train_disback.py: ended by {name}. The last checkpoint") == 1, told[-3000:]
+    assert "Traceback" not in told.split("ended by")[0] and "Connection closed" not in told
+    last = max(checkpoints.glob("checkpoint-*"))
+    assert damage(last) is None and not (tmp_path / "run" / "run.lock").exists()
+    assert not list(checkpoints.glob("draft-*"))
+    assert not any(rank.is_running() for rank in ranks)
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@
     accelerate launch train_disback.py                       # the embedded shapes teacher, minutes on a CPU
     accelerate launch train_disback.py --pretrained_model_name_or_path <teacher> --prompts_file prompts.txt
 
-`README.md` beside this file explains the flags.
+`README.md` beside this file explains the flags. `--debug`, which is no setting, shows the traceback of an error.
 """
 
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from diffusers.utils import check_min_version
 from transformers import HfArgumentParser
@@ -28,13 +29,16 @@ from diffusers_disback import (
     load_family,
 )
 from diffusers_disback.backtracking import nodes_are_guided
+from diffusers_disback.command import run
 from diffusers_disback.evaluation.report import Report, drawable, summary
 from diffusers_disback.generator import to_pipeline
 from diffusers_disback.hub import save_student
 from diffusers_disback.learner import accelerator_of, compute_dtype
 from diffusers_disback.run import (
+    Configs,
     check_settings,
     flag_of,
+    in_use,
     is_finished,
     load_prompts,
     open_path,
@@ -72,8 +76,9 @@ def parse(arguments: list[str]) -> tuple[TrainingConfig, DegradationConfig, Back
 
 
 def main(arguments: list[str]) -> None:
+    """All of it. Errors are raised; `diffusers_disback.command.run` makes lines and exit codes of them."""
     training, degradation, backtracking = configs = parse(arguments)
-    folder, timestep = Path(training.output_dir), training.conditioning_timestep
+    folder = Path(training.output_dir)
     check_settings(configs)
     state = process_state()
     if training.resume_from_checkpoint == "latest" and is_finished(configs):
@@ -81,6 +86,14 @@ def main(arguments: list[str]) -> None:
         if training.push_to_hub and state.is_main_process:
             print(RunUpload(training).finish())
         return
+    with in_use(folder):
+        distil(configs, state, arguments)
+
+
+def distil(configs: Configs, state: PartialState, arguments: list[str]) -> None:
+    """The run, in an output folder that is its own."""
+    training, degradation, backtracking = configs
+    folder, timestep = Path(training.output_dir), training.conditioning_timestep
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     set_seed(training.seed)
@@ -151,4 +164,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run(main, sys.argv[1:], Path(__file__).name))

@@ -19,7 +19,6 @@ from .generator import OneStepGenerator
 from .learner import AdapterLearner, Learner, add_adapter, shared_base
 from .mismatch import MismatchProbe, answers, compare, gaps, mean
 from .path import DegradationPath
-from .run_folder import RunFolder
 from .target_schedule import FALL, SHARE, TARGET_SCHEDULES, Measure, TargetSchedule
 from .trainer import Stage
 
@@ -162,12 +161,10 @@ class BacktrackingTrainer(Stage):
         self.evaluate = evaluate
         self.validates = evaluate is not None
         num_nodes = 0 if path is None else len(path)
-        resumes = (
-            RunFolder(config.output_dir).checkpoint_to_resume(self.name, config.resume_from_checkpoint) is not None
-        )
+        self.config = config
         self.schedule = target_schedule(backtracking, num_nodes)
         self.measures: list[Measure] = []
-        shared = self._prepare_scores(family, config, resumes)
+        shared = self._prepare_scores(family, config, resumes=self.checkpoint is not None)
         self._prepare_student(family, config, generator, shared)
         super().__init__(
             config,

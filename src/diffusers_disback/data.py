@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from .batch import Batch, Condition, to_device
 from .condition_cache import ConditionCache
+from .signals import leave_signals_to_the_parent
 
 
 CAPACITY = 4096  # prompts whose conditions are kept in memory
@@ -291,5 +292,10 @@ class PromptBatches(Dataset):
     def loader(self, batches: Iterator[int] | range, num_workers: int = 0) -> torch.utils.data.DataLoader:
         """The given global batches, in order, drawn ahead by `num_workers` processes."""
         return torch.utils.data.DataLoader(
-            self, sampler=batches, batch_size=None, num_workers=num_workers, persistent_workers=False
+            self,
+            sampler=batches,
+            batch_size=None,
+            num_workers=num_workers,
+            persistent_workers=False,
+            worker_init_fn=leave_signals_to_the_parent,
         )

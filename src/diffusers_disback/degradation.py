@@ -12,6 +12,7 @@ from .batch import Batch
 from .config import TrainingConfig, setting
 from .data import PromptData
 from .families import ModelFamily
+from .files import writing
 from .generator import OneStepGenerator
 from .learner import AdapterLearner, Learner, add_adapter, shared_base
 from .mismatch import MismatchProbe, answers, denoising_losses, mean
@@ -192,7 +193,8 @@ class DegradationRecorder(Stage):
             measured = {"denoising_loss": self.walk[-1]["losses"], "teacher_denoising_loss": self.walk[0]["losses"]}
             loss = (self._loss_since_node / since).item()
             learner = self.fake_score
-            self.path.append(learner.unwrapped(), done, loss, learner.adapter, self.node_dtype, measured)
+            with writing(self.path.folder):
+                self.path.append(learner.unwrapped(), done, loss, learner.adapter, self.node_dtype, measured)
             self.tell()
         self.accelerator.wait_for_everyone()
         self._loss_since_node = torch.zeros_like(self._loss_since_node)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from . import adapters
-from .files import write_json
+from .files import write_json, writing, written_whole
 
 
 _WEIGHTS = re.compile(r"(?P<stem>[a-z_]+)(?P<shard>-\d+-of-\d+)?\.safetensors")
@@ -42,8 +42,8 @@ def add_half_variant(folder: str | Path) -> list[Path]:
         if weights:
             target = file.with_name(f"{weights['stem']}.fp16{weights['shard'] or ''}.safetensors")
             tensors = {key: _half(key, tensor, file) for key, tensor in load_file(file).items()}
-            with safe_open(file, "pt") as stream:
-                save_file(tensors, target, stream.metadata())
+            with safe_open(file, "pt") as stream, writing(target), written_whole(target) as draft:
+                save_file(tensors, draft, stream.metadata())
             written.append(target)
         elif index:
             content = json.loads(file.read_text())

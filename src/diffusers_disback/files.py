@@ -1,8 +1,10 @@
 """Files: names of others stay inside their folder, JSON is read with its shape checked, and results are written whole."""
 
+import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -128,6 +130,34 @@ def written_whole(file: Path) -> Iterator[Path]:
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """What the writers of weights raise when a file cannot be written becomes what Python raises: an `OSError` that says
+    why, and where.
+
+    Args:
+        place (`Path`): The file or folder that is written.
+
+    Raises:
+        OSError: Such as of a full disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)|\bcode: (\d+), kind", str(error))
+        if number is not None and type(error).__name__ == "SafetensorError":
+            code = int(number[1] or number[2])
+        elif isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", str(error)):
+            code = errno.ENOSPC if shutil.disk_usage(_existing(place)).free < 2**24 else errno.EIO
+        else:
+            raise
+        raise OSError(code, os.strerror(code), str(place)) from error
+
+
+def _existing(place: Path) -> Path:
+    return next(folder for folder in (place, *place.absolute().parents) if folder.exists())
 
 
 def write_text(file: Path, text: str) -> None:

@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from .adapters import Lora, save_lora
 from .cards import student_card
 from .evaluation.report import REPORT, read_report
-from .files import to_bytes, write_json
+from .files import inside, to_bytes, write_json, write_text, writing
 from .manifest import MANIFEST
 from .model_reference import ModelReference
 from .path import DegradationPath
@@ -16,14 +17,54 @@ from .pipeline import DisBackOneStepPipeline
 from .repository import Files, HubError, Repository, is_licence, is_repo_id, write_files
 from .run_folder import FREE_SETTINGS, RunFolder
 from .sharing import check_empty, check_main, check_teacher_may_be_shared
+from .signals import signal_handler
 
 
 INDEX = "model_index.json"
 LORA = "lora"
 _PICTURES = ("samples.png", "convergence.png", "path.png")
+_CARD = "README.md"
+_DRAFT = "student.draft"
 
 
 def save_student(
+    pipeline: DisBackOneStepPipeline,
+    teacher: ModelReference,
+    folder: str | Path,
+    cache_dir: str | None = None,
+    lora: Lora | None = None,
+) -> None:
+    """Writes the student's pipeline into its folder, whole or not at all: `model_index.json` is there when all else is.
+
+    Args:
+        pipeline, teacher, folder, cache_dir, lora: As of `write_student`.
+
+    Raises:
+        OSError: If it cannot be written, as on a full disk. What the folder held is as it was.
+    """
+    folder = Path(folder)
+    draft = folder / _DRAFT
+    shutil.rmtree(draft, ignore_errors=True)  # of a run that was cut off
+    try:
+        draft.mkdir(parents=True)
+        with writing(draft):
+            write_student(pipeline, teacher, draft, cache_dir, lora)
+        for file in draft.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
+        with signal_handler().held():
+            (folder / INDEX).unlink(missing_ok=True)
+            for item in sorted(draft.iterdir(), key=lambda item: item.name == INDEX):
+                there = folder / item.name
+                if there.is_dir():
+                    os.replace(there, draft / f"{item.name}.before")
+                os.replace(item, there)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_student(
     pipeline: DisBackOneStepPipeline,
     teacher: ModelReference,
     folder: str | Path,
@@ -72,7 +113,52 @@ def write_model_card(folder: Path, report: dict[str, Any]) -> None:
         folder (`Path`): With the run's pictures.
         report (`dict`): The content of `report.json`.
     """
-    (folder / "README.md").write_text(_card(folder, report, folder.as_posix()))
+    write_text(folder / _CARD, _card(folder, report, folder.as_posix()))
+
+
+def results(folder: Path) -> dict[str, int]:
+    """The files that a run leaves for others, `path/` apart, and their sizes; `report.json`, which lists them, is the last."""
+    files = [folder / name for name in (INDEX, "pipeline.py", _CARD, *_PICTURES)]
+    if (folder / INDEX).is_file():
+        for name, kind in json.loads((folder / INDEX).read_text()).items():
+            if isinstance(kind, list) and kind[0] is not None:
+                files += sorted(inside(folder, name, INDEX).glob("*"))
+        files += sorted((folder / LORA).rglob("*.*"))
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files if file.is_file()}
+
+
+def missing_results(folder: Path, report: dict[str, Any]) -> list[str]:
+    """What of a run's results is not there, or not whole, by its report. Texts and pictures may have been changed since."""
+    basics = [INDEX, _CARD, "unet/config.json"] if "student" in report else []
+    told = report.get("files") or dict.fromkeys(basics)  # older versions did not list them
+    missing = []
+    for name, size in told.items():
+        file = inside(folder, name, f"{REPORT} of {folder}")
+        there = file.stat().st_size if file.is_file() else 0
+        if there == 0 != size or (name.endswith(".safetensors") and there != size):
+            missing.append(name)
+    return missing
+
+
+def check_student_is_whole(folder: Path, report: dict[str, Any]) -> None:
+    """Sees, before a run is pushed, that a student that was asked for is there, with all that belongs to it.
+
+    Raises:
+        ValueError: With what is missing, and how to make it.
+    """
+    settings = RunFolder(folder).settings()
+    if "student" not in report and settings.get("stage") not in ("all", "backtrack"):
+        return
+    remedy = (
+        "Nothing was pushed. Run the command that began the run, with --resume_from_checkpoint latest, and push again; or "
+        f"push the path alone: diffusers-disback push {folder / 'path'}."
+    )
+    done = report.get("stages", {}).get("backtracking", {}).get("steps")
+    if "student" not in report or done != settings.get("max_train_steps", done):
+        raise ValueError(f"{folder} holds no finished student: its run was cut off. {remedy}")
+    missing = missing_results(folder, report)
+    if missing:
+        raise ValueError(f"The student of {folder} is not whole: it has no {', '.join(missing)}. {remedy}")
 
 
 def path_of_run(folder: str | Path, teacher: ModelReference | None = None) -> DegradationPath | None:
@@ -85,7 +171,7 @@ def path_of_run(folder: str | Path, teacher: ModelReference | None = None) -> De
     Raises:
         ValueError: If it went along another path than the one that is there.
     """
-    folder, report = Path(folder), read_report(Path(folder))
+    folder, report = Path(folder), _report_to_push(Path(folder))
     settings = RunFolder(folder).settings() or report.get("settings", {})
     elsewhere = settings.get("degradation_path")
     places = [folder, folder / "path", *([Path(elsewhere)] if elsewhere and not is_repo_id(elsewhere) else [])]
@@ -133,12 +219,13 @@ def push_run(
         `str`: The repository's full id.
 
     Raises:
-        ValueError: If there is nothing to push, or the path is not where it was.
+        ValueError: If there is nothing to push, the run's student is not finished, or the path is not where it was.
         HubError: If the repository holds something else, or the Hub fails for good.
     """
-    folder, path = Path(folder), path_of_run(folder, teacher)
-    report = read_report(folder)
-    if "student" not in report or not (folder / "README.md").is_file():
+    folder, report = Path(folder), _report_to_push(Path(folder))
+    check_student_is_whole(folder, report)
+    path = path_of_run(folder, teacher)
+    if "student" not in report:
         if path is None:
             raise ValueError(
                 f"{folder} holds neither a finished student nor a degradation path: nothing can be pushed."
@@ -163,6 +250,16 @@ def push_run(
     message = commit_message or "Add the one-step student"
     repository.commit(files, message, exact=("unet/",), check=check, create_pr=create_pr)
     return repository.repo_id
+
+
+def _report_to_push(folder: Path) -> dict[str, Any]:
+    try:
+        return read_report(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / REPORT} is damaged ({error}). Nothing was pushed. Run the command that began the run, with "
+            "--resume_from_checkpoint latest, which makes it anew, and push again."
+        ) from error
 
 
 def student_files(folder: Path, repo_id: str) -> Files:
@@ -257,7 +354,7 @@ def pull(
     repository.download_to(draft, [path for path in tree if path not in (MANIFEST, ".gitattributes")], head)
     report = read_report(draft)
     if "student" in report and (draft / "README.md").read_text() == _card(draft, report, repo_id):
-        (draft / "README.md").write_text(_card(draft, report, folder.as_posix()))
+        write_text(draft / _CARD, _card(draft, report, folder.as_posix()))
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
         folder.rmdir()

@@ -4,7 +4,8 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,14 +22,18 @@ from .config import TrainingConfig
 from .data import CAPACITY, PromptData, PromptFile, dataset_prompts, spool_captions
 from .degradation import DegradationConfig
 from .evaluation import Evaluation
-from .evaluation.report import Report, read_report, summary, versions
+from .evaluation.report import REPORT, Report, read_report, summary, versions
 from .families import ModelFamily
-from .hub import write_model_card
+from .files import write_json, writing, written_whole
+from .hub import INDEX, missing_results, results, write_model_card
+from .lock import locked
 from .manifest import MANIFEST
 from .model_reference import ModelReference, fingerprint
 from .path import DegradationPath
 from .repository import HubError
 from .run_folder import FREE_SETTINGS, RunFolder, flat
+from .signals import Interrupted
+from .trainer import decided_by_main
 from .upload import repository_of
 
 
@@ -48,7 +53,7 @@ def check_settings(configs: Configs) -> None:
         stages.pop("backtracking" if training.stage == "record" else "degradation")
     for name, own in stages.items():
         folder.check(name, flat(training, own), resume)
-        folder.checkpoint_to_resume(name, resume)
+    folder.check_named_checkpoint(resume)
     if training.stage == "record" and degradation.num_path_nodes == 0:
         raise ValueError("--stage record with --num_path_nodes 0 has nothing to do.")
     if training.push_to_hub:
@@ -62,13 +67,58 @@ def check_settings(configs: Configs) -> None:
         target_schedule(backtracking, degradation.num_path_nodes)
 
 
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Keeps an output folder for this run, in all of its processes. What is intact is noted on an error of the disk, and on
+    a signal.
+
+    Raises:
+        ValueError: If another run writes to it.
+    """
+    lock = ExitStack()
+    with lock:
+        decided_by_main(lambda: lock.enter_context(locked(folder)))
+        try:
+            yield
+        except (OSError, Interrupted) as problem:
+            problem.add_note(RunFolder(folder).intact())
+            raise
+
+
 def is_finished(configs: Configs) -> bool:
-    """Whether a run has written the report of all the steps that are asked for."""
-    training, degradation, backtracking = configs
-    stages = read_report(Path(training.output_dir)).get("stages", {})
+    """Whether all that a run leaves of the steps that are asked for is there. What is damaged or missing is told: it is
+    made anew from the last checkpoint; if that was thrown away, a student that is whole is not trained again for it."""
+    training, _, backtracking = configs
+    folder, state = Path(training.output_dir), PartialState()
+    try:
+        report = read_report(folder)
+    except ValueError as error:
+        state.print(f"{folder / REPORT} is damaged and is made anew ({error}).", file=sys.stderr)
+        return False
+    stages = report.get("stages", {})
     if training.stage == "record":
-        return "degradation" in stages
-    return stages.get("backtracking", {}).get("steps") == backtracking.max_train_steps
+        done = "degradation" in stages and _nodes_are_there(training.path_folder)
+        remakes = done and (training.path_folder / MANIFEST).exists()
+    else:
+        done = stages.get("backtracking", {}).get("steps") == backtracking.max_train_steps
+        checkpoints = RunFolder(folder).checkpoints("backtracking")
+        remakes = bool(checkpoints) and checkpoints[-1].name == f"checkpoint-{backtracking.max_train_steps:06d}"
+    missing = missing_results(folder, report) if done else []
+    if not missing:
+        return done
+    keeps = not remakes and not any(name == INDEX or name.endswith(".safetensors") for name in missing)
+    what = f"{folder} has no {', '.join(missing)}"
+    state.print(f"{what}: {'its last checkpoint is gone, too' if keeps else 'made anew'}.", file=sys.stderr)
+    return keeps
+
+
+def _nodes_are_there(folder: Path) -> bool:
+    """Whether a folder holds a complete path, every file of which is there."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    path = DegradationPath.from_pretrained(folder)
+    files = [folder / node["name"] / "unet" / name for node in path.nodes for name in node["files"]]
+    return path.complete and all(file.is_file() for file in files)
 
 
 def open_path(
@@ -178,7 +228,7 @@ def prompt_data(
     state.print(why, file=sys.stderr)
     if not on_disk:
         return PromptData(prompts, encode, capacity=0 if training.cache_conditions == "off" else CAPACITY)
-    with state.main_process_first():
+    with state.main_process_first(), writing(folder):
         cache.build(show_progress=state.is_main_process)
     return PromptData(prompts, encode, cache=cache)
 
@@ -228,7 +278,8 @@ def write_results(
             except HubError as error:  # nodes may have left the cache since
                 print(f"path.png is not drawn. {error}")
             if training.stage == "record":
-                shutil.copyfile(folder / "path.png", path.folder / "path.png")
+                with written_whole(path.folder / "path.png") as draft:
+                    shutil.copyfile(folder / "path.png", draft)
     card = family.reference.card(training.cache_dir)
     content = {
         "teacher_card": {
@@ -255,9 +306,11 @@ def write_results(
         report.write_convergence(trainer.curve, trainer.switches, folder / "convergence.png")
         launch = ["accelerate", "launch", "--num_processes", str(state.num_processes), "--mixed_precision", precision]
         content["command"] = shlex.join([*launch, script, *without_token(arguments)])
-    written = report.write(folder, **content)
+    written = report.content(**content)
     if trainer is not None:
         write_model_card(folder, written)
+    # The last, with the names of all others: what it does not name, or is not there, is not finished.
+    write_json(folder / REPORT, {**written, "files": results(folder)})
     return summary(folder)
 
 

@@ -1,12 +1,15 @@
 """The output folder of a run: what it holds, whose it is, and its checkpoints."""
 
-import json
+import errno
 import os
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
-from .files import write_json
+from .checkpoint import damage, is_sealed, seal
+from .files import read_json, write_json
 
 
 # A resumed run may change these and still be the same run.
@@ -20,6 +23,8 @@ FREE_SETTINGS = {
     *("degradation_path_revision", "path_disk_budget_gb"),
 }
 _RESULTS = {"degradation": ("path/path.json",), "backtracking": ("model_index.json", "README.md")}
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]{6,})")
+_LEFTOVER = re.compile(r"(draft|discarded)-[0-9]{6,}")
 
 
 class RunFolder:
@@ -52,7 +57,7 @@ class RunFolder:
                 "latest to go on with that run, or choose another --output_dir."
             )
         if file.exists():
-            before = json.loads(file.read_text())
+            before = read_json(file)
             changed = {
                 name: (before.get(name), value)
                 for name, value in settings.items()
@@ -77,49 +82,135 @@ class RunFolder:
     def settings(self) -> dict[str, Any]:
         """What was written down of the stages that were begun here."""
         files = [self.settings_file(stage) for stage in _RESULTS]
-        return {k: v for file in files if file.is_file() for k, v in json.loads(file.read_text()).items()}
+        return {k: v for file in files if file.is_file() for k, v in read_json(file).items()}
 
     def stage_folder(self, stage: str) -> Path:
         return self.folder / "checkpoints" / stage
 
     def checkpoints(self, stage: str) -> list[Path]:
-        """A stage's whole checkpoints, oldest first."""
-        found = self.stage_folder(stage).glob("checkpoint-*")
-        return sorted((f for f in found if (f / "stage.json").exists()), key=lambda f: int(f.name.split("-")[1]))
+        """A stage's checkpoints, whole or damaged, oldest first. What has another name is the user's own."""
+        folder = self.stage_folder(stage)
+        found = (
+            [f for f in folder.iterdir() if _CHECKPOINT.fullmatch(f.name) and f.is_dir()] if folder.is_dir() else []
+        )
+        return sorted(found, key=_step_of)
+
+    def check_named_checkpoint(self, resume: str | None) -> None:
+        """Raises a `ValueError` if `--resume_from_checkpoint` names a folder that is no checkpoint of this run."""
+        if resume in (None, "latest"):
+            return
+        folder = Path(resume)
+        looks_right = any((folder / name).exists() for name in ("stage.json", "files.json"))
+        if not looks_right or folder.resolve().parent.parent != self.stage_folder("").resolve():
+            there = [str(f) for stage in _RESULTS for f in self.checkpoints(stage)]
+            raise ValueError(f"{resume} is no checkpoint of this run. It has {', '.join(there) or 'none'}.")
 
     def checkpoint_to_resume(self, stage: str, resume: str | None) -> Path | None:
-        """The checkpoint that `--resume_from_checkpoint` means for this stage, if there is one.
+        """The checkpoint that `--resume_from_checkpoint` means for this stage, if there is one; all of its files are as
+        they were written. `latest` is the newest of which that is true; if it is not the newest, that is told.
 
         Raises:
-            ValueError: If it names a folder that is no checkpoint.
+            ValueError: If it names a folder that is no checkpoint, or is damaged; if every checkpoint is.
         """
         if resume is None:
             return None
-        if resume == "latest":
-            return (self.checkpoints(stage) or [None])[-1]
-        folder = Path(resume)
-        if (
-            not (folder / "stage.json").exists()
-            or folder.resolve().parents[1] != self.stage_folder(stage).resolve().parent
-        ):
+        self.check_named_checkpoint(resume)
+        if resume != "latest":
+            folder = Path(resume)
+            if folder.resolve().parent.name != stage:
+                return None
+            problem = damage(folder)
+            if problem is not None:
+                raise ValueError(
+                    f"{folder} is damaged: {problem}. Put the file back, or pass --resume_from_checkpoint latest, which "
+                    "takes the newest checkpoint that is whole."
+                )
+            return _told_if_unsealed(folder)
+        problems = []
+        for folder in reversed(self.checkpoints(stage)):
+            problem = damage(folder)
+            if problem is None:
+                for told in problems:
+                    print(f"{stage}: {told}; {folder.name} is taken instead.", file=sys.stderr)
+                return _told_if_unsealed(folder)
+            problems.append(f"{folder} is damaged: {problem}")
+        if problems:
             raise ValueError(
-                f"{resume} is no checkpoint of this run. It has "
-                f"{', '.join(str(f) for f in self.checkpoints(stage)) or 'none'}."
+                f"None of the {stage} checkpoints is whole. {'. '.join(problems)}. Put the files back, or begin this stage "
+                f"anew: remove {self.stage_folder(stage)}."
             )
-        return folder if folder.resolve().parent.name == stage else None
+        return None
+
+    def intact(self) -> str:
+        """What a run that is cut off can be gone on with from, in words."""
+        for stage in reversed(_RESULTS):
+            whole = [folder for folder in self.checkpoints(stage) if damage(folder, sizes_only=True) is None]
+            if whole:
+                return f"The last checkpoint, {whole[-1]}, is whole: go on with --resume_from_checkpoint latest."
+        return "There was no checkpoint yet; with --resume_from_checkpoint latest the same command begins again."
 
     def draft_of_checkpoint(self, stage: str, step: int) -> Path:
         """Where a checkpoint is written before it counts; `finish_checkpoint` gives it its name."""
         return self.stage_folder(stage) / f"draft-{step:06d}"
 
+    def clear_drafts(self, stage: str) -> None:
+        """Removes what runs that were cut off have left of checkpoints. On the main process."""
+        folder = self.stage_folder(stage)
+        for left in [f for f in folder.iterdir() if _LEFTOVER.fullmatch(f.name)] if folder.is_dir() else []:
+            _remove(left)
+
     def finish_checkpoint(self, stage: str, step: int, state: dict[str, Any], limit: int | None) -> None:
-        """Makes a written draft a checkpoint, and forgets the oldest ones beyond the limit. On the main process."""
+        """Makes a written draft a checkpoint, and forgets the oldest ones beyond the limit. On the main process.
+
+        Raises:
+            OSError: If what was written is not what is there. No other checkpoint was touched then.
+        """
         draft, folder = self.draft_of_checkpoint(stage, step), self.stage_folder(stage) / f"checkpoint-{step:06d}"
-        write_json(draft / "stage.json", state)
-        shutil.rmtree(folder, ignore_errors=True)
+        seal(draft, state)
+        self._discard(folder)
         os.replace(draft, folder)
-        for old in self.checkpoints(stage)[:-limit] if limit else []:
-            shutil.rmtree(old)
+        problem = damage(folder, sizes_only=True)
+        if problem is not None:
+            raise OSError(errno.EIO, f"The checkpoint was written, but {problem}", str(folder))
+        if limit is not None:
+            self._forget(stage, step, limit)
+
+    def _forget(self, stage: str, step: int, limit: int) -> None:
+        """Removes checkpoints older than the newest ones up to a step. Damaged ones do not count; later ones, of a run
+        that was resumed before its end, stay until this one comes to them."""
+        whole = 0
+        for folder in reversed([f for f in self.checkpoints(stage) if _step_of(f) <= step]):
+            if whole == limit:
+                self._discard(folder)
+            elif damage(folder, sizes_only=True) is None:
+                whole += 1
+
+    def _discard(self, folder: Path) -> None:
+        """Removes a checkpoint: first its name, so that one that is half removed is none."""
+        discarded = folder.with_name(f"discarded-{_step_of(folder):06d}")
+        _remove(discarded)
+        if folder.exists():
+            os.replace(folder, discarded)
+            _remove(discarded)
+
+
+def _step_of(checkpoint: Path) -> int:
+    """After which step it was saved, by its name."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, if it is there; of a link to one, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+def _told_if_unsealed(folder: Path) -> Path:
+    if not is_sealed(folder):
+        print(f"{folder} was written by an older version, without hashes: it is taken unchecked.", file=sys.stderr)
+    return folder
 
 
 def flat(*configs: Any) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """What the two stages share: the resumable loop."""
 
-import json
 import resource
 import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -17,14 +19,20 @@ from tqdm.auto import tqdm
 
 from .adapters import SharedNetwork
 from .batch import Batch
+from .checkpoint import read_state
 from .config import TrainingConfig
 from .data import Draw, PromptBatches, PromptData
 from .families import ModelFamily
+from .files import writing
 from .generator import OneStepGenerator
 from .learner import Learner, in_precision, tuned
 from .objectives import OBJECTIVES
 from .run_folder import RunFolder, flat
 from .score_model import ScoreModel
+from .signals import SignalHandler, signal_handler
+
+
+T = TypeVar("T")
 
 
 class Stage(ABC):
@@ -85,6 +93,7 @@ class Stage(ABC):
         self._first_bad_step: dict[str, Tensor] = {}
         self._totals: dict[str, Tensor] = {}
         self._counted = 0
+        self._signals: Tensor | None = None
 
     # What a stage is ---------------------------------------------------------------------------------------------
 
@@ -143,12 +152,18 @@ class Stage(ABC):
         """The generator's samples, without a graph."""
         return [self.generator(batch.noise, batch.condition) for batch in batches]
 
+    @cached_property
+    def checkpoint(self) -> Path | None:
+        """The whole checkpoint to go on from, the same on every process; `None` to begin at the start."""
+        folder = RunFolder(self.config.output_dir)
+        return decided_by_main(lambda: folder.checkpoint_to_resume(self.name, self.config.resume_from_checkpoint))
+
     def resume(self) -> int:
         """Goes on from a checkpoint, if that was asked for and there is one. Returns the steps done."""
-        checkpoint = self.folder.checkpoint_to_resume(self.name, self.config.resume_from_checkpoint)
+        checkpoint = self.checkpoint
         if checkpoint is None:
             return 0
-        state = json.loads((checkpoint / "stage.json").read_text())
+        state = read_state(checkpoint)
         changed = {
             k: (state["identity"].get(k), v) for k, v in self.identity().items() if state["identity"].get(k) != v
         }
@@ -168,6 +183,7 @@ class Stage(ABC):
         """All steps, from the start or from a checkpoint."""
         if self.accelerator.is_main_process:
             self.folder.claim(self.name, self.settings)
+            self.folder.clear_drafts(self.name)
         first = self.resume()
         tracked = {k: v for k, v in self.settings.items() if isinstance(v, (int, float, str, bool))}
         self.accelerator.init_trackers(self.config.tracker_project_name, tracked)
@@ -182,6 +198,27 @@ class Stage(ABC):
             unit="step",
             disable=not self.accelerator.is_local_main_process,
         )
+        handler = signal_handler()
+        try:
+            with handler.held():
+                self._train(first, loader, bar, handler)
+        finally:
+            bar.close()
+        self.check_finite()
+        if self.validates:
+            self._validate(self.steps)
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def _train(self, first: int, loader: Iterator[list[Draw]], bar: tqdm, handler: SignalHandler) -> None:
+        """The steps from `first` on. A signal ends them after a step, with a checkpoint.
+
+        Raises:
+            Interrupted: After a signal.
+        """
+        if self.validates and 0 < first < self.steps and first % self.config.validation_steps == 0:
+            with handler.held(False):
+                self._validate(first)  # which the checkpoint does not know of
         started = time.monotonic()
         for step in range(first, self.steps):
             done = step + 1
@@ -197,19 +234,33 @@ class Stage(ABC):
             validates = self.validates and done % self.config.validation_steps == 0 and done < self.steps
             if saves or validates:
                 self.seconds += time.monotonic() - started
-                if validates:
-                    self._validate(done)
                 if saves:
                     self._save(done)
                 started = time.monotonic()
+            if self._has_to_end(handler, is_last=done == self.steps):
+                if not saves:
+                    self.seconds += time.monotonic() - started
+                    self._save(done)
+                handler.raise_if_received()
+            if validates:  # after it was saved: it may take long, and does not have to be waited for
+                with handler.held(False):
+                    self._validate(done)
+                started = time.monotonic()
             if done == self.steps:  # a stage may have put its end nearer
                 break
-        bar.close()
-        self.check_finite()
-        if self.validates:
-            self._validate(self.steps)
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+
+    def _has_to_end(self, handler: SignalHandler, is_last: bool) -> bool:
+        """Whether any process had a signal. Of several, each learns of it a step later, so that none waits for its device;
+        and all at the same step."""
+        if not handler.is_installed:
+            return False
+        if self.accelerator.num_processes > 1:
+            own = torch.tensor([handler.received or 0], device=self.accelerator.device)
+            before, self._signals = self._signals, self.accelerator.gather(own)
+            known = self._signals if is_last or before is None else before
+            handler.received = handler.received or int(known.max()) or None
+            return bool(known.any())
+        return handler.received is not None
 
     def say(self, what: str) -> None:
         """Prints a line above the progress bar, on the main process."""
@@ -277,12 +328,18 @@ class Stage(ABC):
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        for learner in self.learners:
-            learner.save(draft)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            state = {"step": done, "identity": self.identity(), **self.summary(), "curve": self.curve, **self.state()}
-            self.folder.finish_checkpoint(self.name, done, state, self.config.checkpoints_total_limit)
+        try:
+            with writing(draft):
+                for learner in self.learners:
+                    learner.save(draft)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                state = {"step": done, "identity": self.identity(), **self.summary(), "curve": self.curve}
+                state |= self.state()
+                self.folder.finish_checkpoint(self.name, done, state, self.config.checkpoints_total_limit)
+        except OSError:
+            shutil.rmtree(draft, ignore_errors=True)  # of a full disk it may be the larger part
+            raise
         self.accelerator.wait_for_everyone()
 
 
@@ -290,6 +347,31 @@ def process_state() -> PartialState:
     """This process among the others, as `accelerate launch` set them up. To be called before any Accelerator is made."""
     # Others wait while the main process draws pictures or fills a cache, which may take hours.
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=24))
+
+
+def decided_by_main(decide: Callable[[], T]) -> T:
+    """What the main process decides, on every process; so is its error.
+
+    Args:
+        decide (`Callable`): Called on the main process alone.
+
+    Raises:
+        ValueError: As `decide` does.
+    """
+    state = process_state()
+    decided: T | None = None
+    problem: Exception | None = None
+    if state.is_main_process:
+        try:
+            decided = decide()
+        except (ValueError, OSError) as error:
+            problem = error
+    decided, told = broadcast_object_list([decided, problem and str(problem)])
+    if problem is not None:
+        raise problem
+    if told is not None:
+        raise ValueError(told)
+    return decided
 
 
 def peak_memory_mb(device: torch.device) -> float:

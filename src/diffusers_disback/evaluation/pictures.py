@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..files import written_whole
+
 
 def picture_grid(rows: dict[str, list[Tensor]], columns: list[str], file: Path, cell_inches: float = 1.3) -> None:
     """Writes a grid of pictures, a title over each column and a caption left of each row.
@@ -34,7 +36,8 @@ def picture_grid(rows: dict[str, list[Tensor]], columns: list[str], file: Path, 
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=8, parse_math=False)
     figure.tight_layout(pad=0.4)
-    figure.savefig(file, dpi=100)
+    with written_whole(file) as draft:
+        figure.savefig(draft, dpi=100)
     plt.close(figure)
 
 
@@ -67,7 +70,8 @@ def convergence_plot(
         axis.legend(fontsize=7, loc="best")
     axes[-1, 0].set_xlabel("generator updates")
     figure.tight_layout()
-    figure.savefig(file, dpi=100)
+    with written_whole(file) as draft:
+        figure.savefig(draft, dpi=100)
     plt.close(figure)
 
 

@@ -163,17 +163,15 @@ class Report:
         drawn = self.shown["teacher"]
         draw_path(path, self.teacher, self.gallery, scales, self.teacher_steps, file, last, drawn, self.dtype)
 
-    def write(self, folder: Path, **others: Any) -> dict[str, Any]:
-        """Writes `report.json`: the measures by name, and what else is passed."""
+    def content(self, **others: Any) -> dict[str, Any]:
+        """What `report.json` holds: the measures by name, and what else is passed."""
         evaluation = {
             "name": self.evaluation.name,
             "type": self.evaluation.type,
             "num_pictures": len(self.evaluation.prompts),
             "seed": self.evaluation.seed,
         }
-        report = {**self.measures, "evaluation": evaluation, "example_prompt": self.gallery.prompts[0], **others}
-        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
-        return report
+        return {**self.measures, "evaluation": evaluation, "example_prompt": self.gallery.prompts[0], **others}
 
     def _keep(self, name: str, pictures: Tensor, seconds: float, shown: Tensor) -> dict[str, float]:
         measures = {key: round(value, 6) for key, value in self.evaluation.measure(pictures).items()}
