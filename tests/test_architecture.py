@@ -12,7 +12,7 @@ import diffusers_disback
 
 SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
-    {"files", "weights", "noise_schedule", "pipeline", "batch", "target_schedule", "node_spacing"},
+    {"files", "ranges", "weights", "noise_schedule", "pipeline", "batch", "target_schedule", "node_spacing"},
     {"repository", "manifest"},
     {"single_file"},
     {"score_model", "model_reference", "cards", "condition_cache", "allocations"},
