@@ -12,7 +12,17 @@ import diffusers_disback
 
 SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
-    {"files", "ranges", "weights", "noise_schedule", "pipeline", "batch", "target_schedule", "node_spacing"},
+    {
+        "files",
+        "ranges",
+        "truncation",
+        "weights",
+        "noise_schedule",
+        "pipeline",
+        "batch",
+        "target_schedule",
+        "node_spacing",
+    },
     {"repository", "manifest"},
     {"single_file"},
     {"score_model", "model_reference", "cards", "condition_cache", "allocations"},

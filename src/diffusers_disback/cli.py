@@ -11,6 +11,7 @@ from .ranges import number
 
 
 if TYPE_CHECKING:
+    from .families import ModelFamily
     from .model_reference import ModelReference
     from .path import DegradationPath
 
@@ -83,8 +84,19 @@ def draw(path: "DegradationPath", prompts: list[str], guidance_scale: float, ste
     from .families import load_family
 
     disable_progress_bar()
-    pipeline = many_step_pipeline(load_family(path.teacher, path.cache_dir).pipeline)
+    family = load_family(path.teacher, path.cache_dir)
+    tell_truncation(family, prompts)
+    pipeline = many_step_pipeline(family.pipeline)
     draw_path(path, pipeline, Evaluation(prompts), [guidance_scale] * (len(path) + 1), steps, file)
+
+
+def tell_truncation(family: "ModelFamily", prompts: list[str]) -> None:
+    """Says if prompts are longer than the text encoders read."""
+    from .truncation import truncation
+
+    told = truncation(family.tokenizers, prompts)
+    if told:
+        print(told, file=sys.stderr)
 
 
 def path_verify(parsed: argparse.Namespace) -> None:
@@ -118,6 +130,7 @@ def timestep_sweep(parsed: argparse.Namespace) -> None:
     prompts = (
         parsed.prompt if parsed.prompts_file is None else list(PromptFile(parsed.prompts_file, parsed.num_prompts))
     )
+    tell_truncation(family, prompts)
     repeated = [prompt for prompt in prompts for _ in range(parsed.num_images_per_prompt)]
     teacher = family.pipeline.to(device())
     evaluation, picture = Evaluation(repeated, batch_size=parsed.batch_size), Path(parsed.output)
