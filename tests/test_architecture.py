@@ -12,7 +12,10 @@ import diffusers_disback
 
 SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
-    {"signals", "files", "weights", "noise_schedule", "pipeline", "batch", "target_schedule", "node_spacing"},
+    {
+        *("files", "ranges", "signals", "truncation", "weights", "noise_schedule", "pipeline", "batch"),
+        *("target_schedule", "node_spacing"),
+    },
     {"repository", "manifest", "lock", "command"},
     {"single_file", "checkpoint"},
     {"score_model", "model_reference", "cards", "condition_cache", "allocations"},

@@ -1,9 +1,13 @@
+import hashlib
 import json
+import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
+from diffusers_disback.condition_cache import digest
 from diffusers_disback.config import TrainingConfig
 from diffusers_disback.data import PromptBatches, PromptData, PromptFile
 from diffusers_disback.run import load_prompts
@@ -119,6 +123,173 @@ def test_prompt_files_that_are_none(tmp_path):
     (tmp_path / "bytes.txt").write_bytes(b"fine\n\xff\xfe\n")
     with pytest.raises(ValueError, match="line 2 is not UTF-8"):
         PromptFile(tmp_path / "bytes.txt")
+
+
+TEXT = "a cat\na dög 猫\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        TEXT.replace("\n", "\r\n").encode(),
+        TEXT.replace("\n", "\r").encode(),
+        TEXT.strip().encode(),
+        TEXT.encode("utf-8-sig"),
+        TEXT.encode("utf-16"),
+        b"\xfe\xff" + TEXT.encode("utf-16-be"),
+        TEXT.replace("\n", "\r\n").encode("utf-16"),
+        TEXT.encode("utf-32"),
+        ("\ufeff" + TEXT.replace("\n", "\n\ufeff")).encode(),
+        b"\xef\xbb\xbf\n \n" + TEXT.replace("cat", "\t cat ").encode(),
+    ],
+    ids=["CRLF", "CR", "no end", "BOM", "UTF-16", "big-endian", "UTF-16 CRLF", "UTF-32", "BOM a line", "blanks"],
+)
+def test_prompt_files_of_other_programs(tmp_path, content):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    prompts = PromptFile(file)
+    assert list(prompts) == ["a cat", "a dög 猫"] and prompts[-1] == "a dög 猫"
+    assert digest(prompts) == f"{hashlib.sha256(content).hexdigest()} 2"
+    assert list(pickle.loads(pickle.dumps(prompts))) == list(prompts)
+
+
+def test_prompt_files_across_the_reader_s_blocks(tmp_path):
+    """Lines, line ends and characters of several bytes lie across the borders of what is read at once."""
+    wanted = [f"{number} " + "ü猫" * (number % 50 + 1) for number in range(2000)]
+    for encoding, end in (("utf-8", "\r\n"), ("utf-8", "\r"), ("utf-16", "\n")):
+        (tmp_path / "prompts.txt").write_bytes((end.join(wanted)).encode(encoding))
+        assert list(PromptFile(tmp_path / "prompts.txt")) == wanted
+
+
+def test_prompt_files_that_are_no_prompts_are_told_with_what_to_do(tmp_path):
+    import bz2
+    import gzip
+    import lzma
+    import zipfile
+
+    file = tmp_path / "prompts.txt"
+    row = {"file_name": "1.png", "text": "a cat"}
+    with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
+        archive.writestr("prompts.txt", TEXT)
+    contents = {
+        "holds a NUL character.*UTF-16LE": [TEXT.encode("utf-16-le"), b"a cat\na \0dog\n", b"\0" * 100],
+        "line 2 is not UTF-8.*WINDOWS-1252": ["a cat\na dög\n".encode("latin-1"), "a cat\ra dög".encode("latin-1")],
+        "begins as UTF-16-LE, but is none": [b"\xff\xfea\0\0\xd8\n\0"],
+        "gzip archive; unpack": [gzip.compress(TEXT.encode())],
+        "zip archive": [(tmp_path / "zip").read_bytes()],
+        "bzip2": [bz2.compress(TEXT.encode())],
+        "xz archive": [lzma.compress(TEXT.encode())],
+        "a picture": [b"\x89PNG\r\n\x1a\n"],
+        "is a table or JSON.*--train_data_dir.*--caption_column": [
+            (json.dumps(row) + "\n").encode() * 2,
+            ("\n" + json.dumps([row])).encode("utf-8-sig"),
+            json.dumps([row], indent=2).encode(),
+            b"file_name,text\n1.png,a cat\n",
+            b'"id"\t"caption"\n1\ta cat\n',
+        ],
+        "is empty": [b"", b"\xef\xbb\xbf", b" \n\r\n\t\n"],
+        "more than 1,000,000 characters": [b"a" * 1_000_001],
+    }
+    for message, bad in contents.items():
+        for content in bad:
+            file.write_bytes(content)
+            with pytest.raises(ValueError, match=f"prompts.txt.*{message}"):
+                PromptFile(file)
+    (tmp_path / "captions.csv").write_text("text\na cat\n")
+    with pytest.raises(ValueError, match="is a table or JSON"):
+        PromptFile(tmp_path / "captions.csv")
+    for prompt in ("text, logo, simple", "[a cat]", "{a cat|a dog}", "a,b", "BZh", "PKZIP"):  # these are prompts
+        file.write_text(prompt)
+        assert list(PromptFile(file)) == [prompt]
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "pipe", "is no regular file"),
+        ("/dev/null", "regular"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PromptFile(name)
+
+
+def test_a_prompts_file_that_changes_while_it_is_used_is_told(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text(TEXT)
+    prompts = PromptFile(file)
+    os.utime(file, (1, 1))
+    assert prompts[1] == "a dög 猫", "it was only touched"
+    file.write_text(TEXT.replace("cat", "cow"))
+    with pytest.raises(ValueError, match="prompts.txt has changed since it was read"):
+        prompts[1]
+    file.unlink()
+    with pytest.raises(ValueError, match="cannot be read any more: No such file"):
+        prompts[0]
+    file.write_text(TEXT)
+    assert prompts[0] == "a cat", "put back, as it was"
+
+
+def of_rows(folder, rows, streaming, **changes):
+    folder.mkdir(exist_ok=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    places = {"output_dir": f"{folder}-out", "cache_dir": f"{folder}-cache"}
+    return load_prompts(TrainingConfig(dataset_name=str(folder), dataset_streaming=streaming, **places, **changes))
+
+
+def test_captions_are_the_same_stored_or_streamed_and_few_numbers_are_held(tmp_path):
+    values = ["a cat", None, " a\ndog \t ", "", "\ufeffa\u2028cow", " \n", "a cat", "猫"]
+    wanted = ["a cat", "a dog", "a cow", "a cat", "猫"]
+    stored, streamed = (of_rows(tmp_path / "a", [{"text": v} for v in values], how) for how in (False, True))
+    assert list(stored) == list(streamed) == wanted and stored[-1] == "猫" and stored.kept.dtype == np.int64
+    assert digest(stored) == digest(wanted)
+    assert list(pickle.loads(pickle.dumps(stored))) == wanted
+    for streaming in (False, True):
+        few = of_rows(tmp_path / f"b{streaming}", [{"text": v} for v in values], streaming, max_train_samples=3)
+        assert list(few) == wanted[:2], "three rows, of which one has no caption"
+
+
+def test_values_that_are_no_captions_are_refused_with_row_and_column(tmp_path):
+    told = "Row 1 of column 'text' is a {}, not a text. Name a column with one text a row by --caption_column"
+    cases = {
+        told.format("list"): [None, ["a", "b"]],
+        told.format("dict"): [None, {"en": "a cat"}],
+        told.format("int"): [None, 3],
+        told.format("float"): [None, 0.5],
+        told.format("bool"): [None, True],
+        "Row 1 of column 'text' holds a NUL": ["a", "b\0"],
+        "Column 'text' of the data set holds no captions: all of its 2 rows": [None, " "],
+    }
+    for number, (message, values) in enumerate(cases.items()):
+        for streaming in (False, True):
+            with pytest.raises(ValueError, match=message):
+                of_rows(tmp_path / f"{number}", [{"text": value} for value in values], streaming)
+        assert not list(tmp_path.rglob("captions*")), "nothing is left for the next run"
+
+
+def test_data_sets_that_cannot_be_read_are_told(tmp_path):
+    (tmp_path / "file.jsonl").write_text('{"text": "a"}')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "latin").mkdir()
+    (tmp_path / "latin" / "train.csv").write_bytes("text\na dög\n".encode("latin-1"))
+    for source, message in (
+        (
+            {"dataset_name": str(tmp_path / "file.jsonl")},
+            "--dataset_name .*file.jsonl is a file, but a folder is needed",
+        ),
+        ({"train_data_dir": str(tmp_path / "file.jsonl")}, "--train_data_dir .*file.jsonl is a file"),
+        (
+            {"train_data_dir": str(tmp_path / "nowhere")},
+            "--train_data_dir .*nowhere cannot be read: there is no such folder",
+        ),
+        ({"dataset_name": str(tmp_path / "broken")}, "broken' cannot be read"),
+        ({"dataset_name": str(tmp_path / "latin")}, "latin' cannot be read"),
+    ):
+        for streaming in (False, True):
+            places = {"output_dir": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache")}
+            with pytest.raises(ValueError, match=message):
+                load_prompts(TrainingConfig(**source, **places, dataset_streaming=streaming))
 
 
 def test_captions_of_an_image_folder_and_of_a_data_set(tmp_path):

@@ -1,8 +1,11 @@
+import warnings
+
 import numpy as np
 import pytest
 import scipy.linalg
 import tiny
 import torch
+from PIL import Image
 from torch import nn
 
 from diffusers_disback.evaluation import EVALUATORS, DriftEvaluator, Evaluation, FrechetDistance
@@ -114,3 +117,34 @@ def test_noise_and_wrong_pictures_score_badly(judge, held_out):
     assert one_picture["distance"] > 20 * floor, "collapse shows"
     shuffled = judge(real.roll(1, 0), captions)
     assert shuffled["distance"] == pytest.approx(floor, rel=1e-3) and shuffled["shape_accuracy"] < 0.5
+
+
+def test_labels_are_cut_and_characters_without_a_glyph_are_told_once(tmp_path, monkeypatch):
+    from diffusers_disback.evaluation import pictures
+    from diffusers_disback.evaluation.pictures import LABEL, label, picture_grid
+
+    assert label("a cat\non\ta mat") == "a cat on a mat"
+    assert label("a \x1b[31mred").split() == ["a", r"\x1b[31mred"]
+    for long in ("word " * 4000, "x" * 20_000, "a b" + " " * 20_000 + "c", "\x1b" * 200):
+        assert len(label(long)) <= LABEL + 20 and label(long).endswith("…")
+    picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    captions = ["".join(map(chr, range(0x4E00, 0x4E00 + 60))) * 400, "$x_1$ \\frac", "a" * 20_000]
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        picture_grid({caption: [picture] for caption in captions}, ["a column"], tmp_path / "labels.png")
+    (told,) = [str(warning.message) for warning in heard if "font" in str(warning.message)]
+    assert "labels.png: the font lacks 60 of the characters" in told
+    with Image.open(tmp_path / "labels.png") as drawn:
+        assert drawn.width < 400 and drawn.height < 500
+    monkeypatch.setattr(pictures, "WIDEST", 4)
+    for rows, columns in ((12, 1), (1, 12)):
+        picture_grid({str(row): [picture] * columns for row in range(rows)}, [""] * columns, tmp_path / "many.png")
+        with Image.open(tmp_path / "many.png") as drawn:
+            assert max(drawn.size) <= 100 * 5, "pictures shrink before they are too many for one file"
+
+
+def test_other_warnings_of_a_picture_are_passed_on(tmp_path):
+    from diffusers_disback.evaluation.pictures import glyphs_told_once
+
+    with pytest.warns(UserWarning, match="something else"), glyphs_told_once(tmp_path / "x.png"):
+        warnings.warn("something else", stacklevel=1)

@@ -453,7 +453,7 @@ def test_numbers_out_of_range_are_refused():
         ({"guidance_scale": 0.5}, "--guidance_scale has to be at least 1"),
         ({"ema_decay": 1.0}, "--ema_decay has to be in"),
         ({"target_schedule": "soon"}, "--target_schedule 'soon' is none of fixed, geometric, adaptive"),
-        ({"target_ratio": 0.0}, "--target_ratio has to be above 0"),
+        ({"target_ratio": 0.0}, "--target_ratio has to be in"),
         ({"target_share": 0.0}, "--target_share has to be in"),
         ({"target_fall": 0.0}, "--target_fall has to be in"),
         ({"mismatch_steps": 0}, "--mismatch_steps has to be at least 1"),

@@ -19,6 +19,7 @@ from .generator import OneStepGenerator
 from .learner import AdapterLearner, Learner, add_adapter, shared_base
 from .mismatch import MismatchProbe, answers, compare, gaps, mean
 from .path import DegradationPath
+from .ranges import check_settings
 from .target_schedule import FALL, SHARE, TARGET_SCHEDULES, Measure, TargetSchedule
 from .trainer import Stage
 
@@ -32,12 +33,15 @@ class BacktrackingConfig:
     """
 
     max_train_steps: int = setting(
-        20000, "Generator updates of stage 2. DisBack, for SDXL: 100,000 steps with one generator update in five."
+        20000,
+        "Generator updates of stage 2. DisBack, for SDXL: 100,000 steps with one generator update in five.",
+        minimum=1,
     )
     steps_per_target: int = setting(
         200,
         "Generator updates with each of the targets N-1..1; the teacher takes the rest. DisBack, for SDXL: 1,000 "
         "steps with one generator update in five.",
+        minimum=1,
     )
     target_schedule: Literal["fixed", "geometric", "adaptive"] = setting(
         "adaptive",
@@ -45,48 +49,43 @@ class BacktrackingConfig:
         "--steps_per_target on average; adaptive as soon as it is hardly nearer to the student than the next node is, or "
         "the student is on its way to it, after --steps_per_target at the latest.",
     )
-    target_ratio: float = setting(1.5, "Of the geometric schedule: the length of a phase over that of the one before.")
+    target_ratio: float = setting(
+        1.5, "Of the geometric schedule: the length of a phase over that of the one before.", above=0, maximum=100
+    )
     target_share: float = setting(
         SHARE,
         "Of the adaptive schedule: leave a node when its mismatch with the student is above this share of the next one's.",
+        above=0,
+        maximum=1,
     )
     target_fall: float = setting(
         FALL,
         "Of the adaptive schedule: leave a node when its mismatch with the student has fallen by this share of its "
         "highest, at two measures running. 1: never.",
+        above=0,
+        maximum=1,
     )
     mismatch_steps: int | None = setting(
         None,
         "Of the adaptive schedule: measure the mismatch every so many generator updates; by default a tenth of "
         "--steps_per_target. It takes three measures to see a fall.",
+        minimum=1,
     )
-    guidance_scale: float = setting(8.0, "The teacher's classifier-free guidance, w. DMD2 and DisBack, for SDXL: 8.")
+    guidance_scale: float = setting(
+        8.0, "The teacher's classifier-free guidance, w. DMD2 and DisBack, for SDXL: 8.", minimum=1
+    )
     guidance_schedule: Literal["ramp", "constant"] = setting(
         "ramp",
         "Guidance of the targets: ramp grows from 1 at the most degraded target to w at the teacher; constant is w on "
         "all of them, as in the published code.",
     )
-    generator_learning_rate: float = setting(5e-7, "Of the generator. DMD2, for SDXL: 5e-7.")
-    fake_score_updates: int = setting(5, "Fake-score updates per generator update. DMD2: five.")
+    generator_learning_rate: float = setting(5e-7, "Of the generator. DMD2, for SDXL: 5e-7.", above=0)
+    fake_score_updates: int = setting(5, "Fake-score updates per generator update. DMD2: five.", minimum=1)
     use_ema: bool = setting(False, "Keep an average of the student's weights, and publish it.")
-    ema_decay: float = setting(0.999, "Of that average.")
+    ema_decay: float = setting(0.999, "Of that average.", minimum=0, below=1)
 
     def __post_init__(self):
-        for name in ("max_train_steps", "steps_per_target", "fake_score_updates", "mismatch_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} has to be at least 1, but is {getattr(self, name)}.")
-        if self.target_schedule not in TARGET_SCHEDULES:
-            raise ValueError(f"--target_schedule {self.target_schedule!r} is none of {', '.join(TARGET_SCHEDULES)}.")
-        if self.target_ratio <= 0:
-            raise ValueError(f"--target_ratio has to be above 0, but is {self.target_ratio}.")
-        if not 0 < self.target_share <= 1:
-            raise ValueError(f"--target_share has to be in (0, 1], but is {self.target_share}.")
-        if not 0 < self.target_fall <= 1:
-            raise ValueError(f"--target_fall has to be in (0, 1], but is {self.target_fall}.")
-        if self.guidance_scale < 1:
-            raise ValueError(f"--guidance_scale has to be at least 1 (no guidance), but is {self.guidance_scale}.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"--ema_decay has to be in [0, 1), but is {self.ema_decay}.")
+        check_settings(self)
 
     @property
     def mismatch_every(self) -> int:

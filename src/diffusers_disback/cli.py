@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .ranges import number
 
 
 if TYPE_CHECKING:
+    from .families import ModelFamily
     from .model_reference import ModelReference
     from .path import DegradationPath
 
@@ -82,8 +84,19 @@ def draw(path: "DegradationPath", prompts: list[str], guidance_scale: float, ste
     from .families import load_family
 
     disable_progress_bar()
-    pipeline = many_step_pipeline(load_family(path.teacher, path.cache_dir).pipeline)
+    family = load_family(path.teacher, path.cache_dir)
+    tell_truncation(family, prompts)
+    pipeline = many_step_pipeline(family.pipeline)
     draw_path(path, pipeline, Evaluation(prompts), [guidance_scale] * (len(path) + 1), steps, file)
+
+
+def tell_truncation(family: "ModelFamily", prompts: list[str]) -> None:
+    """Says if prompts are longer than the text encoders read."""
+    from .truncation import truncation
+
+    told = truncation(family.tokenizers, prompts)
+    if told:
+        print(told, file=sys.stderr)
 
 
 def path_verify(parsed: argparse.Namespace) -> None:
@@ -117,6 +130,7 @@ def timestep_sweep(parsed: argparse.Namespace) -> None:
     prompts = (
         parsed.prompt if parsed.prompts_file is None else list(PromptFile(parsed.prompts_file, parsed.num_prompts))
     )
+    tell_truncation(family, prompts)
     repeated = [prompt for prompt in prompts for _ in range(parsed.num_images_per_prompt)]
     teacher = family.pipeline.to(device())
     evaluation, picture = Evaluation(repeated, batch_size=parsed.batch_size), Path(parsed.output)
@@ -275,14 +289,23 @@ def parser() -> argparse.ArgumentParser:
         help="if not what its scheduler's config says",
     )
     sweep.add_argument("--pretrained_vae_model_name_or_path", help="an autoencoder in place of the teacher's own")
-    sweep.add_argument("--timesteps", type=int, nargs="+", default=[99, 199, 299, 399, 499, 599, 699, 799, 899, 999])
+    sweep.add_argument(
+        "--timesteps",
+        type=number(True, minimum=0),
+        nargs="+",
+        default=[99, 199, 299, 399, 499, 599, 699, 799, 899, 999],
+    )
     sweep.add_argument("--prompt", action="append", help="can be given several times")
     sweep.add_argument("--prompts_file", help="a text file with one prompt a line, instead")
-    sweep.add_argument("--num_prompts", type=int, default=16, help="of the file, from the top")
-    sweep.add_argument("--num_images_per_prompt", type=int, default=4)
-    sweep.add_argument("--batch_size", type=int, default=4, help="pictures drawn at once")
-    sweep.add_argument("--guidance_scale", type=float, default=7.5, help="of the teacher's many-step pictures")
-    sweep.add_argument("--num_inference_steps", type=int, default=25, help="of their sampler (DDIM)")
+    sweep.add_argument("--num_prompts", type=number(True, minimum=1), default=16, help="of the file, from the top")
+    sweep.add_argument("--num_images_per_prompt", type=number(True, minimum=1), default=4)
+    sweep.add_argument("--batch_size", type=number(True, minimum=1), default=4, help="pictures drawn at once")
+    sweep.add_argument(
+        "--guidance_scale", type=number(False, minimum=1), default=7.5, help="of the teacher's many-step pictures"
+    )
+    sweep.add_argument(
+        "--num_inference_steps", type=number(True, minimum=1, maximum=1000), default=25, help="of their sampler (DDIM)"
+    )
     sweep.add_argument("--output", default="timesteps.png", help="the picture; the table goes beside it, as JSON")
 
     halving = command(commands, "half", half)
@@ -291,7 +314,9 @@ def parser() -> argparse.ArgumentParser:
     lora.add_argument("student", help="a folder, or a model on the Hub")
     lora.add_argument("pretrained_model_name_or_path", help="its teacher: a folder, a model on the Hub, or a file")
     lora.add_argument("output", help="the folder to write into")
-    lora.add_argument("--rank", type=int, default=64, help="of every layer; alpha is the same")
+    lora.add_argument(
+        "--rank", type=number(True, minimum=1, maximum=4096), default=64, help="of every layer; alpha is the same"
+    )
     add_version_of_teacher(lora)
 
     path = commands.add_parser("path", help="look at a degradation path").add_subparsers(dest="verb", required=True)
@@ -303,8 +328,15 @@ def parser() -> argparse.ArgumentParser:
         if name == "show":
             made.add_argument("--table", action="store_true", help="draw nothing, and do not load the teacher")
             made.add_argument("--prompt", action="append", help="a row of the picture; can be given several times")
-            made.add_argument("--guidance_scale", type=float, default=1.0, help="of the teacher and of every node")
-            made.add_argument("--num_inference_steps", type=int, default=25, help="of the sampler (DDIM)")
+            made.add_argument(
+                "--guidance_scale", type=number(False, minimum=1), default=1.0, help="of the teacher and of every node"
+            )
+            made.add_argument(
+                "--num_inference_steps",
+                type=number(True, minimum=1, maximum=1000),
+                default=25,
+                help="of the sampler (DDIM)",
+            )
             made.add_argument("--output", default="path.png", help="the picture")
     return top
 

@@ -9,14 +9,23 @@ from diffusers.optimization import SchedulerType
 from .adapters import TARGET_MODULES
 from .model_reference import ModelReference
 from .objectives import OBJECTIVES
+from .ranges import Help, Range, check_settings
 from .repository import is_repo_id
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with its help on the command line."""
+def setting(default: Any, help: str, may_be_empty: bool = False, **bounds: float) -> Any:
+    """A dataclass field with its help on the command line, and the numbers that it takes.
+
+    Args:
+        default (`Any`): Its value if nothing is said.
+        help (`str`): On the command line.
+        may_be_empty (`bool`): Of a list: whether its texts may be empty.
+        bounds (`float`): Of a number's `Range`: `minimum`, `above`, `below`, `maximum`.
+    """
+    metadata = {"help": Help(help, Range(**bounds), may_be_empty)}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -53,7 +62,7 @@ class TrainingConfig:
         None, "Start the student from the UNet of this folder, Hub model or file instead of the teacher's copy."
     )
     conditioning_timestep: int = setting(
-        399, 'The timestep at which the student is asked. DMD2, for SDXL: "conditioned at timestep 399".'
+        399, 'The timestep at which the student is asked. DMD2, for SDXL: "conditioned at timestep 399".', minimum=0
     )
 
     # The prompts
@@ -66,13 +75,15 @@ class TrainingConfig:
     )
     train_data_dir: str | None = setting(None, "An image folder with a metadata.jsonl; only its captions are read.")
     caption_column: str = setting("text", "The data set's column of captions.")
-    max_train_samples: int | None = setting(None, "Use this many prompts at most, from the top.")
+    max_train_samples: int | None = setting(None, "Use this many prompts at most, from the top.", minimum=1)
     cache_conditions: Literal["auto", "disk", "off"] = setting(
         "auto",
         "Encode prompts once and keep their conditions: auto keeps few in memory and many on disk if they take at most "
         "half of what is free; disk is always on disk; off encodes every batch when it is needed.",
     )
-    resolution: int | None = setting(None, "The pictures' side in pixels; by default what the teacher was made for.")
+    resolution: int | None = setting(
+        None, "The pictures' side in pixels; by default what the teacher was made for.", minimum=8, maximum=16384
+    )
     cache_dir: str | None = setting(None, "Where downloaded models and data sets are kept.")
 
     # The run
@@ -86,15 +97,15 @@ class TrainingConfig:
     )
     degradation_path_revision: str | None = setting(None, "Branch, tag or commit of a path on the Hub.")
     path_disk_budget_gb: float | None = setting(
-        None, "Of a path on the Hub: delete nodes that are behind when downloads take more than this."
+        None, "Of a path on the Hub: delete nodes that are behind when downloads take more than this.", above=0
     )
     output_dir: str = setting("disback-model", "Where everything is written.")
-    seed: int = setting(0, "All of a run's randomness follows from it.")
+    seed: int = setting(0, "All of a run's randomness follows from it.", minimum=0, maximum=2**32 - 1)
     resume_from_checkpoint: str | None = setting(
         None, '"latest", or the folder of a checkpoint of this run: go on from there.'
     )
-    checkpointing_steps: int = setting(500, "Save what is needed to resume every so many steps.")
-    checkpoints_total_limit: int | None = setting(None, "Keep this many checkpoints of each stage at most.")
+    checkpointing_steps: int = setting(500, "Save what is needed to resume every so many steps.", minimum=1)
+    checkpoints_total_limit: int | None = setting(None, "Keep this many checkpoints of each stage at most.", minimum=1)
 
     # The Hub
     push_to_hub: bool = setting(False, "Push the path, node by node as it is recorded, and the student.")
@@ -110,9 +121,14 @@ class TrainingConfig:
 
     # Adapters on one shared network, in place of whole networks
     lora_rank: int | None = setting(
-        None, "Train adapters of this rank on one frozen teacher, in place of whole networks: far less memory."
+        None,
+        "Train adapters of this rank on one frozen teacher, in place of whole networks: far less memory.",
+        minimum=1,
+        maximum=4096,
     )
-    lora_alpha: float | None = setting(None, "Scales an adapter's update by alpha / rank; by default the rank.")
+    lora_alpha: float | None = setting(
+        None, "Scales an adapter's update by alpha / rank; by default the rank.", above=0
+    )
     lora_target_modules: list[str] = setting(
         TARGET_MODULES, "Ends of the names of the adapted layers. diffusers, for an LCM-LoRA of SDXL: these."
     )
@@ -128,22 +144,23 @@ class TrainingConfig:
 
     # Optimisation
     objective: str = setting("dmd", f"How the generator learns from two scores: {', '.join(OBJECTIVES)}.")
-    train_batch_size: int = setting(1, "Samples per process and forward pass.")
-    gradient_accumulation_steps: int = setting(1, "Forward passes per update, of each network.")
+    train_batch_size: int = setting(1, "Samples per process and forward pass.", minimum=1)
+    gradient_accumulation_steps: int = setting(1, "Forward passes per update, of each network.", minimum=1)
     gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: slower, smaller.")
     fake_score_learning_rate: float = setting(
-        5e-7, "Of the fake score; in stage 1 times --degradation_lr_multiplier. DMD2, for SDXL: 5e-7."
+        5e-7, "Of the fake score; in stage 1 times --degradation_lr_multiplier. DMD2, for SDXL: 5e-7.", above=0
     )
     lr_scheduler: str = setting("constant_with_warmup", "As of diffusers.optimization.get_scheduler.")
     lr_warmup_steps: int = setting(
         500,
         "Updates of each network until its learning rate is reached; in stage 1 a tenth of its updates at most. DMD2: 500.",
+        minimum=0,
     )
-    adam_beta1: float = setting(0.9, "AdamW's first beta.")
-    adam_beta2: float = setting(0.999, "AdamW's second beta.")
-    adam_weight_decay: float = setting(1e-2, "AdamW's weight decay. DMD2: 0.01.")
-    adam_epsilon: float = setting(1e-8, "AdamW's epsilon.")
-    max_grad_norm: float = setting(10.0, "Gradients are clipped to this norm. DMD2: 10.")
+    adam_beta1: float = setting(0.9, "AdamW's first beta.", minimum=0, below=1)
+    adam_beta2: float = setting(0.999, "AdamW's second beta.", minimum=0, below=1)
+    adam_weight_decay: float = setting(1e-2, "AdamW's weight decay. DMD2: 0.01.", minimum=0)
+    adam_epsilon: float = setting(1e-8, "AdamW's epsilon.", above=0, maximum=1)
+    max_grad_norm: float = setting(10.0, "Gradients are clipped to this norm. DMD2: 10.", above=0)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
         None, "Precision inside the networks; by default that of `accelerate config`."
     )
@@ -159,18 +176,22 @@ class TrainingConfig:
     )
     channels_last: bool = setting(False, "Lay networks out in memory with channels last: faster on some GPUs.")
     compile: bool = setting(False, "Compile the networks' repeated blocks by torch.compile.")
-    dataloader_num_workers: int = setting(0, "Processes that draw noise and prompts ahead.")
+    dataloader_num_workers: int = setting(0, "Processes that draw noise and prompts ahead.", minimum=0, maximum=256)
 
     # What is seen of it
     report_to: str = setting("tensorboard", "Any tracker that accelerate knows, all, or none.")
     logging_dir: str = setting("logs", "Folder of the tracker's files, in the output folder.")
-    logging_steps: int = setting(10, "Log losses every so many steps.")
+    logging_steps: int = setting(10, "Log losses every so many steps.", minimum=1)
     tracker_project_name: str = setting("diffusers-disback", "The project's name at the tracker.")
-    validation_prompts: list[str] = setting([], "Prompts of the sample pictures; by default the first of the data.")
-    num_validation_images: int = setting(
-        4, "Pictures of each validation prompt that are measured. (The shapes teacher is measured on 2,000 others.)"
+    validation_prompts: list[str] = setting(
+        [], "Prompts of the sample pictures; by default the first of the data.", may_be_empty=True
     )
-    validation_steps: int = setting(500, "Measure and draw the student every so many generator updates.")
+    num_validation_images: int = setting(
+        4,
+        "Pictures of each validation prompt that are measured. (The shapes teacher is measured on 2,000 others.)",
+        minimum=1,
+    )
+    validation_steps: int = setting(500, "Measure and draw the student every so many generator updates.", minimum=1)
 
     @property
     def teacher(self) -> ModelReference:
@@ -205,34 +226,21 @@ class TrainingConfig:
         return Path(self.degradation_path or Path(self.output_dir, "path"))
 
     def __post_init__(self):
+        check_settings(self)
         sources = [name for name in ("prompts_file", "dataset_name", "train_data_dir") if getattr(self, name)]
         if len(sources) > 1:
             raise ValueError(
                 f"Prompts come from one place, but {' and '.join('--' + name for name in sources)} are given."
             )
-        for name in (
-            "checkpointing_steps",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "logging_steps",
-            "num_validation_images",
-            "validation_steps",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} has to be at least 1, but is {getattr(self, name)}.")
         for name, known in (("objective", list(OBJECTIVES)), ("lr_scheduler", [kind.value for kind in SchedulerType])):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)!r} is none of {', '.join(known)}.")
-        if self.lora_rank is not None and self.lora_rank < 1:
-            raise ValueError(f"--lora_rank has to be at least 1, but is {self.lora_rank}.")
         if self.lora_rank is None and (
             self.lora_alpha is not None or set(self.lora_roles) != {"generator", "fake_score"}
         ):
             raise ValueError(
                 "--lora_alpha and --lora_roles are of adapters: pass --lora_rank, too, or leave them out."
             )
-        if self.lora_alpha is not None and self.lora_alpha <= 0:
-            raise ValueError(f"--lora_alpha has to be above 0, but is {self.lora_alpha}.")
         unknown = [role for role in self.lora_roles if role not in ("generator", "fake_score")]
         if unknown or not self.lora_roles:
             raise ValueError(f"--lora_roles {' '.join(unknown)}: roles are generator and fake_score.")
@@ -256,7 +264,3 @@ class TrainingConfig:
                 f"--hub_token together with --report_to {self.report_to} is refused: such trackers upload the command "
                 "line, and the token in it. Log in with `hf auth login` instead."
             )
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            raise ValueError(f"--checkpoints_total_limit has to be at least 1, but is {self.checkpoints_total_limit}.")
-        if self.max_train_samples is not None and self.max_train_samples < 1:
-            raise ValueError(f"--max_train_samples has to be at least 1, but is {self.max_train_samples}.")

@@ -18,6 +18,7 @@ from .learner import AdapterLearner, Learner, add_adapter, shared_base
 from .mismatch import MismatchProbe, answers, denoising_losses, mean
 from .node_spacing import earliest_end, evenly_spaced, footprints, is_flat
 from .path import DegradationPath
+from .ranges import check_settings
 from .trainer import Stage
 
 
@@ -33,16 +34,19 @@ class DegradationConfig:
         1000,
         "Fake-score updates of stage 1, with --degradation_stop at most. DisBack, for SDXL: 1,000 (its scripts; the "
         "paper's are not known to us).",
+        minimum=1,
     )
     num_path_nodes: int = setting(
         10,
         "N, the nodes recorded, evenly spaced; fewer if stage 1 ends by itself. DisBack, for SDXL: 10. 0 records nothing: "
         "plain DMD or Diff-Instruct.",
+        minimum=0,
     )
     degradation_lr_multiplier: float = setting(
         1.0,
         "Learning rate of stage 1 over --fake_score_learning_rate. Where that is low, 5 records the same path in a fifth of "
         "the steps.",
+        above=0,
     )
     node_spacing: Literal["steps", "mismatch"] = setting(
         "steps",
@@ -54,32 +58,23 @@ class DegradationConfig:
         "End stage 1 when its denoising loss has flattened: when doubling the updates brought less than this share of "
         "all that it has fallen by; not before a tenth of --degradation_steps, or twice the warm-up. The path then has "
         "fewer nodes. 0: never before --degradation_steps.",
+        minimum=0,
+        below=1,
     )
     proportion_empty_prompts: float = setting(
         0.1,
         "Share of stage 1's prompts that are dropped, if a node is used with guidance: without it a node's "
         "unconditional branch is never fitted.",
+        minimum=0,
+        below=1,
     )
 
     def __post_init__(self):
-        if self.num_path_nodes < 0:
-            raise ValueError(f"--num_path_nodes has to be at least 0, but is {self.num_path_nodes}.")
+        check_settings(self)
         if self.num_path_nodes > self.degradation_steps:
             raise ValueError(
                 f"--num_path_nodes {self.num_path_nodes} is more than --degradation_steps {self.degradation_steps}: "
                 "there is at most one node per step."
-            )
-        if self.node_spacing not in ("steps", "mismatch"):
-            raise ValueError(f"--node_spacing {self.node_spacing!r} is none of steps, mismatch.")
-        if self.degradation_lr_multiplier <= 0:
-            raise ValueError(
-                f"--degradation_lr_multiplier has to be above 0, but is {self.degradation_lr_multiplier}."
-            )
-        if not 0 <= self.degradation_stop < 1:
-            raise ValueError(f"--degradation_stop has to be in [0, 1), but is {self.degradation_stop}.")
-        if not 0 <= self.proportion_empty_prompts < 1:
-            raise ValueError(
-                f"--proportion_empty_prompts has to be in [0, 1), but is {self.proportion_empty_prompts}."
             )
 
     @property

@@ -34,6 +34,7 @@ from .repository import HubError
 from .run_folder import FREE_SETTINGS, RunFolder, flat
 from .signals import Interrupted
 from .trainer import decided_by_main
+from .truncation import truncation
 from .upload import repository_of
 
 
@@ -226,6 +227,11 @@ def prompt_data(
     cache = ConditionCache(folder, prompts, encode, partial(teacher.encoder_id, training.resolution))
     on_disk, why = choose_cache(cache, training.cache_conditions, CAPACITY)
     state.print(why, file=sys.stderr)
+    if state.is_main_process:
+        for texts, what in ((prompts, "prompts"), (training.validation_prompts, "validation prompts")):
+            told = truncation(teacher.tokenizers, texts, what)
+            if told:
+                print(told, file=sys.stderr)
     if not on_disk:
         return PromptData(prompts, encode, capacity=0 if training.cache_conditions == "off" else CAPACITY)
     with state.main_process_first(), writing(folder):

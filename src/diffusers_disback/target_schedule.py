@@ -1,5 +1,6 @@
 """When the target changes: policies that take generator updates, and recorded measures, to a node of the path."""
 
+import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -82,10 +83,18 @@ class GeometricSchedule(TargetSchedule):
     Args:
         num_nodes, steps_per_target, steps (`int`): As of `TargetSchedule`.
         ratio (`float`): Above 1 phases grow towards the teacher, below 1 they shrink; 1 is the fixed schedule.
+
+    Raises:
+        ValueError: Also if the last phase would be longer than numbers go.
     """
 
     def __init__(self, num_nodes: int, steps_per_target: int, steps: int, ratio: float):
         super().__init__(num_nodes, steps_per_target, steps)
+        if not 0 < ratio < math.inf or num_nodes * math.log(ratio) > 700:
+            raise ValueError(
+                f"--target_ratio {ratio} does not do for {num_nodes} nodes: the last phase would be {ratio}^{num_nodes - 2} "
+                "times as long as the first."
+            )
         self.ratio = ratio
 
     def switches(self, measures: Sequence[Measure] = ()) -> list[int]:

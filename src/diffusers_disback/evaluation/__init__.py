@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..truncation import told_once
 from .distance import FrechetDistance
 from .drift import DriftEvaluator
 
@@ -62,6 +63,7 @@ class Evaluation:
         self._negative: dict[str, Tensor] = {}
 
     @torch.no_grad()
+    @told_once()
     def encode(self, pipeline: DiffusionPipeline) -> None:
         """Encodes the prompts once, so that pipelines without text encoders can draw them.
 
@@ -91,6 +93,7 @@ class Evaluation:
         table = self._encoded | (self._negative if guided else {})
         return {name: tensor[rows] for name, tensor in table.items()}
 
+    @told_once()
     def draw(self, pipeline: DiffusionPipeline, **arguments: Any) -> tuple[Tensor, float]:
         """Pictures, `[N, 3, H, W]` uint8 on the CPU, and the seconds that one took.
 

@@ -1,12 +1,21 @@
 """What a run shows: grids of pictures with captions, and curves."""
 
+import re
 import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..files import written_whole
+from ..files import printable, written_whole
+
+
+LABEL = 110  # characters of a caption that are shown beside its pictures; the card and the report have all of it
+_MISSING = re.compile(r"Glyph .* missing from")
+WIDEST = 200  # inches that a picture takes at most; matplotlib refuses 2^16 dots
 
 
 def picture_grid(rows: dict[str, list[Tensor]], columns: list[str], file: Path, cell_inches: float = 1.3) -> None:
@@ -19,6 +28,7 @@ def picture_grid(rows: dict[str, list[Tensor]], columns: list[str], file: Path, 
         cell_inches (`float`): The side of a picture at 100 dots per inch.
     """
     plt = pyplot()
+    cell_inches = min(cell_inches, WIDEST / (max(len(rows), len(columns)) + 2))
     figure, axes = plt.subplots(
         len(rows),
         len(columns),
@@ -31,14 +41,39 @@ def picture_grid(rows: dict[str, list[Tensor]], columns: list[str], file: Path, 
             axis.set_xticks([])
             axis.set_yticks([])
         row[0].set_ylabel(
-            textwrap.fill(caption, 18), rotation=0, ha="right", va="center", fontsize=8, labelpad=6, parse_math=False
+            label(caption), rotation=0, ha="right", va="center", fontsize=8, labelpad=6, parse_math=False
         )
     for axis, title in zip(axes[0], columns, strict=True):
         axis.set_title(title, fontsize=8, parse_math=False)
-    figure.tight_layout(pad=0.4)
-    with written_whole(file) as draft:
+    with glyphs_told_once(file), written_whole(file) as draft:
+        figure.tight_layout(pad=0.4)
         figure.savefig(draft, dpi=100)
     plt.close(figure)
+
+
+def label(caption: str) -> str:
+    """A caption as it stands beside its pictures: its beginning, in short lines, with control characters as escapes."""
+    text = printable(" ".join(caption[: 2 * LABEL].split()))
+    if len(text) > LABEL or len(caption) > 2 * LABEL:
+        text = text[: LABEL - 1].rstrip() + "…"
+    return textwrap.fill(text, 18)
+
+
+@contextmanager
+def glyphs_told_once(file: Path) -> Iterator[None]:
+    """While a picture is drawn, warns once of all characters that the font lacks, and of all else as ever."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        yield
+    missing = {str(warning.message) for warning in heard if _MISSING.match(str(warning.message))}
+    for warning in heard:
+        if str(warning.message) not in missing:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if missing:
+        warnings.warn(
+            f"{file}: the font lacks {len(missing)} of the characters in its captions, which are drawn as boxes.",
+            stacklevel=3,
+        )
 
 
 def convergence_plot(

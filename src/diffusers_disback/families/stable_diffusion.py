@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,6 +15,7 @@ from ..batch import Condition
 from ..model_reference import ModelReference, fingerprint
 from ..noise_schedule import NoiseSchedule
 from ..score_model import ScoreModel, call_network
+from ..truncation import told_once
 
 
 _NUMBERS = 2048  # that the doubt of a teacher's betas is measured on, at least: eight small latents, or two large ones
@@ -72,6 +74,11 @@ class ModelFamily:
         """Whose outputs, side by side, condition the denoiser."""
         encoders = [self.pipeline.components.get(name) for name in ("text_encoder", "text_encoder_2")]
         return [encoder for encoder in encoders if encoder is not None]
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """Of the text encoders, in their order."""
+        return [self.pipeline.components[name] for name in ("tokenizer", "tokenizer_2") if name in self.needed]
 
     @property
     def network(self) -> nn.Module:
@@ -252,5 +259,6 @@ class ModelFamily:
             resolution (`int`, *optional*): Of the pictures, in pixels, for networks that are told it.
         """
         device = self.pipeline.text_encoder.device
-        prompt_embeds, _ = self.pipeline.encode_prompt(prompts, device, 1, False)
+        with told_once():
+            prompt_embeds, _ = self.pipeline.encode_prompt(prompts, device, 1, False)
         return {"encoder_hidden_states": prompt_embeds}

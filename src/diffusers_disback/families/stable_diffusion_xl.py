@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Condition
+from ..truncation import told_once
 from .stable_diffusion import ModelFamily
 
 
@@ -48,9 +49,10 @@ class StableDiffusionXL(ModelFamily):
     @torch.no_grad()
     def encode(self, prompts: list[str], resolution: int | None = None) -> Condition:
         device = self.pipeline.text_encoder.device
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+        with told_once():
+            embeds, _, pooled, _ = self.pipeline.encode_prompt(
+                prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
         if self.pipeline.config.force_zeros_for_empty_prompt:  # as the stock pipeline does for the negative prompt
             empty = torch.tensor([prompt == "" for prompt in prompts], device=embeds.device)
             embeds, pooled = embeds.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
