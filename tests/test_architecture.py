@@ -14,7 +14,7 @@ SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
     {"files", "noise_schedule", "pipeline", "batch", "target_schedule", "node_spacing"},
     {"weights", "repository", "manifest"},
-    {"components"},
+    {"pipeline_folder"},
     {"single_file"},
     {"score_model", "model_reference", "cards", "condition_cache", "allocations"},
     {"adapters"},

@@ -4,8 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any, Protocol
 
-from .components import files_of
 from .files import inside
+from .pipeline_folder import files_of
 from .repository import Files, HubError, Repository, write_files
 
 

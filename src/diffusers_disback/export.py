@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from . import adapters
-from .components import check_shards, read_index
 from .files import inside, write_json
+from .pipeline_folder import check_shards, read_index
 from .weights import open_weights
 
 

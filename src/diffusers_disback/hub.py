@@ -7,13 +7,13 @@ from typing import Any
 
 from .adapters import Lora, save_lora
 from .cards import student_card
-from .components import INDEX, components_of, files_of, licences_of, read_index
 from .evaluation.report import REPORT, read_report
 from .files import inside, read_json, read_text, to_bytes, write_json
 from .manifest import MANIFEST
 from .model_reference import ModelReference
 from .path import DegradationPath
 from .pipeline import DisBackOneStepPipeline
+from .pipeline_folder import INDEX, components_of, files_of, licences_of, read_index
 from .repository import Files, HubError, Repository, is_repo_id, write_files
 from .run_folder import FREE_SETTINGS, RunFolder
 from .sharing import check_empty, check_main, check_teacher_may_be_shared

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .components import (
+from .files import inside, read_json, read_text, to_bytes
+from .pipeline_folder import (
     INDEX,
     UNREADABLE,
     WEIGHTS,
@@ -25,7 +26,6 @@ from .components import (
     of_variant,
     read_index,
 )
-from .files import inside, read_json, read_text, to_bytes
 from .repository import Files, HubError, Repository
 from .single_file import repo_of, single_file_of, to_folder
 

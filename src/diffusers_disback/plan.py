@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from .adapters import TARGET_MODULES, SharedNetwork, lora_config
 from .allocations import TOKENS, PassMemory, checkpointed, evaluation_memory, pass_memory, size
 from .backtracking import BacktrackingConfig
-from .components import UNREADABLE, check_classes, components_of
 from .config import TrainingConfig
 from .data import CAPACITY
 from .model_reference import ModelReference
+from .pipeline_folder import UNREADABLE, check_classes, components_of
 
 
 CARDS = (12, 16, 24, 40, 80)

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from .components import UNREADABLE, check_classes, components_of, files_of, read_index
 from .files import inside, read_json, write_json
+from .pipeline_folder import UNREADABLE, check_classes, components_of, files_of, read_index
 from .repository import HubError, Repository, is_repo_id, sha256_of
 from .weights import open_weights
 

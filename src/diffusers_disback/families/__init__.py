@@ -3,8 +3,8 @@
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from ..components import UNREADABLE
 from ..model_reference import ModelReference, fuse_lora
+from ..pipeline_folder import UNREADABLE
 from ..repository import HubError
 from .stable_diffusion import ModelFamily
 from .stable_diffusion_xl import StableDiffusionXL

@@ -1,4 +1,4 @@
-"""The components of a pipeline in somebody else's folder: their names, classes and files, checked before anything reads them."""
+"""A pipeline in somebody else's folder: the names, classes and files of its components, checked before anything reads them."""
 
 import re
 from pathlib import Path
