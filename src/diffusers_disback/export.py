@@ -35,20 +35,19 @@ def add_half_variant(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     read_index(folder, str(folder))
+    files = sorted(inside(folder, file.relative_to(folder).as_posix(), str(folder)) for file in folder.glob("*/*"))
+    indexes = {file: check_shards(file, str(file)) for file in files if _INDEX.fullmatch(file.name)}
     written = []
-    for file in sorted(folder.glob("*/*")):
+    for file in files:
         weights, index = _WEIGHTS.fullmatch(file.name), _INDEX.fullmatch(file.name)
-        if weights or index:  # both it and what is written beside it
-            inside(folder, file.relative_to(folder).as_posix(), str(folder))
         if weights:
             target = file.with_name(f"{weights['stem']}.fp16{weights['shard'] or ''}.safetensors")
-            inside(folder, target.relative_to(folder).as_posix(), str(folder))
             with open_weights(file) as stream:
                 tensors = {key: _half(key, stream.get_tensor(key), file) for key in stream.keys()}  # noqa: SIM118
                 save_file(tensors, target, stream.metadata())
             written.append(target)
         elif index:
-            content = check_shards(file, str(file))
+            content = indexes[file]
             stem = index["stem"]
             content["weight_map"] = {k: v.replace(stem, f"{stem}.fp16", 1) for k, v in content["weight_map"].items()}
             target = file.with_name(f"{stem}.safetensors.index.fp16.json")

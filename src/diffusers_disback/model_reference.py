@@ -290,7 +290,8 @@ def _downloaded(reference: ModelReference, cache_dir: str | None) -> Path:
             use_safetensors=True,
         )
     except UNREADABLE as error:
-        raise ValueError(f"The model {reference.name_or_path!r} cannot be downloaded. {error}") from error
+        variants = reference.other_variants()
+        raise ValueError(f"The model {reference.name_or_path!r} cannot be downloaded. {error}{variants}") from error
     _papers(reference.name_or_path, reference.commit(cache_dir), cache_dir)
     return Path(folder)
 

@@ -176,11 +176,10 @@ def check_pipeline(folder: Path, index: dict[str, Any], variant: str | None, sou
     ).exists():  # which is the name that diffusers looks for when no custom pipeline is asked for
         raise ValueError(f"{source} holds None.py, which diffusers could take for a pipeline's code. Take it away.")
     for name, (library, _) in components_of(index).items():
-        if name in _WITHOUT_ROLE:
-            if (folder / name).exists():
-                files_of(folder / name, source, folder)
-        elif name in _CLASSES:
+        if name in _CLASSES and name not in _WITHOUT_ROLE:
             check_component(folder, name, variant, source, library)
+        elif inside(folder, name, source).is_dir():
+            files_of(folder / name, source, folder)
 
 
 def check_component(root: Path, name: str, variant: str | None, source: str, library: str | None = None) -> None:
