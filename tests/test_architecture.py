@@ -13,11 +13,12 @@ import diffusers_disback
 SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
     {
-        *("files", "ranges", "signals", "truncation", "weights", "noise_schedule", "pipeline", "batch"),
+        *("files", "ranges", "signals", "truncation", "noise_schedule", "pipeline", "batch"),
         *("target_schedule", "node_spacing"),
     },
-    {"repository", "manifest", "lock", "command"},
-    {"single_file", "checkpoint"},
+    {"weights", "repository", "manifest", "lock", "command"},
+    {"pipeline_folder", "checkpoint"},
+    {"single_file"},
     {"score_model", "model_reference", "cards", "condition_cache", "allocations"},
     {"adapters"},
     {"branches"},

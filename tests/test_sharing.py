@@ -118,7 +118,10 @@ def test_a_copy_of_a_shared_path_is_the_path(path, repo, tmp_path):
         assert one == two
     with pytest.raises(ValueError, match="holds a degradation path already"):
         shared.save_pretrained(tmp_path / "copy")
-    copy.push_to_hub("alice/second-home")  # and from there on
+    with pytest.raises(ValueError, match="came from the Hub, and names .* on this machine as its teacher's"):
+        copy.push_to_hub("alice/second-home")
+    told = DegradationPath.from_pretrained(tmp_path / "copy", teacher=path.teacher)
+    told.push_to_hub("alice/second-home")  # and from there on
     assert len(DegradationPath.from_pretrained("alice/second-home")) == 2
 
 
@@ -300,11 +303,11 @@ def test_two_runs_at_once_do_not_mix(repo, hub, tmp_path, teacher_folder):
     "change, message",
     [
         ({"format_version": 2}, "has format version 2; this library reads 1. Update"),
-        ({"format_version": "new"}, "has format version new; this library reads 1"),
-        ({"nodes": [{}]}, "is not as its format says: KeyError.'name'."),
+        ({"format_version": "new"}, "has format version 'new'; this library reads 1"),
+        ({"nodes": [{}]}, "names node 1 as {}, which is none"),
         ({"teacher": None}, "is not as its format says"),
-        ({"nodes/files": ["a"]}, "is not as its format says"),
-        ({"cost": {}}, "is not as its format says: KeyError.'steps'."),
+        ({"nodes/files": ["a"]}, "without files"),
+        ({"cost": {}}, "is not as its format says: 'steps' is missing"),
         (
             {"nodes/step": 300, "nodes/name": "degradation-000300", "nodes/branch": "degradation-000300"},
             "after step 300",
