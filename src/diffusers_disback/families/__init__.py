@@ -4,8 +4,10 @@ import os
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import nn
 
 from ..model_reference import ModelReference, fuse_lora
+from ..weights import owned
 from .stable_diffusion import ModelFamily
 from .stable_diffusion_xl import StableDiffusionXL
 
@@ -74,8 +76,20 @@ def load_family(reference: ModelReference, cache_dir: str | None = None) -> Mode
         scheduler = pipeline.scheduler
         pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=reference.prediction_type)
     family = family_of(pipeline, reference)
+    _own_weights(family)
     reference.folder(cache_dir)  # so that the Hub is not needed for the teacher's files when training is over
     return family
+
+
+def _own_weights(family: ModelFamily) -> None:
+    """Takes a loaded teacher's weights into memory of their own, and sees that they are finite."""
+    teacher = family.reference
+    for name in family.needed:
+        part = family.pipeline.components[name]
+        if name == "vae" and teacher.vae is not None:
+            owned(part, f"the autoencoder {teacher.vae!r}")
+        elif isinstance(part, nn.Module):
+            owned(part, f"the {name} of {teacher.name_or_path!r}{teacher.with_lora if name == 'unet' else ''}")
 
 
 def check_same_latents(own: AutoencoderKL, other: AutoencoderKL, name: str) -> None:
