@@ -9,11 +9,12 @@ import tiny
 import torch
 from stages import close, equal, interrupted_at, record, recorder, trainer, training, weights
 
-from diffusers_disback.backtracking import BacktrackingConfig, guidance_of_node, nodes_are_guided
+from diffusers_disback.backtracking import BacktrackingConfig, BacktrackingTrainer, guidance_of_node, nodes_are_guided
 from diffusers_disback.config import TrainingConfig
-from diffusers_disback.degradation import DegradationConfig
+from diffusers_disback.degradation import DegradationConfig, DegradationRecorder
 from diffusers_disback.objectives import OBJECTIVES
 from diffusers_disback.path import DegradationPath
+from diffusers_disback.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -470,3 +471,53 @@ def test_the_warm_up_of_stage_1_is_a_tenth_of_it_and_over_before_it_may_stop(tmp
     path = stage.record()
     assert stage.warmup_steps == 4 and 8 <= stage.steps < 40, "not before twice the warm-up"
     assert [node["step"] for node in path.nodes][-1] == stage.steps
+
+
+def test_a_resumed_run_takes_another_learning_rate_from_there_on(tmp_path, teacher_folder, monkeypatch, capsys):
+    """As far in its schedule as it was; equal, bit for bit, to a run in which the rates were changed by hand."""
+    common = {"lr_scheduler": "cosine", "lr_warmup_steps": 3}
+    path = record(training(tmp_path / "path"), teacher_folder)
+
+    def train(name, generator_rate=1e-3, fake_score_rate=1e-3, **changes):
+        config = training(tmp_path / name, **common, fake_score_learning_rate=fake_score_rate, **changes)
+        return trainer(config, path, generator_learning_rate=generator_rate)
+
+    def by_hand(self, step, batches):
+        if step == 2:
+            for learner, rate in ((self.student, 4e-4), (self.fake_score, 2e-4)):
+                schedule = learner.lr_schedule.scheduler
+                schedule.base_lrs = [rate]
+                learner.optimizer.param_groups[0]["lr"] = rate * schedule.lr_lambdas[0](schedule.last_epoch)
+        return step_as_ever(self, step, batches)
+
+    step_as_ever = BacktrackingTrainer.train_step
+    monkeypatch.setattr(BacktrackingTrainer, "train_step", by_hand)
+    expected = weights(train("whole").train())
+    monkeypatch.setattr(BacktrackingTrainer, "train_step", interrupted_at(2, step_as_ever))
+    with pytest.raises(KeyboardInterrupt):
+        train("parts").train()
+    monkeypatch.setattr(BacktrackingTrainer, "train_step", step_as_ever)
+    resumed = train("parts", 4e-4, 2e-4, resume_from_checkpoint="latest")
+    RunFolder(tmp_path / "parts").check("backtracking", resumed.settings, "latest")
+    assert equal(weights(resumed.train()), expected)
+    told = capsys.readouterr().err
+    assert "from step 2 on the learning rate of the generator is 0.0004; it was 0.001" in told
+    assert "from step 2 on the learning rate of the fake_score is 0.0002; it was 0.001" in told
+    changes = [
+        {"step": 2, "of": name, "was": 1e-3, "is": rate} for name, rate in (("generator", 4e-4), ("fake_score", 2e-4))
+    ]
+    assert resumed.rate_changes == changes
+    again = train("parts", 4e-4, 2e-4, resume_from_checkpoint="latest")
+    assert again.resume() == 4 and again.rate_changes == changes, "they are noted in the checkpoint, and no change now"
+
+
+def test_a_recording_takes_another_learning_rate_from_there_on(tmp_path, teacher_folder, monkeypatch):
+    monkeypatch.setattr(DegradationRecorder, "train_step", interrupted_at(2, DegradationRecorder.train_step))
+    with pytest.raises(KeyboardInterrupt):
+        record(training(tmp_path), teacher_folder)
+    monkeypatch.undo()
+    path = record(training(tmp_path, resume_from_checkpoint="latest", fake_score_learning_rate=1e-4), teacher_folder)
+    assert path.complete and path.manifest["rate_changes"] == [
+        {"step": 2, "of": "fake_score", "was": 1e-3, "is": 1e-4}
+    ]
+    assert DegradationPath.from_pretrained(tmp_path / "path").complete, "which readers of paths take"

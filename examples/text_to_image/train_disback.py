@@ -36,6 +36,7 @@ from diffusers_disback.hub import save_student
 from diffusers_disback.learner import accelerator_of, compute_dtype
 from diffusers_disback.run import (
     Configs,
+    check_inputs,
     check_settings,
     flag_of,
     in_use,
@@ -101,17 +102,18 @@ def distil(configs: Configs, state: PartialState, arguments: list[str]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = training.allow_tf32
 
     # The teacher, the prompts, the student's start, and what will be measured.
+    prompts = load_prompts(training)
     reference = training.teacher
     teacher = load_family(reference, training.cache_dir).to(state.device)
     if state.is_main_process and (doubt := teacher.doubt()):
         print(doubt, file=sys.stderr)
     teacher.schedule.check_timestep(timestep)
-    prompts = load_prompts(training)
     start = training.generator_model_name_or_path and ModelReference(
         training.generator_model_name_or_path, single_file_config=training.single_file_config
     )
     generator = teacher.initial_generator(start, training.resolution, training.cache_dir, training.all_adapters)
-    path = open_path(configs, teacher, generator, state)
+    inputs = check_inputs(configs, teacher, generator, prompts)
+    path = open_path(configs, teacher, generator, state, inputs)
     data = prompt_data(training, teacher, prompts, state)
     upload = RunUpload(training) if training.push_to_hub and state.is_main_process else None
 
@@ -138,12 +140,12 @@ def distil(configs: Configs, state: PartialState, arguments: list[str]) -> None:
     # Stage 1: the fake score walks from the teacher to the initial generator; its footprints are the path.
     if path is not None and not path.complete:
         recorded = upload and upload.submit_path
-        path = DegradationRecorder(training, degradation, teacher, generator, data, path, recorded).record()
+        path = DegradationRecorder(training, degradation, teacher, generator, data, path, recorded, inputs).record()
 
     # Stage 2: the generator is pulled back along the path, from node N-1 to the teacher.
     trainer = None
     if training.stage != "record":
-        trainer = BacktrackingTrainer(training, backtracking, teacher, generator, data, path, measure, initial)
+        trainer = BacktrackingTrainer(training, backtracking, teacher, generator, data, path, measure, initial, inputs)
         student = trainer.train()
         if report:
             deployed = to_pipeline(student, timestep, teacher.pipeline)

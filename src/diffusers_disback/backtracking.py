@@ -139,6 +139,7 @@ class BacktrackingTrainer(Stage):
         evaluate (`Callable`, *optional*): Network -> measures; called every `validation_steps` and at the end, on the
             main process.
         initial_measures (`dict`, *optional*): What it gave of the initial generator: the curve's first row.
+        inputs (`dict[str, str]`, *optional*): As of `Stage`.
     """
 
     name = "backtracking"
@@ -154,6 +155,7 @@ class BacktrackingTrainer(Stage):
         path: DegradationPath | None,
         evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
         initial_measures: dict[str, float] | None = None,
+        inputs: dict[str, str] | None = None,
     ):
         self.backtracking = backtracking
         self.path = path
@@ -173,6 +175,7 @@ class BacktrackingTrainer(Stage):
             [self.student, self.fake_score],
             steps=backtracking.max_train_steps,
             batches_per_step=backtracking.fake_score_updates,
+            inputs=inputs,
         )
         self.generator = OneStepGenerator(self.student.score_model(family), config.conditioning_timestep)
         if shared is None:

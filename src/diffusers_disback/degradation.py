@@ -98,6 +98,7 @@ class DegradationRecorder(Stage):
         data (`PromptData`): Prompts and their conditions.
         path (`DegradationPath`): Where nodes are recorded; empty, or of a recording that is resumed.
         recorded (`Callable`, *optional*): Called on the main process when there is something new in the path's folder.
+        inputs (`dict[str, str]`, *optional*): As of `Stage`.
     """
 
     name = "degradation"
@@ -112,6 +113,7 @@ class DegradationRecorder(Stage):
         data: PromptData,
         path: DegradationPath,
         recorded: Callable[[], None] | None = None,
+        inputs: dict[str, str] | None = None,
     ):
         self.path = path
         self.degradation = degradation
@@ -141,6 +143,7 @@ class DegradationRecorder(Stage):
             steps=degradation.degradation_steps,
             batches_per_step=1,
             proportion_empty_prompts=degradation.proportion_empty_prompts,
+            inputs=inputs,
         )
         if generator is family.network:
             model = self.on_base(shared, None)
@@ -218,6 +221,8 @@ class DegradationRecorder(Stage):
         """Stage 1, whole or resumed. Returns the complete path; the fake score's memory is free again."""
         self.run()
         if self.accelerator.is_main_process:
+            if self.rate_changes:  # its settings stay those that it was begun with
+                self.path.manifest["rate_changes"] = self.rate_changes
             self.path.finish(self.summary(), self.kept_steps())
             self.tell()
         self.accelerator.wait_for_everyone()

@@ -20,6 +20,7 @@ from .config import TrainingConfig
 from .families import ModelFamily
 from .files import write_json
 from .score_model import ScoreModel
+from .weights import read_weights
 
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -78,6 +79,7 @@ class Learner:
         self.network = network
         self.gradient_norm = torch.zeros(())
         self.config = config
+        self.learning_rate = learning_rate
         self.accelerator = accelerator_of(config)
         self.bad = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
         self.skipped_in_a_row = 0
@@ -217,6 +219,20 @@ class Learner:
         self.accelerator.load_state(str(folder / self.name))
         self._load_average(folder / f"{self.name}_ema")
 
+    def keep_learning_rate(self) -> float | None:
+        """Goes on with the learning rate of the settings, where what was loaded was trained with another: as far in its
+        schedule as that was. Returns the other one, if it was another."""
+        schedule = self.lr_schedule.scheduler
+        was = schedule.base_lrs[0]
+        if was == self.learning_rate:
+            return None
+        schedule.base_lrs = [self.learning_rate] * len(schedule.base_lrs)
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        schedule._last_lr = [self.learning_rate * factor for factor in factors]
+        for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = self.learning_rate, rate
+        return was
+
     def _save_average(self, folder: Path) -> None:
         if self.ema is None:
             return
@@ -229,7 +245,7 @@ class Learner:
     def _load_average(self, folder: Path) -> None:
         if self.ema is None:
             return
-        shadow = load_file(folder / "average.safetensors")
+        shadow = read_weights(folder / "average.safetensors")  # it stays, and its file may not
         state = json.loads((folder / "average.json").read_text())
         self.ema.load_state_dict({**state, "shadow_params": [shadow[number] for number in sorted(shadow)]})
         self.ema.to("cpu" if self.config.offload_ema else self.accelerator.device)
@@ -332,8 +348,12 @@ class AdapterLearner(Learner):
 
 
 def accelerator_of(config: TrainingConfig) -> Accelerator:
-    """A fresh accelerator, as the settings say."""
-    return Accelerator(
+    """A fresh accelerator, as the settings say.
+
+    Raises:
+        ValueError: If fp16 is asked for on a CPU.
+    """
+    accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
@@ -345,6 +365,12 @@ def accelerator_of(config: TrainingConfig) -> Accelerator:
         # Each weight is cast once in a pass: a cache would only hold copies, of the whole network where no gradient is asked.
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError(
+            "--mixed_precision fp16, here or of `accelerate launch`, needs a GPU, but this run is on the CPU. Pass "
+            "--mixed_precision bf16, or no."
+        )
+    return accelerator
 
 
 def shared_base(network: nn.Module, config: TrainingConfig) -> SharedNetwork:

@@ -28,6 +28,7 @@ from .pipeline_folder import (
 )
 from .repository import Files, HubError, Repository
 from .single_file import repo_of, single_file_of, to_folder
+from .weights import owned
 
 
 logger = logging.getLogger(__name__)
@@ -222,7 +223,12 @@ class ModelReference:
             raise ValueError(f"The UNet of {self.name_or_path!r} does not fit its own config: {wrong}.")
         if self.lora is not None:
             fuse_lora(network, self.lora, cache_dir)
-        return network
+        return owned(network, f"the UNet of {self.name_or_path!r}{self.with_lora}")
+
+    @property
+    def with_lora(self) -> str:
+        """What else its denoiser's weights are made of, for messages."""
+        return "" if self.lora is None else f" with the LoRA {self.lora!r} fused into it"
 
     def other_variants(self) -> str:
         """Of a model whose weights were not found: a sentence on those that are there, if there are any."""

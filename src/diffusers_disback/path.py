@@ -23,7 +23,7 @@ from .manifest import FORMAT_VERSION, MANIFEST, name_of, read_manifest
 from .model_reference import ModelReference, check_adapter_fit, check_fit, fill, fill_adapter
 from .repository import Files, HubError, Repository, in_background, is_repo_id, sha256_of
 from .sharing import check_main, check_teacher_may_be_shared, push_nodes
-from .weights import open_weights, read_weights
+from .weights import check_finite, open_weights, read_weights
 
 
 logger = logging.getLogger(__name__)
@@ -323,6 +323,7 @@ class DegradationPath:
                 f"node {index} of {self.where} is not what {MANIFEST} says: {others[0]} is {weights[others[0]].dtype}, "
                 f"not {dtype}."
             )
+        check_finite(weights.items(), f"node {index} of {self.where}")
         return weights
 
     def prefetch(self, index: int) -> None:

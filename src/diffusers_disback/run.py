@@ -1,5 +1,8 @@
 """What a run needs besides its two stages: whose results are here, which path, and what is written at the end."""
 
+import hashlib
+import json
+import os
 import re
 import shlex
 import shutil
@@ -13,11 +16,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import broadcast_object_list
 
 from .backtracking import BacktrackingConfig, BacktrackingTrainer, guidance_of_node, target_schedule
 from .branches import HubNodes
-from .condition_cache import ConditionCache, choose_cache
+from .condition_cache import ConditionCache, choose_cache, digest
 from .config import TrainingConfig
 from .data import CAPACITY, PromptData, PromptFile, dataset_prompts, spool_captions
 from .degradation import DegradationConfig
@@ -31,7 +35,7 @@ from .manifest import MANIFEST
 from .model_reference import ModelReference, fingerprint
 from .path import DegradationPath
 from .repository import HubError
-from .run_folder import FREE_SETTINGS, RunFolder, flat
+from .run_folder import FREE_SETTINGS, RATES, RunFolder, flat
 from .signals import Interrupted
 from .trainer import decided_by_main
 from .truncation import truncation
@@ -39,20 +43,26 @@ from .upload import repository_of
 
 
 Configs = tuple[TrainingConfig, DegradationConfig, BacktrackingConfig]
+_OF_THE_SCHEDULE = {
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    "prediction_type",
+}
 
 
 def check_settings(configs: Configs) -> None:
-    """What can be seen before anything is loaded: step counts that do not fit, and results that are another run's.
+    """What can be seen before anything is loaded: step counts that do not fit, results that are another run's, folders that
+    are files, a tracker that is not installed.
 
     Raises:
         ValueError: With what, where and what to do instead.
     """
     training, degradation, backtracking = configs
     folder, resume = RunFolder(training.output_dir), training.resume_from_checkpoint
-    stages = {"degradation": degradation, "backtracking": backtracking}
-    if training.stage != "all":
-        stages.pop("backtracking" if training.stage == "record" else "degradation")
-    for name, own in stages.items():
+    for name in ("output_dir", "cache_dir", "degradation_path"):
+        if getattr(training, name) is not None and not (name == "degradation_path" and training.path_is_shared):
+            check_folder(name, getattr(training, name))
+    check_tracker(training.report_to)
+    for name, own in _stages(configs).items():
         folder.check(name, flat(training, own), resume)
     folder.check_named_checkpoint(resume)
     if training.stage == "record" and degradation.num_path_nodes == 0:
@@ -84,6 +94,38 @@ def in_use(folder: Path) -> Iterator[None]:
         except (OSError, Interrupted) as problem:
             problem.add_note(RunFolder(folder).intact())
             raise
+
+
+def _stages(configs: Configs) -> dict[str, DegradationConfig | BacktrackingConfig]:
+    """The stages that are asked for, with their own settings."""
+    training, degradation, backtracking = configs
+    stages = {"degradation": degradation, "backtracking": backtracking}
+    if training.stage != "all":
+        stages.pop("backtracking" if training.stage == "record" else "degradation")
+    return stages
+
+
+def check_folder(name: str, place: str) -> None:
+    """Raises a `ValueError` unless a setting's folder is one, or can be made."""
+    there = next(folder for folder in (Path(place), *Path(place).absolute().parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise ValueError(
+            f"--{name} {place} is no folder and cannot be made: {there} is {'a file' if there.is_file() else 'none'}. "
+            "Name another."
+        )
+
+
+def check_tracker(name: str) -> None:
+    """Raises a `ValueError` if accelerate does not know a tracker, or its package is not installed: it would be left out
+    without a word."""
+    known = [str(kind) for kind in LOGGER_TYPE_TO_CLASS]
+    if name not in (*known, "all", "none"):
+        raise ValueError(f"--report_to {name!r} is none of {', '.join([*known, 'all', 'none'])}.")
+    if name in known and name not in map(str, get_available_trackers()):
+        raise ValueError(
+            f"--report_to {name} needs a package that is not installed: `pip install {name.replace('_', '-')}`; or pass "
+            "--report_to none."
+        )
 
 
 def is_finished(configs: Configs) -> bool:
@@ -122,10 +164,50 @@ def _nodes_are_there(folder: Path) -> bool:
     return path.complete and all(file.is_file() for file in files)
 
 
+def check_inputs(
+    configs: Configs, teacher: ModelFamily, generator: torch.nn.Module, prompts: Sequence[str]
+) -> dict[str, str]:
+    """Hashes of what a run is made from, for its stages to write down. Names alone do not tell: what lies under them may be
+    another model, or other prompts, when the run is resumed.
+
+    Raises:
+        ValueError: If a stage was begun here with other inputs.
+    """
+    training, _, _ = configs
+    schedule = {name: value for name, value in teacher.pipeline.scheduler.config.items() if name in _OF_THE_SCHEDULE}
+    inputs = {
+        "prompts": digest(prompts),
+        "teacher": fingerprint(teacher.network),
+        "text_encoders": _sha256(teacher.encoder_id(training.resolution)),
+        "scheduler": _sha256(json.dumps(schedule, sort_keys=True)),
+        "autoencoder": fingerprint(teacher.pipeline.vae),
+    }
+    own_start = training.generator_model_name_or_path is not None
+    inputs["start"] = fingerprint(generator) if own_start else inputs["teacher"]
+    for stage in _stages(configs):
+        RunFolder(training.output_dir).check_inputs(stage, inputs)
+    return inputs
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def open_path(
-    configs: Configs, teacher: ModelFamily, generator: torch.nn.Module, state: PartialState
+    configs: Configs,
+    teacher: ModelFamily,
+    generator: torch.nn.Module,
+    state: PartialState,
+    inputs: dict[str, str] | None = None,
 ) -> DegradationPath | None:
     """The path to record or to go back along; `None` if there is to be none.
+
+    Args:
+        configs (`Configs`): All settings.
+        teacher (`ModelFamily`): The teacher.
+        generator (`nn.Module`): The initial generator's network.
+        state (`PartialState`): This process.
+        inputs (`dict[str, str]`, *optional*): Of `check_inputs`, which has hashed both already.
 
     Raises:
         ValueError: If the path that is there is of another teacher, another start or another recording, is damaged, or
@@ -136,11 +218,11 @@ def open_path(
     folder, resume = training.path_folder, training.resume_from_checkpoint
     start = {
         "name_or_path": training.generator_model_name_or_path,
-        "sha256": fingerprint(generator),
+        "sha256": inputs["start"] if inputs else fingerprint(generator),
         "conditioning_timestep": training.conditioning_timestep,
     }
     recording = {k: v for k, v in flat(training, degradation).items() if k not in FREE_SETTINGS}
-    own = fingerprint(teacher.network)
+    own = inputs["teacher"] if inputs else fingerprint(teacher.network)
     if training.path_is_shared:
         return _open_shared(configs, own, start, teacher.reference, state)
     recorded = (folder / MANIFEST).exists()
@@ -159,12 +241,22 @@ def open_path(
         state.print(f"The path in {folder} is complete: its {len(path)} nodes are used as they are.")
     else:
         ours = RunFolder(training.output_dir).settings_file("degradation").exists()
-        if training.stage == "backtrack" or not resume or not ours or path.manifest["recording"] != recording:
+        if (
+            training.stage == "backtrack"
+            or not resume
+            or not ours
+            or not _same_recording(path.manifest["recording"], recording)
+        ):
             raise ValueError(
                 f"The path in {folder} is unfinished: {len(path)} nodes are recorded. Finish it with the command that "
                 "began it and --resume_from_checkpoint latest."
             )
     return path
+
+
+def _same_recording(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two recordings have the same settings, learning rates apart."""
+    return all(one.get(name) == other.get(name) for name in (one.keys() | other.keys()) - RATES)
 
 
 def _open_shared(
@@ -306,6 +398,8 @@ def write_results(
         if trainer.student.lora is not None:
             config = trainer.student.lora[1]
             content["lora"] = {"rank": config.r, "alpha": config.lora_alpha, "folder": "lora"}
+        if trainer.rate_changes:
+            content["rate_changes"] = trainer.rate_changes
         content |= {"curve": trainer.curve, "switches": trainer.switches, "waits": trainer.waits}
         content["measures"] = [asdict(measure) for measure in trainer.measures]
         content["machine"]["mixed_precision"] = precision

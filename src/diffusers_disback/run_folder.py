@@ -22,6 +22,17 @@ FREE_SETTINGS = {
     *("push_to_hub", "hub_model_id", "hub_private_repo"),
     *("degradation_path_revision", "path_disk_budget_gb"),
 }
+# These, too: they are taken from the checkpoint on, which is told and noted in it.
+RATES = {"generator_learning_rate", "fake_score_learning_rate", "degradation_lr_multiplier"}
+INPUTS = {
+    "prompts": "the prompts (of the file or data set)",
+    "teacher": "the teacher's UNet (or the LoRA that is fused into it)",
+    "text_encoders": "the teacher's text encoders or tokenizers",
+    "scheduler": "the teacher's scheduler",
+    "autoencoder": "the autoencoder (the teacher's, or the one in its place)",
+    "start": "the student's start",
+}
+_INPUTS = "inputs"  # among the settings that are written down: hashes of what they name
 _RESULTS = {"degradation": ("path/path.json",), "backtracking": ("model_index.json", "README.md")}
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{6,})")
 _LEFTOVER = re.compile(r"(draft|discarded)-[0-9]{6,}")
@@ -61,7 +72,7 @@ class RunFolder:
             changed = {
                 name: (before.get(name), value)
                 for name, value in settings.items()
-                if name not in FREE_SETTINGS and before.get(name) != value
+                if name not in FREE_SETTINGS | RATES and before.get(name) != value
             }
             if changed:
                 what = "; ".join(f"{name} was {was!r}, is {is_!r}" for name, (was, is_) in changed.items())
@@ -70,10 +81,29 @@ class RunFolder:
                     "--output_dir, or resume with the same settings."
                 )
 
-    def claim(self, stage: str, settings: dict[str, Any]) -> None:
-        """Writes down a stage's settings, on the main process."""
+    def check_inputs(self, stage: str, inputs: dict[str, str]) -> None:
+        """Sees that what a stage is made from is what it began with, if it was begun here.
+
+        Args:
+            stage (`str`): Its name.
+            inputs (`dict[str, str]`): One of `INPUTS` -> a hash of its content, whatever its name.
+
+        Raises:
+            ValueError: With what has changed.
+        """
+        file = self.settings_file(stage)
+        before = json.loads(file.read_text()).get(_INPUTS, {}) if file.exists() else {}
+        changed = [INPUTS[name] for name, hash_ in inputs.items() if before.get(name, hash_) != hash_]
+        if changed:
+            raise ValueError(
+                f"{self.folder} holds the {stage} of a run with other inputs: {' and '.join(changed)} changed since it began, "
+                "though the names are the same. Put back what was there, or choose another --output_dir."
+            )
+
+    def claim(self, stage: str, settings: dict[str, Any], inputs: dict[str, str] | None = None) -> None:
+        """Writes down a stage's settings, and hashes of its inputs, on the main process."""
         self.settings_file(stage).parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.settings_file(stage), settings)
+        write_json(self.settings_file(stage), settings if inputs is None else {**settings, _INPUTS: inputs})
 
     def settings_file(self, stage: str) -> Path:
         """Marks a stage as begun here. Outside of `checkpoints`, which may be thrown away when a run is finished."""
@@ -82,7 +112,8 @@ class RunFolder:
     def settings(self) -> dict[str, Any]:
         """What was written down of the stages that were begun here."""
         files = [self.settings_file(stage) for stage in _RESULTS]
-        return {k: v for file in files if file.is_file() for k, v in read_json(file).items()}
+        found = {k: v for file in files if file.is_file() for k, v in read_json(file).items()}
+        return {name: value for name, value in found.items() if name != _INPUTS}
 
     def stage_folder(self, stage: str) -> Path:
         return self.folder / "checkpoints" / stage

@@ -50,6 +50,11 @@ class Stage(ABC):
         steps (`int`): Steps of the stage.
         batches_per_step (`int`): Global batches of a step.
         proportion_empty_prompts (`float`): Share of samples whose prompt is dropped.
+        inputs (`dict[str, str]`, *optional*): Hashes of what the run is made from, to be written down with its settings.
+
+    Attributes:
+        rate_changes (`list[dict]`): Of a run that was resumed with another learning rate: from which step on, whose, and
+            what it was and is.
     """
 
     name: str
@@ -65,8 +70,11 @@ class Stage(ABC):
         steps: int,
         batches_per_step: int,
         proportion_empty_prompts: float = 0.0,
+        inputs: dict[str, str] | None = None,
     ):
         self.config = config
+        self.inputs = inputs
+        self.rate_changes: list[dict[str, Any]] = []
         self.settings = flat(config, own)
         self.family = family
         self.data = data
@@ -175,14 +183,24 @@ class Stage(ABC):
         for learner in self.learners:
             learner.load(checkpoint)
         self.seconds, self.peak_memory_mb, self.curve = state["seconds"], state["peak_memory_mb"], state["curve"]
+        self.rate_changes = state.get("rate_changes", [])
+        self._keep_learning_rates(state["step"])
         self.load_state(state)
         self.say(f"going on from {checkpoint}")
         return state["step"]
 
+    def _keep_learning_rates(self, step: int) -> None:
+        """Takes the learning rates of the settings in place of a checkpoint's, and says so if they are others."""
+        for learner in self.learners:
+            was, is_ = learner.keep_learning_rate(), learner.learning_rate
+            if was is not None:
+                self.rate_changes.append({"step": step, "of": learner.name, "was": was, "is": is_})
+                self.say(f"from step {step} on the learning rate of the {learner.name} is {is_:g}; it was {was:g}")
+
     def run(self) -> None:
         """All steps, from the start or from a checkpoint."""
         if self.accelerator.is_main_process:
-            self.folder.claim(self.name, self.settings)
+            self.folder.claim(self.name, self.settings, self.inputs)
             self.folder.clear_drafts(self.name)
         first = self.resume()
         tracked = {k: v for k, v in self.settings.items() if isinstance(v, (int, float, str, bool))}
@@ -290,8 +308,9 @@ class Stage(ABC):
             bad = steps[steps >= 0]
             if len(bad):
                 raise FloatingPointError(
-                    f"{self.name}: {name} was not finite at step {int(bad.min())}. Nothing was saved after it. Lower "
-                    "the learning rate, or use bf16 instead of fp16; then resume from the last checkpoint."
+                    f"{self.name}: {name} was not finite at step {int(bad.min())}. Nothing was saved after it. Go on "
+                    "from the last checkpoint with --resume_from_checkpoint latest and a lower --generator_learning_rate or "
+                    "--fake_score_learning_rate, which a resumed run may change, or with bf16 instead of fp16."
                 )
 
     def _batch(self, draw: Draw) -> Batch:
@@ -335,7 +354,7 @@ class Stage(ABC):
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 state = {"step": done, "identity": self.identity(), **self.summary(), "curve": self.curve}
-                state |= self.state()
+                state |= {**self.state(), "rate_changes": self.rate_changes}
                 self.folder.finish_checkpoint(self.name, done, state, self.config.checkpoints_total_limit)
         except OSError:
             shutil.rmtree(draft, ignore_errors=True)  # of a full disk it may be the larger part

@@ -2,10 +2,12 @@
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import nn
 
 from ..model_reference import ModelReference, fuse_lora
 from ..pipeline_folder import UNREADABLE
 from ..repository import HubError
+from ..weights import owned
 from .stable_diffusion import ModelFamily
 from .stable_diffusion_xl import StableDiffusionXL
 
@@ -73,7 +75,20 @@ def load_family(reference: ModelReference, cache_dir: str | None = None) -> Mode
     if reference.prediction_type is not None:
         scheduler = pipeline.scheduler
         pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=reference.prediction_type)
-    return family_of(pipeline, reference)
+    family = family_of(pipeline, reference)
+    _own_weights(family)
+    return family
+
+
+def _own_weights(family: ModelFamily) -> None:
+    """Takes a loaded teacher's weights into memory of their own, and sees that they are finite."""
+    teacher = family.reference
+    for name in family.needed:
+        part = family.pipeline.components[name]
+        if name == "vae" and teacher.vae is not None:
+            owned(part, f"the autoencoder {teacher.vae!r}")
+        elif isinstance(part, nn.Module):
+            owned(part, f"the {name} of {teacher.name_or_path!r}{teacher.with_lora if name == 'unet' else ''}")
 
 
 def check_same_latents(own: AutoencoderKL, other: AutoencoderKL, name: str) -> None:
