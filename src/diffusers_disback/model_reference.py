@@ -16,6 +16,7 @@ from torch import nn
 from .files import to_bytes
 from .repository import Files, HubError, Repository, is_licence
 from .single_file import repo_of, single_file_of, to_folder
+from .teacher_lora import fuse_lora
 
 
 logger = logging.getLogger(__name__)
@@ -309,47 +310,6 @@ def fill_adapter(network: nn.Module, weights: dict[str, torch.Tensor], adapter: 
 
     check_fit(get_peft_model_state_dict(network, adapter_name=adapter), weights, what)
     set_peft_model_state_dict(network, weights, adapter_name=adapter)
-
-
-def fuse_lora(network: nn.Module, lora: str, cache_dir: str | None = None) -> None:
-    """Adds a LoRA to a denoiser's weights, once and for all.
-
-    Args:
-        network (`nn.Module`): A diffusers UNet.
-        lora (`str`): A file, a folder or a Hub id, in any layout that `load_lora_weights` reads, in safetensors.
-        cache_dir (`str`, *optional*): Where downloads are kept.
-
-    Raises:
-        ValueError: If it cannot be read, adapts text encoders, or does not fit the network.
-    """
-    from diffusers import StableDiffusionXLPipeline
-    from diffusers.utils import convert_unet_state_dict_to_peft
-
-    try:
-        weights, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
-            lora, unet_config=network.config, return_lora_metadata=True, use_safetensors=True, cache_dir=cache_dir
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The LoRA {lora!r} cannot be read. {error}") from error
-    others = sorted(key for key in weights if not key.startswith("unet."))
-    if others:
-        raise ValueError(
-            f"The LoRA {lora!r} adapts more than the UNet ({others[0]}). A student keeps its teacher's text encoders as "
-            "they are; fuse such a LoRA into a copy of the teacher by diffusers' own fuse_lora, and distil that."
-        )
-    weights = convert_unet_state_dict_to_peft(weights)  # of kohya's layout diffusers makes its own older one
-    modules = {name for name, _ in network.named_modules()}
-    foreign = sorted(key for key in weights if re.sub(r"\.lora[_.].*", "", key.removeprefix("unet.")) not in modules)
-    if foreign or not weights:
-        raise ValueError(
-            f"The LoRA {lora!r} belongs to another model: {(foreign or ['it is empty'])[0]} fits nothing."
-        )
-    try:
-        network.load_lora_adapter(weights, prefix="unet", network_alphas=alphas, metadata=metadata)
-    except RuntimeError as error:  # of other shapes
-        raise ValueError(f"The LoRA {lora!r} belongs to another model. {error}") from error
-    network.fuse_lora()
-    network.unload_lora()
 
 
 def _own_files(folder: Path, variant: str | None, dtype: str) -> Files:

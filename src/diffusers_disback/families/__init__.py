@@ -5,7 +5,8 @@ import os
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from ..model_reference import ModelReference, fuse_lora
+from ..model_reference import ModelReference
+from ..teacher_lora import fuse_lora
 from .stable_diffusion import ModelFamily
 from .stable_diffusion_xl import StableDiffusionXL
 
