@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .files import to_bytes
+from .autoencoder import autoencoder_folder, load_autoencoder, variant_of
+from .components import left_out, pipeline_class_of, without_parts
+from .files import read_json, to_bytes
 from .repository import Files, HubError, Repository, is_licence
 from .single_file import repo_of, single_file_of, to_folder
 from .teacher_lora import fuse_lora
@@ -21,8 +23,9 @@ from .teacher_lora import fuse_lora
 
 logger = logging.getLogger(__name__)
 _KEPT = (".json", ".txt", ".safetensors", ".model")
+_STEM = "(?:diffusion_pytorch_)?model"  # what is named otherwise is another program's copy
 _WEIGHTS = re.compile(
-    r"[a-z_]+(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors|[a-z_]+\.safetensors\.index(?:\.(\w+))?\.json"
+    rf"{_STEM}(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors|{_STEM}\.safetensors\.index(?:\.(\w+))?\.json"
 )
 
 
@@ -44,7 +47,7 @@ class ModelReference:
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         variant (`str`, *optional*): Of the weights' files, such as `fp16`.
         prediction_type (`str`, *optional*): What it predicts, if its scheduler's config says something else.
-        vae (`str`, *optional*): The folder or Hub id of an autoencoder that takes the place of its own.
+        vae (`str`, *optional*): The folder, Hub id or file of an autoencoder that takes the place of its own.
         lora (`str`, *optional*): The file, folder or Hub id of a LoRA that is fused into its denoiser.
         single_file_config (`str`, *optional*): Of a checkpoint in one file: the folder or Hub id of a pipeline that says
             how it is built.
@@ -117,12 +120,16 @@ class ModelReference:
         root = self.folder(cache_dir)
         if not (root / "model_index.json").is_file():
             raise ValueError(f"{root} has no model_index.json: it is no diffusers pipeline's folder.")
-        index = json.loads((root / "model_index.json").read_text())
+        index = read_json(root / "model_index.json")
+        without = self.left_out(index, cache_dir)
         files: Files = {"model_index.json": root / "model_index.json"}
+        if without:
+            index = without_parts(index, without)
+            files["model_index.json"] = to_bytes(index)
         files |= {file.name: file for file in self.papers(cache_dir).iterdir() if is_licence(file.name)}
         for name, kind in index.items():
             if name == "vae" and self.vae is not None:
-                files |= {f"vae/{n}": file for n, file in _own_files(self.vae_folder(cache_dir), None, dtype).items()}
+                files |= {f"vae/{n}": file for n, file in self._vae_files(dtype, cache_dir).items()}
             elif name != "unet" and isinstance(kind, list) and kind[0] is not None:
                 files |= {
                     f"{name}/{n}": content for n, content in _own_files(root / name, self.variant, dtype).items()
@@ -134,21 +141,25 @@ class ModelReference:
         return files
 
     def vae_folder(self, cache_dir: str | None = None) -> Path:
-        """Where the files of the other autoencoder lie on this machine: at its root, or in its `vae/`.
+        """Where the files of the other autoencoder lie on this machine.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there is none, or it cannot be taken.
         """
-        root = Path(self.vae)
-        if not root.is_dir():
-            root = Repository(self.vae).download(["config.json", "*.safetensors", "vae/*"], None, cache_dir)
-        for folder in (root, root / "vae"):
-            if (folder / "config.json").is_file():
-                name = json.loads((folder / "config.json").read_text()).get("_class_name")
-                if name != "AutoencoderKL":
-                    raise ValueError(f"{self.vae} is a {name}; an AutoencoderKL is needed.")
-                return folder
-        raise ValueError(f"{self.vae} holds no autoencoder: it has no config.json, at its root or in vae/.")
+        return autoencoder_folder(self.vae, self.variant, self.folder(cache_dir) / "vae", cache_dir)
+
+    def load_vae(self, cache_dir: str | None = None) -> nn.Module:
+        """The other autoencoder in float32; see `load_autoencoder`."""
+        return load_autoencoder(self.vae_folder(cache_dir), self.variant, self.vae)
+
+    def _vae_files(self, dtype: str, cache_dir: str | None) -> Files:
+        folder = self.vae_folder(cache_dir)
+        return _own_files(folder, variant_of(folder, self.variant), dtype)
+
+    def left_out(self, index: dict[str, Any], cache_dir: str | None = None) -> dict[str, Any]:
+        """What the model is loaded with, so that parts without a role do not stand in its way; see `components`."""
+        source = self.source(cache_dir)
+        return left_out(index, source.name_or_path, source.revision, source.variant, cache_dir)
 
     def card(self, cache_dir: str | None = None) -> dict[str, Any]:
         """The metadata of the model's card; empty if it has none."""
@@ -243,12 +254,14 @@ def _downloaded(reference: ModelReference, cache_dir: str | None) -> Path:
     from diffusers import DiffusionPipeline
 
     try:
-        folder = DiffusionPipeline.download(
+        index = DiffusionPipeline.load_config(reference.name_or_path, revision=reference.revision, cache_dir=cache_dir)
+        folder = pipeline_class_of(index).download(
             reference.name_or_path,
             revision=reference.revision,
             variant=reference.variant,
             cache_dir=cache_dir,
             use_safetensors=True,
+            **reference.left_out(index, cache_dir),
         )
     except OSError as error:
         raise ValueError(f"The model {reference.name_or_path!r} cannot be downloaded. {error}") from error
@@ -322,7 +335,7 @@ def _own_files(folder: Path, variant: str | None, dtype: str) -> Files:
         if file.name == "config.json":
             own[file.name] = _with_dtype(file, dtype)
         elif file not in variants:
-            own[file.name] = file
+            own |= {} if file.suffix == ".safetensors" else {file.name: file}
         elif variants[file] == wanted:
             is_index = file.suffix == ".json"  # of shards, which it names
             content = file.read_text().replace(f".{wanted}", "").encode() if is_index else file

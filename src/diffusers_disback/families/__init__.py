@@ -5,6 +5,7 @@ import os
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
+from ..components import check_whole, pipeline_class_of
 from ..model_reference import ModelReference
 from ..teacher_lora import fuse_lora
 from .stable_diffusion import ModelFamily
@@ -51,13 +52,14 @@ def load_family(reference: ModelReference, cache_dir: str | None = None) -> Mode
     try:
         index = DiffusionPipeline.load_config(name, revision=source.revision, cache_dir=cache_dir)
         _family_class(str(index.get("_class_name")))  # before all of another family's weights are downloaded
-        pipeline = DiffusionPipeline.from_pretrained(
+        pipeline = pipeline_class_of(index).from_pretrained(
             name,
             revision=source.revision,
             variant=source.variant,
             cache_dir=cache_dir,
             dtype=torch.float32,
             use_safetensors=True,
+            **source.left_out(index, cache_dir),
         )
     except OSError as error:
         raise ValueError(
@@ -66,7 +68,7 @@ def load_family(reference: ModelReference, cache_dir: str | None = None) -> Mode
             f"{source.other_variants()}"
         ) from error
     if reference.vae is not None:
-        vae = AutoencoderKL.from_pretrained(reference.vae_folder(cache_dir), torch_dtype=torch.float32)
+        vae = reference.load_vae(cache_dir)
         check_same_latents(pipeline.vae, vae, reference.vae)
         pipeline.vae = vae
     if reference.lora is not None:
@@ -75,7 +77,8 @@ def load_family(reference: ModelReference, cache_dir: str | None = None) -> Mode
         scheduler = pipeline.scheduler
         pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=reference.prediction_type)
     family = family_of(pipeline, reference)
-    reference.folder(cache_dir)  # so that the Hub is not needed for the teacher's files when training is over
+    # What the student's folder takes of the teacher's: so that nothing is lacking, nor the Hub needed, when training is over.
+    check_whole(reference.component_files("float32", cache_dir), f"The teacher {reference.name_or_path!r}", ("unet",))
     return family
 
 
