@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from torch import nn
 
 from .autoencoder import autoencoder_folder, load_autoencoder, variant_of
 from .components import left_out, pipeline_class_of, without_parts
 from .files import read_json, to_bytes
+from .noise_schedule import scheduler_of, with_said_otherwise
 from .repository import Files, HubError, Repository, is_licence
 from .single_file import repo_of, single_file_of, to_folder
 from .teacher_lora import fuse_lora
@@ -51,6 +53,8 @@ class ModelReference:
         lora (`str`, *optional*): The file, folder or Hub id of a LoRA that is fused into its denoiser.
         single_file_config (`str`, *optional*): Of a checkpoint in one file: the folder or Hub id of a pipeline that says
             how it is built.
+        rescale_betas_zero_snr (`bool`): Whether its betas are rescaled to zero terminal SNR, though its scheduler's config
+            does not say so.
     """
 
     name_or_path: str
@@ -60,6 +64,7 @@ class ModelReference:
     vae: str | None = None
     lora: str | None = None
     single_file_config: str | None = None
+    rescale_betas_zero_snr: bool = False
 
     def source(self, cache_dir: str | None = None) -> "ModelReference":
         """The same model as a folder or a Hub id: a checkpoint in one file is made into a folder, once.
@@ -134,11 +139,44 @@ class ModelReference:
                 files |= {
                     f"{name}/{n}": content for n, content in _own_files(root / name, self.variant, dtype).items()
                 }
-        if self.prediction_type is not None:
-            path = "scheduler/scheduler_config.json"
-            config = json.loads(files[path].read_text())
-            files[path] = to_bytes({**config, "prediction_type": self.prediction_type})
+        if self.prediction_type is not None or self.rescale_betas_zero_snr:
+            files |= self._scheduler_file(files["scheduler/scheduler_config.json"])
         return files
+
+    def scheduler_as_said(self, scheduler: SchedulerMixin) -> SchedulerMixin:
+        """The model's scheduler, with what is to be taken otherwise than it says."""
+        return with_said_otherwise(scheduler, self.prediction_type, self.rescale_betas_zero_snr)
+
+    def _scheduler_file(self, file: Path) -> Files:
+        """The config of the scheduler as it is said to be; what it says besides stays."""
+        what = f"The scheduler's config of {self.name_or_path!r}"
+        was = read_json(file, what)
+        made = self.scheduler_as_said(scheduler_of(was, what))
+        said = {"prediction_type": made.config.prediction_type, "_class_name": type(made).__name__}
+        if self.rescale_betas_zero_snr:
+            names = ("rescale_betas_zero_snr", "timestep_spacing", "clip_sample")
+            said |= {name: made.config[name] for name in names if name in made.config}
+        return {"scheduler/scheduler_config.json": to_bytes({**was, **said})}
+
+    def predicts(self, cache_dir: str | None = None) -> str | None:
+        """What the model's own files say that its network predicts; `None` if they hold no scheduler.
+
+        Raises:
+            ValueError: If they cannot be read.
+        """
+        source = self.source(cache_dir)
+        path = "scheduler/scheduler_config.json"
+        if os.path.isdir(source.name_or_path):
+            file = Path(source.name_or_path, path)
+        else:
+            try:
+                file = Repository(source.name_or_path, patient=False).file(path, source.revision, cache_dir)
+            except HubError as error:
+                logger.warning(f"What {source.name_or_path} predicts could not be looked up. {error}")
+                return None
+        if file is None or not file.is_file():
+            return None
+        return str(read_json(file).get("prediction_type", "epsilon"))
 
     def vae_folder(self, cache_dir: str | None = None) -> Path:
         """Where the files of the other autoencoder lie on this machine.

@@ -73,9 +73,7 @@ def load_family(reference: ModelReference, cache_dir: str | None = None) -> Mode
         pipeline.vae = vae
     if reference.lora is not None:
         fuse_lora(pipeline.unet, reference.lora, cache_dir)
-    if reference.prediction_type is not None:
-        scheduler = pipeline.scheduler
-        pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=reference.prediction_type)
+    pipeline.scheduler = reference.scheduler_as_said(pipeline.scheduler)
     family = family_of(pipeline, reference)
     # What the student's folder takes of the teacher's: so that nothing is lacking, nor the Hub needed, when training is over.
     check_whole(reference.component_files("float32", cache_dir), f"The teacher {reference.name_or_path!r}", ("unet",))
