@@ -13,12 +13,13 @@ import diffusers_disback
 SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
     {
-        *("files", "ranges", "signals", "truncation", "noise_schedule", "pipeline", "batch"),
+        *("files", "ranges", "signals", "truncation", "denoiser", "noise_schedule", "pipeline", "batch"),
         *("target_schedule", "node_spacing"),
     },
     {"weights", "repository", "manifest", "lock", "command"},
     {"pipeline_folder", "checkpoint"},
-    {"single_file"},
+    {"single_file", "components"},
+    {"autoencoder", "teacher_lora"},
     {"score_model", "model_reference", "cards", "condition_cache", "allocations"},
     {"adapters"},
     {"branches"},
@@ -39,9 +40,17 @@ DOORS = {
     "accelerate": {"learner.py", "trainer.py", "run.py", "evaluation/report.py"},
     "torchmetrics": {"evaluation/distance.py"},
     "matplotlib": {"evaluation/pictures.py"},
-    "huggingface_hub": {"repository.py", "branches.py", "single_file.py", "model_reference.py", "cards.py", "hub.py"},
+    "huggingface_hub": {
+        "repository.py",
+        "branches.py",
+        "single_file.py",
+        "autoencoder.py",
+        "model_reference.py",
+        "cards.py",
+        "hub.py",
+    },
     "datasets": {"data.py"},
-    "transformers": {"pipeline.py", "evaluation/report.py", "plan.py", "cli.py"},
+    "transformers": {"pipeline.py", "components.py", "evaluation/report.py", "plan.py", "cli.py"},
     "peft": {"model_reference.py", "adapters.py"},
     "bitsandbytes": {"learner.py"},
 }

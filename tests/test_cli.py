@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_a_teacher_that_moved_is_asked_as_the_path_says(tmp_path, monkeypatch, h
     from diffusers_disback.path import DegradationPath
 
     tiny.pipeline("epsilon").save_pretrained(tmp_path / "was")
-    teacher = ModelReference(str(tmp_path / "was"), prediction_type="v_prediction")
+    teacher = ModelReference(str(tmp_path / "was"), prediction_type="v_prediction", rescale_betas_zero_snr=True)
     path = DegradationPath.create(tmp_path / "path", teacher, "0" * 64, tiny.START, {})
     path.append(tiny.unet(seed=1), step=100, loss=0.5)
     path.finish({"steps": 100, "seconds": 1.0, "peak_memory_mb": 1.0})
@@ -52,12 +53,13 @@ def test_a_teacher_that_moved_is_asked_as_the_path_says(tmp_path, monkeypatch, h
     monkeypatch.setattr(cli, "draw", lambda path, *_: drawn.append(path.teacher))
     moved = ["--pretrained_model_name_or_path", str(tmp_path / "is")]
     assert main(["path", "show", str(path.folder), *moved]) == 0
-    assert drawn == [ModelReference(str(tmp_path / "is"), prediction_type="v_prediction")]
+    assert drawn == [replace(teacher, name_or_path=str(tmp_path / "is"))]
     assert main(["push", str(path.folder), repo, *moved]) == 0
     node = json.loads(hub.files(repo, "degradation-000100")["scheduler/scheduler_config.json"])
     assert node["prediction_type"] == "v_prediction"
     card = hub.files(repo, "main")["README.md"].decode()
     assert f"--pretrained_model_name_or_path {tmp_path / 'was'} \\\n  --prediction_type v_prediction \\\n" in card
+    assert "  --rescale_betas_zero_snr True \\\n" in card and node["rescale_betas_zero_snr"] is True
 
 
 def test_the_console_script():

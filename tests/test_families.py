@@ -11,6 +11,7 @@ from diffusers import (
     AutoPipelineForText2Image,
     DiffusionPipeline,
     LCMScheduler,
+    PNDMScheduler,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -252,6 +253,74 @@ def with_parts(pipe, **parts):
 def test_parts_of_different_models_are_told(make, message):
     with pytest.raises(ValueError, match=message):
         family_of(make())
+
+
+# UNets that ask for more than latents, timestep and the text's condition, of which some would run without a word.
+ASKING = [
+    ({"time_cond_proj_dim": 8}, "has time_cond_proj_dim=8: it embeds the guidance scale"),
+    ({"class_embed_type": "timestep"}, "has class_embed_type='timestep': it is conditioned on classes"),
+    ({"num_class_embeds": 10}, "has num_class_embeds=10: it is conditioned on classes"),
+    ({"encoder_hid_dim": 32, "encoder_hid_dim_type": "text_proj"}, "has encoder_hid_dim_type='text_proj'"),
+    ({"attention_type": "gated"}, "has attention_type='gated': it takes boxes"),
+    ({"out_channels": 8}, "takes 4 channels and gives 8 .out_channels"),
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_network_that_asks_for_more_is_refused(name, tmp_path):
+    """As a teacher, as a student's start, as a student, and in a plan."""
+    from diffusers_disback import ModelReference
+    from diffusers_disback.plan import Planner
+
+    plain = tiny.PIPELINES[name]()
+    family = family_of(plain)
+    for config, message in ASKING:
+        pipe = tiny.PIPELINES[name](**config)
+        pipe.unet.save_pretrained(tmp_path / "start" / "unet")
+        start = ModelReference(str(tmp_path / "start"))
+        for call, arguments in (
+            (family_of, (pipe,)),
+            (to_pipeline, (pipe.unet, 399, plain)),
+            (family.initial_generator, (start,)),
+            (lambda unet: Planner(lambda: unet).network, (pipe.unet,)),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(*arguments)
+    added = {"addition_embed_type": "text", "addition_embed_type_num_heads": 2}
+    if name == "stable_diffusion":  # which the text's states feed
+        fed = family_of(tiny.pipeline(**added))
+        with torch.no_grad():
+            fed.score_model().denoise(torch.randn(1, 4, 8, 8), torch.tensor([399]), fed.encode(["a"]))
+        other, kind = tiny.pipeline(), "text_time"
+        other.unet.register_to_config(addition_embed_type=kind)
+    else:
+        other, kind = tiny.pipeline_xl(**added), "text"
+    with pytest.raises(ValueError, match=f"its addition_embed_type is '{kind}': it is of another family"):
+        family_of(other)
+    tiny.PIPELINES[name](**added).unet.save_pretrained(tmp_path / "start" / "unet")
+    with pytest.raises(ValueError, match="has addition_embed_type text, the teacher has (None|text_time)"):
+        family.initial_generator(ModelReference(str(tmp_path / "start")))
+
+
+def test_a_start_that_predicts_otherwise_is_refused(run, tmp_path, repo, alice):
+    """A folder's and a repository's; one without a scheduler says nothing, and one that agrees is taken."""
+    from huggingface_hub import HfApi
+
+    from diffusers_disback import ModelReference
+
+    for prediction in ("epsilon", "v_prediction"):
+        tiny.pipeline(prediction, seed=1).save_pretrained(tmp_path / prediction)
+    HfApi().create_repo(repo)
+    HfApi().upload_folder(repo_id=repo, folder_path=tmp_path / "v_prediction")
+    for start in (tmp_path / "v_prediction", repo):
+        with pytest.raises(ValueError, match="says that it predicts v_prediction, but the teacher predicts epsilon"):
+            run(generator_model_name_or_path=start)
+    assert not (tmp_path / "run").exists()
+    noise, v = (family_of(tiny.pipeline(prediction)) for prediction in ("epsilon", "v_prediction"))
+    v.initial_generator(ModelReference(repo))
+    noise.initial_generator(ModelReference(str(tmp_path / "epsilon")))
+    (tmp_path / "v_prediction" / "scheduler" / "scheduler_config.json").unlink()
+    noise.initial_generator(ModelReference(str(tmp_path / "v_prediction")))
 
 
 def test_a_teacher_that_does_not_say_its_size_is_asked_for_it():
@@ -506,6 +575,57 @@ def test_a_wrong_prediction_type_can_be_overridden(run, tmp_path, repo, hub):
     assert node["prediction_type"] == "v_prediction", "the degraded teacher draws as it was asked"
     manifest = json.loads((wrong / "path" / "path.json").read_text())
     assert manifest["teacher"]["prediction_type"] == "v_prediction"
+
+
+@pytest.fixture
+def without_a_word(tmp_path):
+    """A teacher with zero terminal SNR that predicts v, and one whose config says neither, in SD 1.5's PNDM."""
+    right, wrong = tiny.pipeline("v_prediction"), tiny.pipeline("epsilon")
+    right.scheduler = tiny.scheduler("v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    right.save_pretrained(tmp_path / "right")
+    wrong.scheduler = PNDMScheduler.from_config(wrong.scheduler.config)
+    wrong.save_pretrained(tmp_path / "wrong")
+    return tmp_path / "right", tmp_path / "wrong"
+
+
+def test_zero_terminal_snr_can_be_said(without_a_word, tmp_path):
+    """In training, in what nodes and the student are drawn with, and in the path, which is of this flag alone."""
+    from diffusers_disback import DegradationPath, ModelReference, TrainingConfig, load_family
+
+    right, wrong = without_a_word
+    flags = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    teacher = TrainingConfig(pretrained_model_name_or_path=str(wrong), **flags).teacher
+    own, expected = load_family(teacher), load_family(ModelReference(str(right)))
+    assert torch.equal(own.schedule.alpha, expected.schedule.alpha) and own.schedule.alpha[-1] == 0
+    assert own.schedule.prediction_type == "v_prediction"
+    own.schedule.check_timestep(999)
+    node = json.loads(teacher.component_files("float32")["scheduler/scheduler_config.json"])
+    assert node["rescale_betas_zero_snr"] and node["timestep_spacing"] == "trailing" and not node["clip_sample"]
+    assert node["_class_name"] == "DDIMScheduler" and node["prediction_type"] == "v_prediction"
+    student = to_pipeline(own.network, 999, own.pipeline).scheduler
+    assert student.alphas_cumprod[-1] == 0 and student.config.prediction_type == "v_prediction"
+    path = DegradationPath.create(tmp_path / "path", teacher, "0" * 64, tiny.START, {})
+    path.begin()
+    assert path.manifest["teacher"]["rescale_betas_zero_snr"] is True
+    assert DegradationPath.from_pretrained(tmp_path / "path").teacher == teacher
+    for changes, message in [
+        ({"rescale_betas_zero_snr": False}, "with --rescale_betas_zero_snr True, but is to be gone along without"),
+        ({"prediction_type": None}, "with --prediction_type v_prediction, but is to be gone along without"),
+    ]:
+        other = DegradationPath.from_pretrained(tmp_path / "path", teacher=replace(teacher, **changes))
+        with pytest.raises(ValueError, match=message):
+            other.check("0" * 64, tiny.START)
+    DegradationPath.from_pretrained(tmp_path / "path", teacher=teacher).check("0" * 64, tiny.START)
+
+
+@pytest.mark.slow
+def test_a_teacher_that_is_said_to_have_zero_terminal_snr_is_distilled_as_it_is(without_a_word, run):
+    right, wrong = without_a_word
+    flags = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    expected = student(run("a", pretrained_model_name_or_path=right, conditioning_timestep=999))
+    folder = run("b", pretrained_model_name_or_path=wrong, conditioning_timestep=999, **flags)
+    assert equal(student(folder), expected)
+    assert DisBackOneStepPipeline.from_pretrained(folder).scheduler.alphas_cumprod[-1] == 0
 
 
 def test_a_config_that_contradicts_the_network_is_told(run, capsys, tmp_path):

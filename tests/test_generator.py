@@ -32,6 +32,19 @@ def test_the_one_step_scheduler_is_the_generator_bit_for_bit(prediction_type, ti
 def test_a_timestep_outside_the_schedule_is_refused():
     with pytest.raises(ValueError, match="timestep=1000 is outside"):
         OneStepGenerator(family_of(tiny.pipeline()).score_model(), 1000)
+    pipe = tiny.pipeline()
+    for timestep, message in (
+        (-1, "is outside"),
+        (1000, "is outside"),
+        (399.5, "no whole number"),
+        (None, "no whole"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            one_step_scheduler(pipe.scheduler, timestep)
+        with pytest.raises(ValueError, match=message):
+            to_pipeline(pipe.unet, timestep, pipe)
+    with pytest.raises(ValueError, match="timestep=999 has zero signal"):
+        one_step_scheduler(tiny.scheduler(rescale_betas_zero_snr=True), 999)
 
 
 def test_the_pipeline_shares_the_teachers_components():

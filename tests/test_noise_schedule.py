@@ -1,9 +1,28 @@
 import pytest
 import tiny
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+)
 
-from diffusers_disback.noise_schedule import PREDICTION_TYPES, NoiseSchedule
+from diffusers_disback.evaluation.report import many_step_pipeline
+from diffusers_disback.families import family_of
+from diffusers_disback.generator import one_step_scheduler, to_pipeline
+from diffusers_disback.noise_schedule import (
+    PREDICTION_TYPES,
+    NoiseSchedule,
+    ddpm_scheduler,
+    scheduler_of,
+    with_said_otherwise,
+)
 
 
 T = 1000
@@ -71,8 +90,85 @@ def test_noise_prediction_without_signal_is_refused():
     NoiseSchedule.from_scheduler(tiny.scheduler("v_prediction", rescale_betas_zero_snr=True)).check_timestep(T - 1)
 
 
+def euler(**config):
+    return EulerDiscreteScheduler.from_config(tiny.scheduler().config, **config)
+
+
+# What is no variance-preserving schedule with betas, integer timesteps and a known prediction.
+FOREIGN = {
+    "FlowMatchEulerDiscreteScheduler has no beta schedule": FlowMatchEulerDiscreteScheduler,
+    "EDMEulerScheduler has no beta schedule": EDMEulerScheduler,
+    "EulerDiscreteScheduler has timestep_type='continuous': its times are no steps": lambda: euler(
+        timestep_type="continuous", sigma_min=0.002, sigma_max=120.0
+    ),
+    "has use_flow_sigmas=True: its times are no steps": lambda: DPMSolverMultistepScheduler.from_config(
+        tiny.scheduler().config, use_flow_sigmas=True, prediction_type="flow_prediction"
+    ),
+    "has prediction_type='flow_prediction', which is none of": lambda: tiny.scheduler("flow_prediction"),
+    "CogVideoXDDIMScheduler makes other noise levels": lambda: CogVideoXDDIMScheduler.from_config(
+        tiny.scheduler().config, snr_shift_scale=3.0
+    ),
+}
+
+
+@pytest.mark.parametrize("use", ["schedule", "ddpm", "one step", "pipeline", "many steps", "zero snr", "family"])
+def test_schedules_that_are_no_teachers_are_refused_by_all(use):
+    pipe = tiny.pipeline()
+    for message, make in FOREIGN.items():
+        pipe.scheduler = make()
+        calls = {
+            "schedule": lambda: NoiseSchedule.from_scheduler(pipe.scheduler),
+            "ddpm": lambda: ddpm_scheduler(pipe.scheduler),
+            "one step": lambda: one_step_scheduler(pipe.scheduler, 399),
+            "pipeline": lambda: to_pipeline(pipe.unet, 399, pipe),
+            "many steps": lambda: many_step_pipeline(pipe),
+            "zero snr": lambda: with_said_otherwise(pipe.scheduler, None, True),
+            "family": lambda: family_of(pipe),
+        }
+        with pytest.raises(ValueError, match=message):
+            calls[use]()
+
+
+def test_samplers_of_the_same_schedule_are_taken():
+    """What concerns a sampler alone changes nothing."""
+    expected = NoiseSchedule.from_scheduler(tiny.scheduler())
+    for scheduler in (
+        *(euler(**{name: True}) for name in ("use_karras_sigmas", "use_exponential_sigmas", "rescale_betas_zero_snr")),
+        euler(timestep_spacing="trailing", interpolation_type="log_linear", final_sigmas_type="sigma_min"),
+        DDIMScheduler.from_config(tiny.scheduler().config, clip_sample=True, thresholding=True),
+        DPMSolverMultistepScheduler.from_config(tiny.scheduler().config, use_lu_lambdas=True, euler_at_final=True),
+        LCMScheduler.from_config(tiny.scheduler().config),
+    ):
+        schedule = NoiseSchedule.from_scheduler(scheduler)
+        if not scheduler.config.get("rescale_betas_zero_snr"):
+            assert torch.equal(schedule.alpha, expected.alpha), type(scheduler).__name__
+    pipe = tiny.pipeline()
+    pipe.scheduler = DDIMScheduler.from_config(tiny.scheduler().config, clip_sample=True, thresholding=True)
+    drawn = many_step_pipeline(pipe).scheduler.config
+    assert not drawn.clip_sample and not drawn.thresholding, "latents are not confined to [-1, 1]"
+
+
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler])
+def test_a_rescale_to_zero_terminal_snr_is_diffusers_own(scheduler_class):
+    expected = NoiseSchedule.from_scheduler(tiny.scheduler("v_prediction", rescale_betas_zero_snr=True))
+    plain = scheduler_class.from_config(tiny.scheduler().config)
+    made = with_said_otherwise(plain, "v_prediction", True)
+    schedule = NoiseSchedule.from_scheduler(made)
+    assert torch.equal(schedule.alpha, expected.alpha) and schedule.alpha[-1] == 0
+    assert schedule.prediction_type == "v_prediction" and made.config.timestep_spacing == "trailing"
+    assert type(made) is (DDIMScheduler if scheduler_class is PNDMScheduler else scheduler_class)
+    assert not made.config.get("clip_sample") and with_said_otherwise(plain, None, False) is plain
+    stock = scheduler_of({**made.config, "_class_name": type(made).__name__}, "it")
+    assert torch.equal(stock.alphas_cumprod, made.alphas_cumprod) and type(stock) is type(made)
+    for config in ({}, {"_class_name": "UNet2DConditionModel"}, {"_class_name": "Nothing"}, {"_class_name": 3}):
+        with pytest.raises(ValueError, match="which is no scheduler of diffusers"):
+            scheduler_of(config, "it")
+
+
 def test_unknown_kinds_are_refused():
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no beta schedule"):
-        NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="beta_schedule='other', which is not supported"):
+        scheduler = tiny.scheduler()
+        scheduler.register_to_config(beta_schedule="other")
+        NoiseSchedule.from_scheduler(scheduler)
     with pytest.raises(ValueError, match="prediction_type='noise' is none of"):
         NoiseSchedule(torch.ones(3), torch.ones(3), "noise")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import original_layout
 import pytest
@@ -13,7 +14,7 @@ from script import student
 from stages import equal, weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from diffusers_disback import DegradationPath, DisBackOneStepPipeline, ModelReference, load_family
+from diffusers_disback import DegradationPath, DisBackOneStepPipeline, ModelReference, load_family, single_file
 from diffusers_disback.cli import main as command
 from diffusers_disback.families import FAMILIES, family_of
 from diffusers_disback.single_file import SUPPORTED, SingleFile, repo_of, single_file_of
@@ -148,8 +149,6 @@ def test_a_start_may_be_a_file(checkpoint, run, tmp_path):
 
 
 def test_a_conversion_that_was_broken_off_is_done_again(checkpoint, tmp_path, monkeypatch):
-    from diffusers_disback import single_file
-
     pipe, file = checkpoint("v1")
     arguments = (str(file), str(tmp_path / "config"), None, str(tmp_path / "cache"))
 
@@ -173,6 +172,63 @@ def test_a_conversion_that_was_broken_off_is_done_again(checkpoint, tmp_path, mo
     original_layout.write(tiny.pipeline(seed=8), "v1", file)
     single_file.to_folder.cache_clear()
     assert single_file.to_folder(*arguments) != folder, "another file of that name is another model"
+
+
+# What a file says of itself ------------------------------------------------------------------------------------------
+
+V, EPSILON = {"modelspec.prediction_type": "v"}, {"modelspec.prediction_type": "epsilon"}
+MARKS = [
+    # kind, tensors, header, what is taken, what is told
+    ("v1", ["v_pred"], {}, ("v_prediction", False), "prediction_type v_prediction"),
+    ("xl_base", ["v_pred", "ztsnr"], {}, ("v_prediction", True), "v_prediction and rescale_betas_zero_snr True"),
+    ("xl_base", ["ztsnr"], V, ("v_prediction", True), "v_prediction and rescale_betas_zero_snr True"),
+    ("xl_base", [], {"modelspec.predict_key": "v"}, ("v_prediction", False), "prediction_type v_prediction"),
+    ("xl_base", [], EPSILON, ("epsilon", False), None),
+    ("xl_base", ["v_pred"], EPSILON, ("v_prediction", False), "has the marker v_pred, but its header says epsilon"),
+    ("v2", [], {"modelspec.architecture": "stable-diffusion-v2-768-v"}, ("v_prediction", False), "v_prediction"),
+    ("v2", [], {"modelspec.architecture": "stable-diffusion-v2-512"}, ("epsilon", False), None),
+    ("v1", [], {"modelspec.architecture": "stable-diffusion-xl-v1-base"}, ("epsilon", False), "is built as a Stable"),
+    (
+        "v1",
+        [],
+        {"modelspec.prediction_type": "rectified flow"},
+        ("epsilon", False),
+        "'rectified flow', which is not kn",
+    ),
+    ("v1", [], {"ss_v_parameterization": "True"}, ("epsilon", False), None),
+]
+
+
+def test_what_a_file_says_of_itself(tmp_path, caplog):
+    """By the markers and the header that other programs read; what its config says already is no matter."""
+    tiny.pipeline().save_pretrained(tmp_path / "config")
+    for kind, keys, header, (prediction_type, zero), told in MARKS:
+        file = tmp_path / "model.safetensors"
+        save_file({"x": torch.ones(1), **{key: torch.tensor([]) for key in keys}}, file, header)
+        caplog.clear()
+        said = single_file._said_otherwise(single_file._said(file, kind, "it"), tmp_path / "config", "it")
+        expected = {"prediction_type": prediction_type, "rescale_betas_zero_snr": zero}
+        assert said == {key: value for key, value in expected.items() if value not in ("epsilon", False)}, (
+            keys,
+            header,
+        )
+        assert (told in caplog.text) if told else not caplog.text, (keys, header)
+    save_file({"edm_vpred.sigma_max": torch.tensor(120.0)}, tmp_path / "edm.safetensors")
+    with pytest.raises(ValueError, match="says by its tensor edm_vpred.sigma_max that it is of EDM's noise levels"):
+        single_file._said(tmp_path / "edm.safetensors", "xl_base", "it")
+
+
+def test_a_file_is_taken_at_its_word(checkpoint, tmp_path):
+    """Over its config, and `--prediction_type` over it."""
+    _, file = checkpoint("v1", v_pred=torch.tensor([]), ztsnr=torch.tensor([]))
+    cache, where = str(tmp_path / "cache"), reference(tmp_path, file)
+    for teacher, prediction_type in ((where, "v_prediction"), (replace(where, prediction_type="sample"), "sample")):
+        schedule = load_family(teacher, cache).schedule
+        assert schedule.prediction_type == prediction_type and schedule.alpha[-1] == 0
+    stock = DiffusionPipeline.from_pretrained(where.folder(cache)).scheduler.config
+    assert stock.prediction_type == "v_prediction" and stock.rescale_betas_zero_snr
+    plain = checkpoint("v1")[1].rename(tmp_path / "plain.safetensors")
+    assert load_family(reference(tmp_path, plain), cache).schedule.prediction_type == "epsilon"
 
 
 # On the Hub ---------------------------------------------------------------------------------------------------------

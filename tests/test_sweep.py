@@ -38,9 +38,10 @@ def test_the_sweep_asks_the_teacher_that_training_would(tmp_path, teacher_folder
     for flags in (
         [],
         ["--prediction_type", "v_prediction"],
+        ["--rescale_betas_zero_snr"],
         ["--pretrained_vae_model_name_or_path", "other"],
         ["--teacher_lora", "lora/pytorch_lora_weights.safetensors"],
     ):
         assert command([*line, *flags]) == 0
         drifts.append(json.loads((tmp_path / "timesteps.json").read_text())["timesteps"]["399"]["total"])
-    assert len(set(drifts)) == 4
+    assert len(set(drifts)) == 5

@@ -15,6 +15,7 @@ _TEACHER_FLAGS = {
     "vae": "pretrained_vae_model_name_or_path",
     "lora": "teacher_lora",
     "single_file_config": "single_file_config",
+    "rescale_betas_zero_snr": "rescale_betas_zero_snr",
 }
 
 _CITATION = """## Citation
@@ -336,7 +337,7 @@ def path_card(manifest: dict[str, Any], repo_id: str, teacher_card: dict[str, An
         full=bool(nodes) and nodes[-1]["kind"] == "full",
         teacher_repr=json.dumps(teacher["name_or_path"]),
         teacher_flags=[
-            f"--{flag} {shlex.quote(teacher[key])}" for key, flag in _TEACHER_FLAGS.items() if teacher.get(key)
+            f"--{flag} {shlex.quote(str(teacher[key]))}" for key, flag in _TEACHER_FLAGS.items() if teacher.get(key)
         ],
         commit=teacher["commit"],
         teacher_sha=teacher["sha256"],

@@ -37,7 +37,7 @@ def elsewhere(teacher: "ModelReference", parsed: argparse.Namespace) -> "ModelRe
     return teacher if place["name_or_path"] is None else replace(teacher, **place)
 
 
-def teacher_asked_for(parsed: argparse.Namespace, **otherwise: str | None) -> "ModelReference":
+def teacher_asked_for(parsed: argparse.Namespace, **otherwise: Any) -> "ModelReference":
     """The teacher of a command line, and what is to be taken otherwise than its files say."""
     from .model_reference import ModelReference
 
@@ -122,7 +122,10 @@ def timestep_sweep(parsed: argparse.Namespace) -> None:
 
     disable_progress_bar()
     teacher = teacher_asked_for(
-        parsed, prediction_type=parsed.prediction_type, vae=parsed.pretrained_vae_model_name_or_path
+        parsed,
+        prediction_type=parsed.prediction_type,
+        vae=parsed.pretrained_vae_model_name_or_path,
+        rescale_betas_zero_snr=parsed.rescale_betas_zero_snr,
     )
     family = load_family(teacher, parsed.cache_dir)
     for t in parsed.timesteps:
@@ -289,6 +292,11 @@ def parser() -> argparse.ArgumentParser:
         "--prediction_type",
         choices=["epsilon", "v_prediction", "sample"],
         help="if not what its scheduler's config says",
+    )
+    sweep.add_argument(
+        "--rescale_betas_zero_snr",
+        action="store_true",
+        help="rescale its betas to zero terminal SNR, if its scheduler's config does not say so",
     )
     sweep.add_argument("--pretrained_vae_model_name_or_path", help="an autoencoder in place of the teacher's own")
     sweep.add_argument(

@@ -52,11 +52,19 @@ class TrainingConfig:
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = setting(
         None, "What the teacher predicts, if its scheduler's config says something else, as of some fine-tunes."
     )
+    rescale_betas_zero_snr: bool = setting(
+        False,
+        "Rescale the teacher's betas to zero terminal SNR, if it was trained so and its scheduler's config does not say it.",
+    )
     pretrained_vae_model_name_or_path: str | None = setting(
-        None, "An autoencoder in place of the teacher's own: a folder, or a model on the Hub."
+        None,
+        "An autoencoder in place of the teacher's own: a folder, a model on the Hub, or one .safetensors file, on this "
+        "machine or on the Hub. Of its weights the variant is taken that --variant names, if there is one.",
     )
     teacher_lora: str | None = setting(
-        None, "A LoRA to fuse into the teacher's UNet before anything else: a file, a folder, or a model on the Hub."
+        None,
+        "A LoRA to fuse into the teacher's UNet before anything else: a file, on this machine or on the Hub "
+        "(user/repo/file.safetensors, or its address), or a folder or repository that holds one.",
     )
     generator_model_name_or_path: str | None = setting(
         None, "Start the student from the UNet of this folder, Hub model or file instead of the teacher's copy."
@@ -204,6 +212,7 @@ class TrainingConfig:
             self.pretrained_vae_model_name_or_path,
             self.teacher_lora,
             self.single_file_config,
+            self.rescale_betas_zero_snr,
         )
 
     def is_adapter(self, role: str) -> bool:

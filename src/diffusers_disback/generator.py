@@ -5,7 +5,8 @@ from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from .batch import Condition
-from .noise_schedule import ddpm_scheduler
+from .denoiser import check_denoiser
+from .noise_schedule import NoiseSchedule, ddpm_scheduler
 from .pipeline import DisBackOneStepPipeline
 from .score_model import ScoreModel
 
@@ -40,7 +41,12 @@ def one_step_scheduler(scheduler: SchedulerMixin, timestep: int) -> DDIMSchedule
     Args:
         scheduler (`SchedulerMixin`): The teacher's.
         timestep (`int`): The conditioning timestep.
+
+    Raises:
+        ValueError: If the scheduler has no betas or predicts what is not known, the timestep is outside its schedule, or
+            there is no signal there and the network predicts the noise.
     """
+    NoiseSchedule.from_scheduler(scheduler).check_timestep(timestep)
     # Betas are taken after a rescale to zero terminal SNR, which is therefore not asked for again.
     betas = ddpm_scheduler(scheduler).betas[: timestep + 1].tolist()
     return DDIMScheduler(
@@ -61,7 +67,12 @@ def to_pipeline(network: nn.Module, timestep: int, teacher: DiffusionPipeline) -
         network (`nn.Module`): The student's, unwrapped.
         timestep (`int`): The conditioning timestep.
         teacher (`DiffusionPipeline`): The teacher's pipeline; its components are shared, not copied.
+
+    Raises:
+        ValueError: If the network asks for more than it is given, or the scheduler and the timestep are refused by
+            `one_step_scheduler`.
     """
+    check_denoiser(network.config, "The student's network")
     components = {**teacher.components, "unet": network, "scheduler": one_step_scheduler(teacher.scheduler, timestep)}
     accepted = DisBackOneStepPipeline.component_names()
     settings = {key: teacher.config[key] for key in ("force_zeros_for_empty_prompt",) if key in teacher.config}

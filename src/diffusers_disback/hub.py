@@ -8,6 +8,7 @@ from typing import Any
 
 from .adapters import Lora, save_lora
 from .cards import student_card
+from .components import check_whole
 from .evaluation.report import REPORT, read_report
 from .files import inside, read_json, read_text, to_bytes, write_json, write_text, writing
 from .manifest import MANIFEST
@@ -86,6 +87,9 @@ def write_student(
         cache_dir (`str`, *optional*): Where downloads are kept.
         lora (`Lora`, *optional*): The adapter that was trained, if one was, and its config. It is written to `lora/`, with
             the one-step scheduler beside it.
+
+    Raises:
+        ValueError: If a component of the teacher is not whole, so that the student would not load.
     """
     folder = Path(folder)
     if lora is not None:
@@ -107,6 +111,10 @@ def write_student(
     pipeline.save_config(folder)
     index = read_json(folder / INDEX)
     write_json(folder / INDEX, {**index, **{name: theirs[name] for name in released if name in index}})
+    check_whole(
+        {file.relative_to(folder).as_posix(): file for file in folder.glob("*/*")} | {INDEX: folder / INDEX},
+        f"{folder}",
+    )
 
 
 def write_model_card(folder: Path, report: dict[str, Any]) -> None:

@@ -3,16 +3,19 @@
 import hashlib
 import logging
 import os
-import re
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from torch import nn
 
+from .autoencoder import autoencoder_folder, load_autoencoder, variant_of
+from .components import left_out, pipeline_class_of, without_parts
 from .files import inside, read_json, read_text, to_bytes
+from .noise_schedule import scheduler_of, with_said_otherwise
 from .pipeline_folder import (
     INDEX,
     UNREADABLE,
@@ -28,6 +31,7 @@ from .pipeline_folder import (
 )
 from .repository import Files, HubError, Repository
 from .single_file import repo_of, single_file_of, to_folder
+from .teacher_lora import fuse_lora
 from .weights import owned
 
 
@@ -53,10 +57,12 @@ class ModelReference:
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         variant (`str`, *optional*): Of the weights' files, such as `fp16`.
         prediction_type (`str`, *optional*): What it predicts, if its scheduler's config says something else.
-        vae (`str`, *optional*): The folder or Hub id of an autoencoder that takes the place of its own.
+        vae (`str`, *optional*): The folder, Hub id or file of an autoencoder that takes the place of its own.
         lora (`str`, *optional*): The file, folder or Hub id of a LoRA that is fused into its denoiser.
         single_file_config (`str`, *optional*): Of a checkpoint in one file: the folder or Hub id of a pipeline that says
             how it is built.
+        rescale_betas_zero_snr (`bool`): Whether its betas are rescaled to zero terminal SNR, though its scheduler's config
+            does not say so.
     """
 
     name_or_path: str
@@ -66,6 +72,7 @@ class ModelReference:
     vae: str | None = None
     lora: str | None = None
     single_file_config: str | None = None
+    rescale_betas_zero_snr: bool = False
 
     def source(self, cache_dir: str | None = None) -> "ModelReference":
         """The same model as a folder or a Hub id: a checkpoint in one file is made into a folder, once.
@@ -155,37 +162,80 @@ class ModelReference:
         index = read_index(root, what)
         check_classes(index, what)
         files: Files = {INDEX: root / INDEX, **licences_of(self.papers(cache_dir), what)}
+        without = self.left_out(index, cache_dir)
+        if without:
+            index = without_parts(index, without)
+            files[INDEX] = to_bytes(index)
         for name in components_of(index):
             if name == "vae" and self.vae is not None:
-                own = _own_files(self.vae_folder(cache_dir), None, dtype, f"the autoencoder {self.vae!r}")
+                own = self._vae_files(dtype, cache_dir)
             elif name != "unet":
                 own = _own_files(root / name, self.variant, dtype, what, root)
             else:
                 continue
             files |= {f"{name}/{file}": content for file, content in own.items()}
-        if self.prediction_type is not None:
+        if self.prediction_type is not None or self.rescale_betas_zero_snr:
             path = "scheduler/scheduler_config.json"
             if path not in files:
                 raise ValueError(f"{what} has no {path}: it is not whole.")
-            files[path] = to_bytes({**read_json(files[path]), "prediction_type": self.prediction_type})
+            files |= self._scheduler_file(files[path])
         return files
 
-    def vae_folder(self, cache_dir: str | None = None) -> Path:
-        """Where the files of the other autoencoder lie on this machine: at its root, or in its `vae/`.
+    def scheduler_as_said(self, scheduler: SchedulerMixin) -> SchedulerMixin:
+        """The model's scheduler, with what is to be taken otherwise than it says."""
+        return with_said_otherwise(scheduler, self.prediction_type, self.rescale_betas_zero_snr)
+
+    def _scheduler_file(self, file: Path) -> Files:
+        """The config of the scheduler as it is said to be; what it says besides stays."""
+        what = f"The scheduler's config of {self.name_or_path!r}"
+        was = read_json(file, what)
+        made = self.scheduler_as_said(scheduler_of(was, what))
+        said = {"prediction_type": made.config.prediction_type, "_class_name": type(made).__name__}
+        if self.rescale_betas_zero_snr:
+            names = ("rescale_betas_zero_snr", "timestep_spacing", "clip_sample")
+            said |= {name: made.config[name] for name in names if name in made.config}
+        return {"scheduler/scheduler_config.json": to_bytes({**was, **said})}
+
+    def predicts(self, cache_dir: str | None = None) -> str | None:
+        """What the model's own files say that its network predicts; `None` if they hold no scheduler.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If they cannot be read.
         """
-        root = Path(self.vae)
-        if not root.is_dir():
-            root = Repository(self.vae).download(["config.json", "*.safetensors", "vae/*"], None, cache_dir)
-        for folder in (root, root / "vae"):
-            if (folder / "config.json").is_file():
-                name = read_json(inside(folder, "config.json", f"the autoencoder {self.vae!r}")).get("_class_name")
-                if name != "AutoencoderKL":
-                    raise ValueError(f"{self.vae} is a {name}; an AutoencoderKL is needed.")
-                return folder
-        raise ValueError(f"{self.vae} holds no autoencoder: it has no config.json, at its root or in vae/.")
+        source = self.source(cache_dir)
+        path = "scheduler/scheduler_config.json"
+        if os.path.isdir(source.name_or_path):
+            file = inside(source.name_or_path, path, f"the model {self.name_or_path!r}")
+        else:
+            try:
+                file = Repository(source.name_or_path, patient=False).file(path, source.revision, cache_dir)
+            except HubError as error:
+                logger.warning(f"What {source.name_or_path} predicts could not be looked up. {error}")
+                return None
+        if file is None or not file.is_file():
+            return None
+        return str(read_json(file).get("prediction_type", "epsilon"))
+
+    def vae_folder(self, cache_dir: str | None = None) -> Path:
+        """Where the files of the other autoencoder lie on this machine.
+
+        Raises:
+            ValueError: If there is none, or it cannot be taken.
+        """
+        return autoencoder_folder(self.vae, self.variant, self.folder(cache_dir) / "vae", cache_dir)
+
+    def load_vae(self, cache_dir: str | None = None) -> nn.Module:
+        """The other autoencoder in float32; see `load_autoencoder`."""
+        return load_autoencoder(self.vae_folder(cache_dir), self.variant, self.vae)
+
+    def _vae_files(self, dtype: str, cache_dir: str | None) -> Files:
+        folder = self.vae_folder(cache_dir)
+        return _own_files(folder, variant_of(folder, self.variant), dtype, f"the autoencoder {self.vae!r}")
+
+    def left_out(self, index: dict[str, Any], cache_dir: str | None = None) -> dict[str, Any]:
+        """What the model is loaded with, so that parts without a role do not stand in its way; see `components`."""
+        source = self.source(cache_dir)
+        return left_out(index, source.name_or_path, source.revision, source.variant, cache_dir)
 
     def card(self, cache_dir: str | None = None) -> dict[str, Any]:
         """The metadata of the model's card; empty if it has none."""
@@ -284,16 +334,16 @@ class ModelReference:
 @cache
 def _downloaded(reference: ModelReference, cache_dir: str | None) -> Path:
     """A pipeline's files, and with them its card and the text of its licence, if the Hub gives these."""
-    from diffusers import DiffusionPipeline
-
-    check_classes(reference.index(cache_dir), f"the model {reference.name_or_path!r}")  # before diffusers goes by it
+    index = reference.index(cache_dir)
+    check_classes(index, f"the model {reference.name_or_path!r}")  # before diffusers goes by it
     try:
-        folder = DiffusionPipeline.download(
+        folder = pipeline_class_of(index).download(
             reference.name_or_path,
             revision=reference.revision,
             variant=reference.variant,
             cache_dir=cache_dir,
             use_safetensors=True,
+            **reference.left_out(index, cache_dir),
         )
     except UNREADABLE as error:
         variants = reference.other_variants()
@@ -376,47 +426,6 @@ def fill_adapter(network: nn.Module, weights: dict[str, torch.Tensor], adapter: 
     set_peft_model_state_dict(network, weights, adapter_name=adapter)
 
 
-def fuse_lora(network: nn.Module, lora: str, cache_dir: str | None = None) -> None:
-    """Adds a LoRA to a denoiser's weights, once and for all.
-
-    Args:
-        network (`nn.Module`): A diffusers UNet.
-        lora (`str`): A file, a folder or a Hub id, in any layout that `load_lora_weights` reads, in safetensors.
-        cache_dir (`str`, *optional*): Where downloads are kept.
-
-    Raises:
-        ValueError: If it cannot be read, adapts text encoders, or does not fit the network.
-    """
-    from diffusers import StableDiffusionXLPipeline
-    from diffusers.utils import convert_unet_state_dict_to_peft
-
-    try:
-        weights, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
-            lora, unet_config=network.config, return_lora_metadata=True, use_safetensors=True, cache_dir=cache_dir
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The LoRA {lora!r} cannot be read. {error}") from error
-    others = sorted(key for key in weights if not key.startswith("unet."))
-    if others:
-        raise ValueError(
-            f"The LoRA {lora!r} adapts more than the UNet ({others[0]}). A student keeps its teacher's text encoders as "
-            "they are; fuse such a LoRA into a copy of the teacher by diffusers' own fuse_lora, and distil that."
-        )
-    weights = convert_unet_state_dict_to_peft(weights)  # of kohya's layout diffusers makes its own older one
-    modules = {name for name, _ in network.named_modules()}
-    foreign = sorted(key for key in weights if re.sub(r"\.lora[_.].*", "", key.removeprefix("unet.")) not in modules)
-    if foreign or not weights:
-        raise ValueError(
-            f"The LoRA {lora!r} belongs to another model: {(foreign or ['it is empty'])[0]} fits nothing."
-        )
-    try:
-        network.load_lora_adapter(weights, prefix="unet", network_alphas=alphas, metadata=metadata)
-    except RuntimeError as error:  # of other shapes
-        raise ValueError(f"The LoRA {lora!r} belongs to another model. {error}") from error
-    network.fuse_lora()
-    network.unload_lora()
-
-
 def _own_files(
     folder: Path, variant: str | None, dtype: str, what: str | None = None, root: Path | None = None
 ) -> Files:
@@ -428,6 +437,8 @@ def _own_files(
         of = match and (match.group(1) or match.group(2))
         if file.name == "config.json":
             own[file.name] = _with_dtype(file, dtype)
+        elif match is None and file.suffix == ".safetensors":
+            continue  # another program's copy
         elif not of:
             own[file.name] = file
         else:

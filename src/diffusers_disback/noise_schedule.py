@@ -1,10 +1,18 @@
 """What a timestep means: alpha(t), sigma(t), and how a network's output becomes x0."""
 
+import inspect
+import operator
+from typing import Any
+
+import diffusers
+import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 from torch import Tensor
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+# Of a scheduler that asks its network at other times than the integers of its betas, and the value with which it does not.
+_OTHER_TIMES = {"timestep_type": "discrete", "use_flow_sigmas": False}
 
 
 class NoiseSchedule:
@@ -20,7 +28,7 @@ class NoiseSchedule:
 
     def __init__(self, alpha: Tensor, sigma: Tensor, prediction_type: str):
         if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type={prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}.")
+            raise ValueError(f"prediction_type={prediction_type!r} is none of {_listed()}.")
         self.alpha = alpha.float()
         self.sigma = sigma.float()
         self.prediction_type = prediction_type
@@ -30,13 +38,8 @@ class NoiseSchedule:
         """The schedule that a diffusers scheduler's config describes, whatever its class.
 
         Raises:
-            ValueError: If the scheduler is not one of the variance-preserving ones, with betas.
+            ValueError: If the scheduler is not one of the variance-preserving ones, with betas and integer timesteps.
         """
-        if "beta_schedule" not in scheduler.config:
-            raise ValueError(
-                f"{type(scheduler).__name__} has no beta schedule. Supported are teachers with a variance-preserving "
-                "schedule (DDPM, DDIM, PNDM, Euler, DPM-Solver, ...)."
-            )
         # The same operations in the same order as DDIMScheduler's, so that a deployed student agrees bit for bit.
         alphas_cumprod = ddpm_scheduler(scheduler).alphas_cumprod
         prediction_type = scheduler.config.get("prediction_type", "epsilon")
@@ -48,6 +51,10 @@ class NoiseSchedule:
 
     def check_timestep(self, timestep: int) -> None:
         """Raises a `ValueError` if the timestep is outside the schedule, or x0 cannot be had there."""
+        try:
+            operator.index(timestep)
+        except TypeError:
+            raise ValueError(f"timestep={timestep!r} is no whole number; SDXL recipes use 399.") from None
         if not 0 <= timestep < self.num_timesteps:
             raise ValueError(
                 f"timestep={timestep} is outside the teacher's schedule (0..{self.num_timesteps - 1}); SDXL recipes "
@@ -105,5 +112,82 @@ class NoiseSchedule:
 
 
 def ddpm_scheduler(scheduler: SchedulerMixin) -> DDPMScheduler:
-    """The training-time form of a scheduler: its betas after any rescaling to zero terminal SNR, one per timestep."""
-    return DDPMScheduler.from_config(scheduler.config)
+    """The training-time form of a scheduler: its betas after any rescaling to zero terminal SNR, one per timestep.
+
+    Raises:
+        ValueError: If the scheduler is not one of the variance-preserving ones, with betas and integer timesteps, or
+            predicts what none of `PREDICTION_TYPES` is.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    supported = (
+        "Supported are teachers with a variance-preserving schedule (DDPM, DDIM, PNDM, Euler, DPM-Solver, ...) and integer "
+        "timesteps."
+    )
+    if "beta_schedule" not in config:
+        raise ValueError(f"{name} has no beta schedule. {supported}")
+    for key, usual in _OTHER_TIMES.items():
+        if config.get(key, usual) != usual:
+            raise ValueError(f"{name} has {key}={config[key]!r}: its times are no steps of its betas. {supported}")
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"{name} has prediction_type={prediction_type!r}, which is none of {_listed()}.")
+    try:
+        made = DDPMScheduler.from_config(config)
+    except NotImplementedError as error:
+        raise ValueError(f"{name} has beta_schedule={config['beta_schedule']!r}, which is not supported.") from error
+    own = getattr(scheduler, "alphas_cumprod", None)  # Euler has 2**-24 where a rescale to zero signal has 0
+    if own is not None and not torch.allclose(own.to(made.alphas_cumprod), made.alphas_cumprod, atol=1e-6):
+        raise ValueError(f"{name} makes other noise levels of its config's betas than DDPM does. {supported}")
+    return made
+
+
+def with_said_otherwise(
+    scheduler: SchedulerMixin, prediction_type: str | None, rescale_betas_zero_snr: bool
+) -> SchedulerMixin:
+    """A scheduler that takes for granted what its config does not say: itself, if that is nothing.
+
+    One whose class knows no rescale to zero terminal SNR (PNDM, say) becomes a DDIM of the same betas. A rescale brings
+    the timesteps of a sampler to the end of the schedule, without which the last one would not be asked (Lin et al.,
+    2023, section 3.3).
+
+    Args:
+        scheduler (`SchedulerMixin`): The teacher's.
+        prediction_type (`str`, *optional*): What its network predicts.
+        rescale_betas_zero_snr (`bool`): Whether its betas end with zero signal, rescaled.
+
+    Raises:
+        ValueError: If the scheduler has no betas.
+    """
+    scheduler_class, config, changes = type(scheduler), dict(scheduler.config), {}
+    if prediction_type is not None:
+        changes["prediction_type"] = prediction_type
+    if rescale_betas_zero_snr and not config.get("rescale_betas_zero_snr"):
+        ddpm_scheduler(scheduler)
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if "rescale_betas_zero_snr" not in inspect.signature(scheduler_class.__init__).parameters:
+            scheduler_class = diffusers.DDIMScheduler
+            changes["clip_sample"] = config.get("clip_sample", False)
+    return scheduler_class.from_config(config, **changes) if changes else scheduler
+
+
+def scheduler_of(config: dict[str, Any], what: str) -> SchedulerMixin:
+    """The scheduler of a `scheduler_config.json`.
+
+    Args:
+        config (`dict`): Its content.
+        what (`str`): Whose it is, for messages.
+
+    Raises:
+        ValueError: If it names no scheduler of diffusers, or that does not take it.
+    """
+    made = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(made, type) and issubclass(made, SchedulerMixin)):
+        raise ValueError(f"{what} is of class {config.get('_class_name')!r}, which is no scheduler of diffusers.")
+    try:
+        return made.from_config(config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{what} is none that diffusers makes a {made.__name__} of ({error}).") from error
+
+
+def _listed() -> str:
+    return ", ".join(PREDICTION_TYPES)

@@ -146,6 +146,7 @@ class DegradationPath:
                 known.get("vae"),
                 known.get("lora"),
                 known.get("single_file_config"),
+                known.get("rescale_betas_zero_snr") is True,
             )
         path = cls(folders, manifest, teacher, cache_dir)
         path.teacher_was_told = was_told or not any("commit" in node for node in manifest["nodes"])
@@ -363,6 +364,7 @@ class DegradationPath:
 
     def check(self, teacher_sha256: str, generator: dict[str, Any]) -> None:
         """Raises a `ValueError` if the path was recorded from another teacher or another start, naming which."""
+        self._check_teacher_is_asked_as_recorded()
         recorded = self.manifest["teacher"]["sha256"]
         if recorded != teacher_sha256:
             raise ValueError(
@@ -375,6 +377,17 @@ class DegradationPath:
                 raise ValueError(
                     f"The path in {self.where} was recorded from another initial generator: its {key} is {was}, this "
                     f"one's is {is_}. Record a path for this start with stage 1."
+                )
+
+    def _check_teacher_is_asked_as_recorded(self) -> None:
+        """Nodes are of the schedule that they were recorded with: the same flags have to say what the teacher's files do not."""
+        for key in ("prediction_type", "rescale_betas_zero_snr"):
+            was, is_ = self.manifest["teacher"].get(key) or None, getattr(self.teacher, key) or None
+            if was != is_:
+                said = [f"with --{key} {value}" if value else f"without --{key}" for value in (was, is_)]
+                raise ValueError(
+                    f"The path in {self.where} was recorded {said[0]}, but is to be gone along {said[1]}: its nodes "
+                    "belong to another schedule. Pass what it was recorded with, or record another path with stage 1."
                 )
 
     def adapter_config(self, index: int) -> Any:

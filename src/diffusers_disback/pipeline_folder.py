@@ -18,8 +18,11 @@ UNREADABLE = (
 )
 """What diffusers and transformers raise on files whose content is wrong; each becomes a `ValueError` where they are called."""
 
-WEIGHTS = re.compile(r"[a-z_]+(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors|[a-z_]+\.safetensors\.index(?:\.(\w+))?\.json")
-"""The names of files of weights; groups 1 and 2 are the variant."""
+_STEM = "(?:diffusion_pytorch_)?model"
+WEIGHTS = re.compile(
+    rf"{_STEM}(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors|{_STEM}\.safetensors\.index(?:\.(\w+))?\.json"
+)
+"""The names of files of weights; groups 1 and 2 are the variant. What is named otherwise is another program's copy."""
 
 _SHARDS = re.compile(r".+\.safetensors\.index(\.\w+)?\.json")
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")

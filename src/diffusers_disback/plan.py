@@ -14,6 +14,7 @@ from .allocations import TOKENS, PassMemory, checkpointed, evaluation_memory, pa
 from .backtracking import BacktrackingConfig
 from .config import TrainingConfig
 from .data import CAPACITY
+from .denoiser import check_denoiser
 from .model_reference import ModelReference
 from .pipeline_folder import UNREADABLE, check_classes, components_of
 
@@ -137,7 +138,9 @@ class Planner:
     @cached_property
     def network(self) -> nn.Module:
         """The teacher's UNet, on the meta device."""
-        return self.skeleton()
+        network = self.skeleton()
+        check_denoiser(network.config, "The teacher's UNet")
+        return network
 
     def trained(self, role: str, setup: Setup) -> list[Tensor]:
         """The parameters of a role that is trained, on the meta device."""

@@ -92,7 +92,7 @@ class RunFolder:
             ValueError: With what has changed.
         """
         file = self.settings_file(stage)
-        before = json.loads(file.read_text()).get(_INPUTS, {}) if file.exists() else {}
+        before = read_json(file).get(_INPUTS, {}) if file.exists() else {}
         changed = [INPUTS[name] for name, hash_ in inputs.items() if before.get(name, hash_) != hash_]
         if changed:
             raise ValueError(

@@ -1,13 +1,14 @@
 """A checkpoint in one file, as fine-tunes are shared: made once into a diffusers folder, which then is the model."""
 
 import hashlib
+import logging
 import os
 import re
 import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .files import inside, read_json, write_json
+from .noise_schedule import with_said_otherwise
 from .pipeline_folder import UNREADABLE, check_classes, components_of, files_of, read_index
 from .repository import HubError, Repository, is_repo_id, sha256_of
 from .weights import open_weights
@@ -22,6 +24,8 @@ from .weights import open_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+logger = logging.getLogger(__name__)
 
 # What diffusers takes a checkpoint for -> the pipeline that it becomes.
 SUPPORTED = {
@@ -34,6 +38,15 @@ _PARTS = {
     "autoencoder": ("first_stage_model.", "vae."),
     "text encoder": ("cond_stage_model.", "conditioner.embedders."),
 }
+# What a header says of a prediction -> diffusers' word; and how it begins to name the kinds.
+_PREDICTIONS = {
+    "epsilon": "epsilon",
+    "eps": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+    "sample": "sample",
+}
+_ARCHITECTURES = {"v1": "stable-diffusion-v1", "v2": "stable-diffusion-v2", "xl_base": "stable-diffusion-xl-v1"}
 _ADDRESS = re.compile(
     r"(?:https?://)?(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?]+)(\?.*)?"
 )
@@ -137,16 +150,22 @@ def to_folder(name: str, config: str | None, revision: str | None, cache_dir: st
             f"{name} is a checkpoint of a {SUPPORTED[kind]}, but the config {config!r} is of a {declared}. Pass the folder "
             "or Hub id of a pipeline of its kind with --single_file_config."
         )
-    sha256 = sha256_of(file)
-    key = hashlib.sha256(f"{sha256} {_digest(configs)}".encode()).hexdigest()[:16]
+    sha256, said = sha256_of(file), _said_otherwise(_said(file, kind, name), configs, name)
+    content = f"{sha256} {_digest(configs)}" + (f" {sorted(said.items())}" if said else "")
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
     folder = Path(cache_dir or constants.HF_HOME, "single_files", key)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(folder.with_suffix(".lock")):  # of several processes, one converts
         if not folder.exists():
             draft = folder.with_suffix(".draft")
             shutil.rmtree(draft, ignore_errors=True)
-            save_portable(_convert(file, kind, configs, shapes, dtypes, name), draft)
-            write_json(draft / "single_file.json", {"file": os.path.basename(file), "sha256": sha256, "kind": kind})
+            pipeline = _convert(file, kind, configs, shapes, dtypes, name)
+            pipeline.scheduler = with_said_otherwise(
+                pipeline.scheduler, said.get("prediction_type"), said.get("rescale_betas_zero_snr", False)
+            )
+            save_portable(pipeline, draft)
+            note = {"file": os.path.basename(file), "sha256": sha256, "kind": kind, "said": said}
+            write_json(draft / "single_file.json", note)
             os.replace(draft, folder)
     return folder
 
@@ -218,6 +237,65 @@ def _kind(shapes: dict[str, torch.Size], name: str) -> str:
         what = f"only {parts}" if parts else "none of a checkpoint's parts"
         raise ValueError(f"{name} holds {what} (its first tensor is {min(shapes, default='missing')}). {supported}")
     return kind
+
+
+def _said(file: Path, kind: str, name: str) -> dict[str, Any]:
+    """What a checkpoint says itself of its schedule, as other programs read it; its config is overruled by that.
+
+    Empty tensors named `v_pred` and `ztsnr` mark v-prediction and zero terminal SNR (A1111, Forge, ComfyUI); the header may
+    have the fields of the ModelSpec standard (Stability AI). Markers overrule the header, which merges often carry along.
+
+    Raises:
+        ValueError: If it says that its times are no steps of betas.
+    """
+    with open_weights(file) as stream:
+        keys, header = set(stream.keys()), stream.metadata() or {}
+    edm = sorted(key for key in keys if key.startswith("edm_"))
+    if edm:
+        raise ValueError(
+            f"{name} says by its tensor {edm[0]} that it is of EDM's noise levels. Supported are teachers with a "
+            "variance-preserving schedule."
+        )
+    said: dict[str, Any] = {}
+    for field in ("modelspec.prediction_type", "modelspec.predict_key"):
+        value = header.get(field, "").strip().lower()
+        if value and value not in _PREDICTIONS:
+            logger.warning(f"The header of {name} says {field}={value!r}, which is not known; see --prediction_type.")
+        elif value:
+            said.setdefault("prediction_type", _PREDICTIONS[value])
+    architecture = header.get("modelspec.architecture", "").strip().lower()
+    if architecture and not architecture.startswith(_ARCHITECTURES[kind]):
+        logger.warning(
+            f"The header of {name} says modelspec.architecture={architecture!r}, but it is built as a {SUPPORTED[kind]} of "
+            f"kind {kind}, and is read as one."
+        )
+    if architecture == "stable-diffusion-v2-768-v" and kind == "v2":
+        said.setdefault("prediction_type", "v_prediction")
+    if architecture == "stable-diffusion-v2-512" and kind == "v2":
+        said.setdefault("prediction_type", "epsilon")
+    if "v_pred" in keys:
+        if said.get("prediction_type", "v_prediction") != "v_prediction":
+            logger.warning(
+                f"{name} has the marker v_pred, but its header says {said['prediction_type']}: v_pred counts."
+            )
+        said["prediction_type"] = "v_prediction"
+    if "ztsnr" in keys:
+        said["rescale_betas_zero_snr"] = True
+    return said
+
+
+def _said_otherwise(said: dict[str, Any], configs: Path, name: str) -> dict[str, Any]:
+    """What of it the scheduler's config does not say, with a word on it."""
+    file = configs / "scheduler" / "scheduler_config.json"
+    was = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False} | (read_json(file) if file.is_file() else {})
+    changed = {key: value for key, value in said.items() if was[key] != value}
+    if changed:
+        words = " and ".join(f"{key} {value}" for key, value in changed.items())
+        logger.warning(
+            f"{name} says itself {words} (by v_pred, ztsnr or its header), and is taken at its word, not at its config's. "
+            "--prediction_type overrules it."
+        )
+    return changed
 
 
 def _inferred(shapes: dict[str, torch.Size]) -> str:

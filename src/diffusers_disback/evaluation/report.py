@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from ..adapters import base_of
 from ..files import inside, read_json
 from ..manifest import check_fields, is_count, is_number, is_record, is_text, is_text_or_none
+from ..noise_schedule import NoiseSchedule
 from ..path import DegradationPath
 from . import Evaluation
 from .drift import DriftEvaluator
@@ -27,10 +28,18 @@ TEACHER_STEPS = 25
 def many_step_pipeline(teacher: DiffusionPipeline) -> DiffusionPipeline:
     """The teacher with a deterministic sampler and without its safety checker; its components are shared.
 
-    Latents are not confined to [-1, 1], so the sampler must not clip, whatever its default.
+    Latents are not confined to [-1, 1], so the sampler must not clip, whatever its default and its config.
+
+    Raises:
+        ValueError: If its scheduler has no betas, or predicts what is not known.
     """
+    NoiseSchedule.from_scheduler(teacher.scheduler)
     scheduler = DDIMScheduler.from_config(
-        teacher.scheduler.config, clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True
+        teacher.scheduler.config,
+        clip_sample=False,
+        thresholding=False,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
     )
     components = {**teacher.components, "scheduler": scheduler}
     if "safety_checker" in components:

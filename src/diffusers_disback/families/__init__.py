@@ -4,9 +4,11 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
 
-from ..model_reference import ModelReference, fuse_lora
+from ..components import check_whole, pipeline_class_of
+from ..model_reference import ModelReference
 from ..pipeline_folder import UNREADABLE
 from ..repository import HubError
+from ..teacher_lora import fuse_lora
 from ..weights import owned
 from .stable_diffusion import ModelFamily
 from .stable_diffusion_xl import StableDiffusionXL
@@ -57,8 +59,12 @@ def load_family(reference: ModelReference, cache_dir: str | None = None) -> Mode
     _family_class(str(index.get("_class_name")))  # before all of another family's weights are downloaded
     folder = reference.check_files(cache_dir)  # after which the Hub is not needed for the teacher's files any more
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            folder, variant=source.variant, dtype=torch.float32, use_safetensors=True
+        pipeline = pipeline_class_of(index).from_pretrained(
+            folder,
+            variant=source.variant,
+            dtype=torch.float32,
+            use_safetensors=True,
+            **reference.left_out(index, cache_dir),
         )
     except UNREADABLE as error:
         raise ValueError(
@@ -67,16 +73,16 @@ def load_family(reference: ModelReference, cache_dir: str | None = None) -> Mode
         ) from error
     pipeline.register_to_config(_name_or_path=name)
     if reference.vae is not None:
-        vae = AutoencoderKL.from_pretrained(reference.vae_folder(cache_dir), torch_dtype=torch.float32)
+        vae = reference.load_vae(cache_dir)
         check_same_latents(pipeline.vae, vae, reference.vae)
         pipeline.vae = vae
     if reference.lora is not None:
         fuse_lora(pipeline.unet, reference.lora, cache_dir)
-    if reference.prediction_type is not None:
-        scheduler = pipeline.scheduler
-        pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=reference.prediction_type)
+    pipeline.scheduler = reference.scheduler_as_said(pipeline.scheduler)
     family = family_of(pipeline, reference)
     _own_weights(family)
+    # What the student's folder takes of the teacher's: so that nothing is lacking, nor the Hub needed, when training is over.
+    check_whole(reference.component_files("float32", cache_dir), f"The teacher {reference.name_or_path!r}", ("unet",))
     return family
 
 

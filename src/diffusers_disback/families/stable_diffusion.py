@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adapters import base_of
 from ..batch import Condition
+from ..denoiser import check_denoiser
 from ..model_reference import ModelReference, fingerprint
 from ..noise_schedule import NoiseSchedule
 from ..score_model import ScoreModel, call_network
@@ -19,6 +20,11 @@ from ..truncation import told_once
 
 
 _NUMBERS = 2048  # that the doubt of a teacher's betas is measured on, at least: eight small latents, or two large ones
+# By which a network's inputs and outputs are told apart.
+_OF_CONDITIONS = (
+    *("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "addition_time_embed_dim"),
+    "projection_class_embeddings_input_dim",
+)
 _TOLERANCE = 0.08  # of its slope; see docs/teachers.md
 
 
@@ -34,6 +40,7 @@ class ModelFamily:
     """
 
     pipeline_classes: tuple[str, ...] = ("StableDiffusionPipeline",)
+    addition_embed_types: tuple[str | None, ...] = (None, "text")  # which the text encoder's states feed
     needed: tuple[str, ...] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
     def __init__(self, pipeline: DiffusionPipeline, reference: ModelReference | None = None):
@@ -61,12 +68,19 @@ class ModelFamily:
                 f"{vae.latent_channels}: it is a model for inpainting, depth or editing, not for text-to-image, or the "
                 "autoencoder is another model's."
             )
+        check_denoiser(unet, "The teacher's UNet")
         width = sum(encoder.config.hidden_size for encoder in self.text_encoders)
         if unet.cross_attention_dim != width:
             raise ValueError(
                 f"The teacher's UNet takes text embeddings of width {unet.cross_attention_dim}, but its "
                 f"{'text encoder makes' if len(self.text_encoders) == 1 else 'text encoders make'} {width}: they belong "
                 "to different models."
+            )
+        if unet.addition_embed_type not in self.addition_embed_types:
+            raise ValueError(
+                f"The teacher is a {type(self.pipeline).__name__}, whose UNet is given "
+                f"{' or '.join(map(repr, self.addition_embed_types))} besides the text's states, but its addition_embed_type "
+                f"is {unet.addition_embed_type!r}: it is of another family."
             )
 
     @property
@@ -101,13 +115,16 @@ class ModelFamily:
             shared (`bool`): Without another model, the teacher's own network in place of a copy, for adapters on it.
 
         Raises:
-            ValueError: If the other model's UNet does not take the teacher's latents and conditions.
+            ValueError: If the other model's UNet does not take the teacher's latents and conditions, or its scheduler says
+                that it predicts something else than the teacher.
         """
         if start is None:
             network = self.network if shared else self.score_model().copy().network
         else:
+            self._check_start_predicts_the_same(start, cache_dir)
             network = start.load_network(type(self.network), cache_dir)
-        for name in ("in_channels", "out_channels", "cross_attention_dim"):
+            check_denoiser(network.config, f"The UNet of the student's start {start.name_or_path!r}")
+        for name in _OF_CONDITIONS:
             was, is_ = self.network.config[name], network.config[name]
             if was != is_:
                 raise ValueError(
@@ -116,6 +133,17 @@ class ModelFamily:
                 )
         network.register_to_config(sample_size=self.latent_shape(resolution)[-1])
         return network
+
+    def _check_start_predicts_the_same(self, start: ModelReference, cache_dir: str | None) -> None:
+        """The student is asked as the teacher is: a network that predicts v gives no x0 by the formula of the noise."""
+        said = start.predicts(cache_dir)
+        if said not in (None, self.schedule.prediction_type):
+            raise ValueError(
+                f"The scheduler of the student's start {start.name_or_path!r} says that it predicts {said}, but the teacher "
+                f"predicts {self.schedule.prediction_type}: it would be asked for the wrong thing. Start from a model of the "
+                "teacher's kind; if one of the two configs is wrong, mend the start's scheduler_config.json, or pass the "
+                "teacher's --prediction_type."
+            )
 
     def to(self, device: torch.device) -> "ModelFamily":
         """Moves all but the denoiser, of which training holds copies of its own."""

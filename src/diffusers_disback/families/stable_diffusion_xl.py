@@ -12,16 +12,12 @@ class StableDiffusionXL(ModelFamily):
     """SDXL base and its fine-tunes. The condition is `encoder_hidden_states`, `text_embeds` and `time_ids`."""
 
     pipeline_classes = ("StableDiffusionXLPipeline",)
+    addition_embed_types = ("text_time",)  # the pooled embedding, and the picture's size
     needed = (*ModelFamily.needed, "text_encoder_2", "tokenizer_2")
 
     def check(self) -> None:
         super().check()
         network = self.network.config
-        if network.addition_embed_type != "text_time":
-            raise ValueError(
-                f"The teacher is a {type(self.pipeline).__name__}, but its UNet takes no pooled embedding and no picture "
-                f"size (addition_embed_type is {network.addition_embed_type!r}): it is no SDXL."
-            )
         kind = type(self.pipeline.text_encoder_2).__name__
         if kind != "CLIPTextModelWithProjection":
             raise ValueError(
