@@ -14,7 +14,7 @@ SOURCES := src tests examples benchmarks setup.py
 .PHONY: quickstart test style quality FORCE
 
 quickstart: $(VENV)/.installed
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) examples/text_to_image/train_disback.py \
 		--output_dir $(OUTPUT) --resume_from_checkpoint latest
 

@@ -40,6 +40,7 @@ setup(
         "safetensors>=0.4",
         "huggingface-hub>=1.23",
         "numpy",
+        "psutil",
         "tqdm",
     ],
     extras_require=extras,

@@ -27,14 +27,14 @@ def test_path_verify(path, capsys):
     assert main(["path", "verify", str(path.folder)]) == 0
     assert "node 1: degradation-000100, 208 tensors, whole, and fits the teacher" in capsys.readouterr().out
     (path.node_folder(1) / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
-    assert main(["path", "verify", str(path.folder)]) == 1
+    assert main(["path", "verify", str(path.folder)]) == 2
     assert "node 1 is damaged" in capsys.readouterr().err
 
 
 def test_a_path_of_another_architecture_does_not_verify(path, capsys, tmp_path):
     tiny.pipeline(block_out_channels=(8, 24)).save_pretrained(tmp_path / "other")
     line = ["path", "verify", str(path.folder), "--pretrained_model_name_or_path", str(tmp_path / "other")]
-    assert main(line) == 1
+    assert main(line) == 2
     assert "does not fit" in capsys.readouterr().err
 
 

@@ -78,6 +78,7 @@ def test_flags_in_the_docs_exist():
         "version",
         "mixed_precision",
         "multi_gpu",
+        "quiet",
         *("world", "report", "walk"),  # of the benchmark
     }
     for flag in set(re.findall(r"--([a-z0-9][a-z0-9_-]+)", text)) - others:

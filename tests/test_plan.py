@@ -251,9 +251,9 @@ def test_the_command_loads_nothing(name, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "32 x 32 pixels" in out and "target, adapter of rank 2" in out and "peak on the device" in out
     assert "rank 2, + --base_quantization nf4" in out and "estimate" in out and "in half precision" in out
-    assert main(["plan", "--lora_rank", "2"]) == 1
+    assert main(["plan", "--lora_rank", "2"]) == 2
     assert "--pretrained_model_name_or_path" in capsys.readouterr().err
-    assert main(["plan", "--pretrained_model_name_or_path", str(tmp_path / "nothing")]) == 1
+    assert main(["plan", "--pretrained_model_name_or_path", str(tmp_path / "nothing")]) == 2
     with pytest.raises(SystemExit):
         main(["path", "show", "x", "--lora_rank", "2"])
 

@@ -286,7 +286,7 @@ def test_a_file_on_the_hub(checkpoint, run, repo, hub, form, tmp_path):
     assert teacher["commit"] == api.model_info(f"{repo}-teacher").sha
     node = DiffusionPipeline.from_pretrained(repo, revision="degradation-000002", cache_dir=tmp_path / "fresh")
     assert equal(weights(node.text_encoder), weights(pipe.text_encoder))
-    assert command(["push", str(folder), f"{repo}-public", "--cache_dir", str(tmp_path / "cache")]) == 1, (
+    assert command(["push", str(folder), f"{repo}-public", "--cache_dir", str(tmp_path / "cache")]) == 2, (
         "it is private"
     )
     with pytest.raises(ValueError, match="has no file other.safetensors at main"):

@@ -320,6 +320,24 @@ def test_a_draft_of_a_checkpoint_does_not_count(tmp_path, path):
     assert stage.folder.checkpoint_to_resume("backtracking", "latest").name == "checkpoint-000004"
 
 
+def test_a_disk_that_is_full_at_a_checkpoint_leaves_the_one_before_and_no_draft(tmp_path, path):
+    stage = trainer(training(tmp_path, checkpointing_steps=1, checkpoints_total_limit=1), path)
+    save, saved = stage.fake_score.save, []
+
+    def save_once(folder):
+        saved.append(folder)
+        save(folder)
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device", str(folder))
+
+    stage.fake_score.save = save_once
+    with pytest.raises(OSError, match="No space left"):
+        stage.train()
+    folder = tmp_path / "checkpoints" / "backtracking"
+    assert [f.name for f in folder.iterdir()] == ["checkpoint-000001"]
+    assert f"The last checkpoint, {folder / 'checkpoint-000001'}, is whole" in stage.folder.intact()
+
+
 ADAPTERS = {"lora_rank": 2, "node_precision": "fp32"}
 
 

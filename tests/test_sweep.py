@@ -23,7 +23,7 @@ def test_the_timestep_sweep_recommends_the_least_drift(tmp_path, teacher_folder,
             values["drift_mean"] + values["drift_std"] + abs(values["drift_saturation"])
         )
     assert (tmp_path / "timesteps.png").stat().st_size > 1000
-    assert command([*line[:-2], "--timesteps", "1000"]) == 1
+    assert command([*line[:-2], "--timesteps", "1000"]) == 2
     assert "timestep=1000 is outside" in capsys.readouterr().err
 
 

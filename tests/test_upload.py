@@ -114,7 +114,7 @@ def test_the_student_of_another_run_is_not_overwritten(run, repo, hub, capsys, i
     assert hub.snapshot(repo) == before
     Repository("alice/lora").create()
     Repository("alice/lora").commit({"adapter_config.json": b"{}", "unet/mine.bin": b"mine"}, "Mine")
-    assert command(["push", f"{run.folder}/third", "alice/lora"]) == 1
+    assert command(["push", f"{run.folder}/third", "alice/lora"]) == 2
     assert "alice/lora holds adapter_config.json, unet/mine.bin, which this run did not" in capsys.readouterr().err
 
 
@@ -460,10 +460,10 @@ def test_pull_and_push_are_inverse(run, repo, hub, tmp_path, teacher_folder, cap
     (tmp_path / "copy" / "README.md").write_text("# Written by hand\n")
     assert command(["push", str(tmp_path / "copy"), "alice/copy", *teacher]) == 0
     assert hub.files("alice/copy")["README.md"] == b"# Written by hand\n"
-    assert command(["pull", repo, str(tmp_path / "copy")]) == 1 and "is not empty" in capsys.readouterr().err
-    assert command(["push", str(tmp_path), "alice/x"]) == 1 and "nothing can be pushed" in capsys.readouterr().err
+    assert command(["pull", repo, str(tmp_path / "copy")]) == 2 and "is not empty" in capsys.readouterr().err
+    assert command(["push", str(tmp_path), "alice/x"]) == 2 and "nothing can be pushed" in capsys.readouterr().err
     Repository("alice/empty").create()
-    assert command(["pull", "alice/empty", str(tmp_path / "x")]) == 1
+    assert command(["pull", "alice/empty", str(tmp_path / "x")]) == 2
     assert "holds neither a pipeline nor a degradation path at main" in capsys.readouterr().err
 
 
@@ -483,7 +483,7 @@ def test_showing_a_path_draws_what_its_nodes_paint(repo, hub, tmp_path, teacher_
     assert Repository(repo).branches()["degradation-000100"][:12] in capsys.readouterr().out
     shutil.move(teacher_folder, tmp_path / "moved")
     try:
-        assert command(["path", "verify", repo]) == 1
+        assert command(["path", "verify", repo]) == 2
         assert "say where the teacher is with --pretrained_model_name_or_path" in capsys.readouterr().err
         assert command(["path", "verify", repo, "--pretrained_model_name_or_path", str(tmp_path / "moved")]) == 0
     finally:

@@ -29,7 +29,7 @@ from diffusers_disback import (
     load_family,
 )
 from diffusers_disback.backtracking import nodes_are_guided
-from diffusers_disback.command import run
+from diffusers_disback.command import parse_flags, run
 from diffusers_disback.evaluation.report import Report, drawable, summary
 from diffusers_disback.generator import to_pipeline
 from diffusers_disback.hub import save_student
@@ -63,9 +63,8 @@ def parse(arguments: list[str]) -> tuple[TrainingConfig, DegradationConfig, Back
     embedded = "--pretrained_model_name_or_path" not in map(flag_of, arguments)
     configs = (TrainingConfig, DegradationConfig, BacktrackingConfig)
     parser = HfArgumentParser(configs, description=__doc__, allow_abbrev=False)
-    training, degradation, backtracking = parser.parse_args_into_dataclasses(
-        arguments, args_filename=SHAPES / "quickstart.args" if embedded else None, look_for_args_file=False
-    )
+    defaults = SHAPES / "quickstart.args" if embedded else None
+    training, degradation, backtracking = parse_flags(parser, arguments, args_filename=defaults)
     if embedded:
         # Relative, so that what is published names no machine's folders.
         training.pretrained_model_name_or_path = os.path.relpath(SHAPES / "teacher")

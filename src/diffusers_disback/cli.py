@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .command import parse_flags, run
 from .ranges import number
 
 
@@ -190,7 +191,7 @@ def plan(parsed: argparse.Namespace) -> None:
         prog="diffusers-disback plan",
         description=plan.__doc__,
     )
-    training, _, backtracking = flags.parse_args_into_dataclasses(parsed.flags, look_for_args_file=False)
+    training, _, backtracking = parse_flags(flags, parsed.flags)
     if training.pretrained_model_name_or_path is None:
         raise ValueError("Say whose distillation is planned: --pretrained_model_name_or_path.")
     planner, setup = Planner.of(training.teacher, training.cache_dir), Setup.of(training, backtracking)
@@ -239,6 +240,7 @@ def pull(parsed: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
     top = argparse.ArgumentParser(prog="diffusers-disback", description=__doc__)
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error; may stand anywhere")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
 
@@ -351,7 +353,8 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(arguments: list[str] | None = None) -> int:
+def execute(arguments: list[str]) -> None:
+    """Parses a command line and does what it says. Errors are raised."""
     parsed, parsed_not = parser().parse_known_args(arguments)
     if parsed.command == "plan":
         parsed.flags = parsed_not
@@ -359,12 +362,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser().error(f"unrecognized arguments: {' '.join(parsed_not)}")
     if "prompt" in parsed:
         parsed.prompt = parsed.prompt or ["a photograph of a cat", "a red house by the sea"]
-    try:
-        parsed.function(parsed)
-    except ValueError as error:
-        print(f"diffusers-disback: {error}", file=sys.stderr)
-        return 1
-    return 0
+    parsed.function(parsed)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns its exit code; see `diffusers_disback.command.run`."""
+    return run(execute, sys.argv[1:] if arguments is None else arguments, "diffusers-disback")
 
 
 if __name__ == "__main__":

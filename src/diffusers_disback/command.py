@@ -1,11 +1,13 @@
 """A command line's end: what it says of an error, in one or two lines, and its exit code. `--debug` shows the traceback."""
 
 import os
+import select
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO
 
 from .files import printable
 from .signals import Interrupted, SignalHandler
@@ -29,7 +31,9 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str], name: str
     debug, arguments = "--debug" in arguments, [argument for argument in arguments if argument != "--debug"]
     with SignalHandler() as handler:
         try:
-            return main(arguments) or 0
+            code = main(arguments) or 0
+            _flush(sys.stdout)
+            return code
         except SystemExit as error:
             if not isinstance(error, Interrupted):
                 raise  # of argparse, which has said all
@@ -39,6 +43,10 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str], name: str
         except Exception as error:
             if handler.received is not None:  # what it was waiting for has ended by the same signal
                 return _end(Interrupted(handler.received), 128 + handler.received, name, debug)
+            if isinstance(error, BrokenPipeError) and not _flush(sys.stdout):
+                return (
+                    141  # as of a program that SIGPIPE has ended: whoever read the output, such as `head`, has enough
+                )
             return _end(error, THEIRS if is_theirs(error, _own_places(main)) else OURS, name, debug)
 
 
@@ -55,11 +63,13 @@ def is_theirs(error: BaseException, places: list[Path]) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     if not isinstance(error, (ValueError, FloatingPointError)) or not frames:
         return False
-    return any(Path(frames[-1].filename).is_relative_to(place) for place in places)
+    raised = Path(frames[-1].filename).resolve()
+    inner = [raised.relative_to(place).parts for place in places if raised.is_relative_to(place)]
+    return any("site-packages" not in parts for parts in inner)
 
 
 def _own_places(main: Callable[[list[str]], int | None]) -> list[Path]:
-    return [_PACKAGE, Path(main.__code__.co_filename).parent]
+    return [_PACKAGE.resolve(), Path(main.__code__.co_filename).resolve().parent]
 
 
 def _end(error: BaseException, code: int, name: str, debug: bool) -> int:
@@ -79,34 +89,77 @@ def _end(error: BaseException, code: int, name: str, debug: bool) -> int:
 
 
 def message(error: BaseException, code: int) -> str:
-    """An error in words: one or two lines, of which nothing that somebody else named makes a third, or a colour."""
-    said = _lines(str(error))
+    """An error in words: one or two lines, in which what somebody else named shows no colours and moves no cursor."""
+    said = _lines(error)
+    first = said.split("\n")[0]
     if isinstance(error, KeyboardInterrupt):
         said = "ended by SIGINT."
+    elif _is_of_another_process(error):
+        said = "another process of this launch has ended; what it says is the reason."
     elif code == OURS:
-        first = said.splitlines()[0] if said else ""
         said = (
             f"{type(error).__name__}: {first}\nThis is a fault of diffusers-disback, or of a library that it uses: please run "
             "again with --debug, and report what is printed."
         )
-    elif isinstance(error, OSError) and error.strerror:
-        where = f"{_lines(str(error.filename))}: " if error.filename is not None else ""
-        said = f"{where}{_lines(error.strerror)}."
+    elif isinstance(error, OSError):
+        where = "" if error.filename is None else f"{_lines(error.filename)}: "
+        said = f"{where}{_lines(error.strerror)}." if error.strerror else first
     elif isinstance(error, ImportError):
-        said = f"{said}. `pip install 'diffusers-disback[train,eval]'` brings what training needs."
+        said = f"{first}. `pip install 'diffusers-disback[train,eval]'` brings what training needs."
     elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        said = f"out of memory. {(said.splitlines() or [''])[0]} `diffusers-disback plan` tells what settings take."
+        said = f"out of memory. {first} `diffusers-disback plan` tells what settings take."
     return " ".join([said, *map(_lines, getattr(error, "__notes__", []))])
 
 
-def _lines(text: str) -> str:
+def parse_flags(parser: Any, arguments: list[str], **how: Any) -> list[Any]:
+    """The dataclasses of an `HfArgumentParser`; an error is raised as any other, without a page of usage.
+
+    Args:
+        parser (`HfArgumentParser`): Of the dataclasses.
+        arguments (`list[str]`): The command line.
+        how: Passed on to `parse_args_into_dataclasses`.
+
+    Raises:
+        ValueError: If a flag is unknown, or its value is of the wrong kind.
+    """
+
+    def refuse(said: str) -> None:
+        raise ValueError(f"{said}. --help tells all flags.")
+
+    parser.error = refuse
+    *configs, unknown = parser.parse_args_into_dataclasses(
+        arguments, look_for_args_file=False, return_remaining_strings=True, **how
+    )
+    if unknown:
+        flags = [argument for argument in unknown if argument.startswith("-")]  # a value may be a secret
+        refuse(f"unrecognized arguments: {' '.join(flags or unknown)}")
+    return configs
+
+
+def _is_of_another_process(error: BaseException) -> bool:
+    """Whether an error is that of a connection which another process of the launch has left."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, RuntimeError) and any("torch/distributed/" in frame.filename for frame in frames[-2:])
+
+
+def _lines(text: Any) -> str:
     """A text with its own line breaks, and no other control characters."""
-    return "\n".join(map(printable, text.splitlines()))
+    return "\n".join(map(printable, str(text).split("\n")))
 
 
-def _flush(stream) -> None:
+def _flush(stream: TextIO) -> None:
     """What was printed comes before what is printed next; if nobody reads it any more, that is no error."""
     try:
         stream.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _is_read(stream)
+
+
+def _is_read(stream: TextIO) -> bool:
+    """Whether somebody reads a stream; if not, what is left of it goes nowhere."""
+    poll = select.poll()
+    poll.register(stream.fileno(), select.POLLOUT)
+    if all(not events & select.POLLERR for _, events in poll.poll(0)):
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return False
