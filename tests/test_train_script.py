@@ -448,7 +448,8 @@ def test_checkpoints_and_logs_as_asked(run):
 def test_another_start(run, baseline, tmp_path):
     tiny.pipeline(seed=5).save_pretrained(tmp_path / "start")
     folder = run(generator_model_name_or_path=tmp_path / "start", generator_learning_rate=1e-30, adam_weight_decay=0.0)
-    assert equal(student(folder), dict(tiny.unet(seed=5).state_dict()))
+    was = tiny.unet(seed=5).state_dict()
+    assert all((tensor - was[key]).abs().max() < 1e-20 for key, tensor in student(folder).items())
 
 
 def test_prompts_of_a_data_set(run, tmp_path):
