@@ -12,8 +12,8 @@ import diffusers_disback
 
 SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
-    {"files", "weights", "noise_schedule", "pipeline", "batch", "target_schedule", "node_spacing"},
-    {"repository", "manifest"},
+    {"files", "noise_schedule", "pipeline", "batch", "target_schedule", "node_spacing"},
+    {"weights", "repository", "manifest"},
     {"single_file"},
     {"score_model", "model_reference", "cards", "condition_cache", "allocations"},
     {"adapters"},

@@ -300,11 +300,11 @@ def test_two_runs_at_once_do_not_mix(repo, hub, tmp_path, teacher_folder):
     "change, message",
     [
         ({"format_version": 2}, "has format version 2; this library reads 1. Update"),
-        ({"format_version": "new"}, "has format version new; this library reads 1"),
-        ({"nodes": [{}]}, "is not as its format says: KeyError.'name'."),
+        ({"format_version": "new"}, "has format version 'new'; this library reads 1"),
+        ({"nodes": [{}]}, "names node 1 as {}, which is none"),
         ({"teacher": None}, "is not as its format says"),
-        ({"nodes/files": ["a"]}, "is not as its format says"),
-        ({"cost": {}}, "is not as its format says: KeyError.'steps'."),
+        ({"nodes/files": ["a"]}, "without files"),
+        ({"cost": {}}, "is not as its format says: 'steps' is missing"),
         (
             {"nodes/step": 300, "nodes/name": "degradation-000300", "nodes/branch": "degradation-000300"},
             "after step 300",

@@ -2,18 +2,20 @@
 
 import copy
 import json
+import re
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .files import parse_json
 from .model_reference import fill_adapter
 from .score_model import ScoreModel
+from .weights import open_weights
 
 
 if TYPE_CHECKING:
@@ -228,18 +230,56 @@ def config_of(file: Path) -> "LoraConfig":
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft import LoraConfig
 
-    with safe_open(file, "pt") as stream:
+    with open_weights(file) as stream:
         said = (stream.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+        down = [stream.get_slice(key).get_shape() for key in stream.keys() if ".lora_A" in key]  # noqa: SIM118
     if said is None:
         raise ValueError(f"{file} does not say its adapter's rank and layers.")
-    said = json.loads(said)
+    said = parse_json(said, f"the metadata of {file}")
     more = [name for name in ("use_dora", "use_rslora", "lora_bias", "modules_to_save") if said.get(name)]
     if more or said.get("bias", "none") != "none":
         raise ValueError(
             f"{file} holds more than a plain LoRA ({', '.join(more) or 'biases'}), which is not supported."
         )
-    known = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
-    return LoraConfig(**{name: said[name] for name in known if name in said})
+    _check_adapter_config(said, max((shape[0] for shape in down if shape), default=0), file)
+    return LoraConfig(**{name: said[name] for name in _SAID if said.get(name) is not None})
+
+
+_SAID = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
+_LAYERS = re.compile(r"[A-Za-z0-9_.]{1,200}")
+
+
+def _check_adapter_config(said: dict[str, Any], largest: int, file: Path) -> None:
+    """Raises a `ValueError` unless what an adapter's file says of itself is of the right kinds, of plain names (peft takes
+    them for regular expressions), and of no larger rank than its weights are."""
+
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float) and 0 < value < 1e9
+
+    def is_rank(value: Any) -> bool:
+        return type(value) is int and 0 < value <= largest
+
+    def are_layers(value: Any) -> bool:
+        return isinstance(value, list | dict) and all(isinstance(v, str) and _LAYERS.fullmatch(v) for v in value)
+
+    checks = {
+        "r": is_rank,
+        "lora_alpha": is_number,
+        "target_modules": lambda value: isinstance(value, list) and bool(value) and are_layers(value),
+        "rank_pattern": lambda value: (
+            isinstance(value, dict) and are_layers(value) and all(map(is_rank, value.values()))
+        ),
+        "alpha_pattern": lambda v: isinstance(v, dict) and are_layers(v) and all(map(is_number, v.values())),
+    }
+    for name in ("r", "target_modules"):
+        if said.get(name) is None:
+            raise ValueError(f"{file} does not say its adapter's {name}.")
+    for name, is_right in checks.items():
+        if said.get(name) is not None and not is_right(said[name]):
+            shown = repr(said[name])
+            raise ValueError(
+                f"{file} says {name} {shown[:100]} of its adapter, which cannot be. Its weights are of rank {largest}."
+            )
 
 
 def write_adapter(network: nn.Module, adapter: str, folder: Path) -> None:

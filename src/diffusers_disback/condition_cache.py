@@ -1,6 +1,7 @@
 """The conditions of many prompts on disk: encoded once, in half precision, read row by row."""
 
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -9,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from .batch import Condition
+from .weights import open_weights
 
 
+logger = logging.getLogger(__name__)
 _SMALL = 64  # numbers a row, such as a picture's size: kept as they are
 
 
@@ -62,11 +64,11 @@ class ConditionCache:
     @property
     def missing(self) -> int:
         """Bytes that are still to be written."""
-        rows = sum(len(rows) for shard, rows in self._shards() if not self._file(shard).exists())
+        rows = sum(len(rows) for shard, rows in self._shards() if not self._is_whole(shard))
         return rows * self.bytes_per_prompt
 
     def build(self, show_progress: bool = True) -> None:
-        """Writes the shards that are not there yet.
+        """Writes the shards that are not there yet, or not whole.
 
         Raises:
             ValueError: If a condition has values beyond half precision.
@@ -74,8 +76,10 @@ class ConditionCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         for shard, rows in tqdm(list(self._shards()), desc="conditions", unit="shard", disable=not show_progress):
             file = self._file(shard)
-            if file.exists():
+            if self._is_whole(shard):
                 continue
+            if file.exists():
+                logger.warning(f"{file} is damaged; its conditions are encoded anew.")
             parts = []
             for first in range(rows.start, rows.stop, self.batch_size):
                 batch = range(first, min(first + self.batch_size, rows.stop))
@@ -97,6 +101,14 @@ class ConditionCache:
     def _shards(self) -> Iterator[tuple[int, range]]:
         for shard, first in enumerate(range(0, len(self.prompts), self.shard_size)):
             yield shard, range(first, min(first + self.shard_size, len(self.prompts)))
+
+    def _is_whole(self, shard: int) -> bool:
+        """Whether a shard is there and can be read: of one that was cut off, the header says another size."""
+        try:
+            with open_weights(self._file(shard)):
+                return True
+        except ValueError:
+            return False
 
     def _file(self, shard: int) -> Path:
         return self.folder / f"conditions-{shard:06d}.safetensors"
@@ -156,4 +168,4 @@ def _stored(condition: Condition) -> Condition:
 
 @lru_cache(maxsize=64)
 def _open(file: str) -> Any:
-    return safe_open(file, "pt")
+    return open_weights(file)

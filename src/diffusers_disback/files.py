@@ -66,6 +66,22 @@ def _roots(folder: Path) -> list[Path]:
     return [root]
 
 
+POINTER = "version https://git-lfs.github.com/spec/"
+"""How a file begins that stands for another in Git LFS."""
+
+FETCH = (
+    "it is a pointer of Git LFS in place of the file. Fetch it: `git lfs install`, then `git lfs pull` in the folder of the "
+    "clone; or `hf download` the model."
+)
+
+
+def check_no_pointer(file: Path, what: str | None = None) -> None:
+    """Raises a `ValueError` with the remedy if a file is a pointer of Git LFS."""
+    with open(file, "rb") as stream:
+        if stream.read(len(POINTER)) == POINTER.encode():
+            raise ValueError(f"{what or file} cannot be read: {FETCH}")
+
+
 def read_text(file: Path, what: str | None = None) -> str:
     """Reads a text file of somebody else.
 
@@ -103,7 +119,10 @@ def parse_json(text: str | bytes, what: str, kind: type = dict) -> Any:
     """Parses JSON of somebody else; see `read_json`."""
     try:
         content = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no JSON, no UTF-8, or a whole number of thousands of digits
+        beginning = text if isinstance(text, str) else text[: len(POINTER)].decode(errors="replace")
+        if beginning.startswith(POINTER):
+            raise ValueError(f"{what} cannot be read: {FETCH}") from error
         raise ValueError(f"{what} is no valid JSON ({error}).") from error
     except RecursionError as error:
         raise ValueError(f"{what} is no valid JSON (it is nested too deeply).") from error

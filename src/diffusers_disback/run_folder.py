@@ -1,12 +1,11 @@
 """The output folder of a run: what it holds, whose it is, and its checkpoints."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from .files import write_json
+from .files import read_json, write_json
 
 
 # A resumed run may change these and still be the same run.
@@ -52,7 +51,7 @@ class RunFolder:
                 "latest to go on with that run, or choose another --output_dir."
             )
         if file.exists():
-            before = json.loads(file.read_text())
+            before = read_json(file)
             changed = {
                 name: (before.get(name), value)
                 for name, value in settings.items()
@@ -77,7 +76,7 @@ class RunFolder:
     def settings(self) -> dict[str, Any]:
         """What was written down of the stages that were begun here."""
         files = [self.settings_file(stage) for stage in _RESULTS]
-        return {k: v for file in files if file.is_file() for k, v in json.loads(file.read_text()).items()}
+        return {k: v for file in files if file.is_file() for k, v in read_json(file).items()}
 
     def stage_folder(self, stage: str) -> Path:
         return self.folder / "checkpoints" / stage

@@ -6,8 +6,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-
-_POINTER = b"version https://git-lfs.github.com/spec/"
+from .files import FETCH, POINTER
 
 
 def open_weights(file: str | Path) -> Any:
@@ -55,11 +54,8 @@ def _reason(file: Path, error: Exception) -> str:
             beginning = stream.read(64)
     except OSError as problem:
         return f"{problem.strerror}."
-    if beginning.startswith(_POINTER):
-        return (
-            "it is a pointer of Git LFS in place of the weights. Fetch them: `git lfs install`, then `git lfs pull` in the "
-            "folder of the clone; or `hf download` the model."
-        )
+    if beginning.startswith(POINTER.encode()):
+        return FETCH
     if beginning.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "it is a web page in place of weights, as of a download that asked to log in. Download it again."
     return f"it is no whole safetensors file ({error}). Download or copy it again."

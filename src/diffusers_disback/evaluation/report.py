@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..adapters import base_of
+from ..files import inside, read_json
+from ..manifest import check_fields, is_count, is_number, is_record, is_text, is_text_or_none
 from ..path import DegradationPath
 from . import Evaluation
 from .drift import DriftEvaluator
@@ -232,9 +234,72 @@ def draw_path(
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """The content of a folder's `report.json`; empty if there is none."""
-    file = folder / REPORT
-    return json.loads(file.read_text()) if file.exists() else {}
+    """The content of a folder's `report.json`; empty if there is none.
+
+    Raises:
+        ValueError: If it is not as `Report.write` writes it.
+    """
+    file = inside(folder, REPORT, str(folder))
+    if not file.exists():
+        return {}
+    report = read_json(file)
+    check_report(report, str(file))
+    return report
+
+
+def check_report(report: dict[str, Any], what: str) -> None:
+    """Sees that a report, which somebody else may have written, holds what is read of it, in the right kinds.
+
+    Raises:
+        ValueError: With the first that is missing or wrong.
+    """
+    measures = {name: report[name] for name in ("floor", "teacher", "initial", "student") if name in report}
+    for name, values in [*measures.items(), *_records(report, "stages", what).items()]:
+        if not is_record(values) or not all(type(v) is float or is_number(v) for v in values.values()):
+            raise ValueError(f"{what} is not as its format says: {name!r} holds no numbers by name.")
+    for name, stage in _records(report, "stages", what).items():
+        check_fields(stage, {"steps": is_count, "seconds": is_number, "peak_memory_mb": is_number}, f"{what}, {name},")
+    if "settings" in report or "student" in report:
+        settings = _records(report, "settings", what)
+        names = ("degradation_path", "pretrained_vae_model_name_or_path", "generator_model_name_or_path")
+        kinds = {f"{name}?": is_text_or_none for name in (*names, "teacher_lora", "single_file_config")}
+        check_fields(settings, {"pretrained_model_name_or_path?": is_text, "output_dir?": is_text, **kinds}, what)
+    if "student" not in report:
+        return
+    check_fields(report, _OF_A_STUDENT, what)
+    check_fields(report["evaluation"], _OF_AN_EVALUATION, what)
+    check_fields(report["settings"], _OF_SETTINGS, what)
+    check_fields(report["versions"], {"diffusers_disback": is_text}, what)
+    if report["path"] is not None:
+        kinds = {"id": is_text, "num_nodes": is_count, "repo_id?": is_text}
+        check_fields(report["path"], kinds | ({"commit": is_text} if "repo_id" in report["path"] else {}), what)
+    if "teacher" not in report:
+        raise ValueError(f"{what} is not as its format says: 'teacher' is missing.")
+
+
+_OF_A_STUDENT = {
+    **dict.fromkeys(("evaluation", "settings", "teacher_card", "stages", "machine", "versions"), is_record),
+    **dict.fromkeys(("example_prompt", "pipeline_class", "command"), is_text),
+    **{"resolution": is_count, "seed": is_number, "path": lambda value: value is None or is_record(value)},
+}
+_OF_AN_EVALUATION = {"name": is_text, "type": is_text, "num_pictures": is_count, "seed": is_number}
+_OF_SETTINGS = {
+    **{"pretrained_model_name_or_path": is_text, "output_dir": is_text, "conditioning_timestep": is_count},
+    **{"revision": is_text_or_none, "variant": is_text_or_none},
+    **dict.fromkeys(
+        (
+            *("generator_model_name_or_path", "teacher_lora"),
+            *("pretrained_vae_model_name_or_path", "single_file_config"),
+        ),
+        is_text_or_none,
+    ),
+}
+
+
+def _records(report: dict[str, Any], name: str, what: str) -> dict[str, Any]:
+    """A part of a report that is a dictionary; empty if it is missing."""
+    check_fields(report, {f"{name}?": is_record}, what)
+    return report.get(name, {})
 
 
 def summary(folder: Path) -> str:
