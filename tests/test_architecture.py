@@ -14,6 +14,7 @@ SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
     {"files", "noise_schedule", "pipeline", "batch", "target_schedule", "node_spacing"},
     {"weights", "repository", "manifest"},
+    {"pipeline_folder"},
     {"single_file"},
     {"score_model", "model_reference", "cards", "condition_cache", "allocations"},
     {"adapters"},
@@ -35,7 +36,17 @@ DOORS = {
     "accelerate": {"learner.py", "trainer.py", "run.py", "evaluation/report.py"},
     "torchmetrics": {"evaluation/distance.py"},
     "matplotlib": {"evaluation/pictures.py"},
-    "huggingface_hub": {"repository.py", "branches.py", "single_file.py", "model_reference.py", "cards.py", "hub.py"},
+    "huggingface_hub": {
+        *(
+            "repository.py",
+            "branches.py",
+            "pipeline_folder.py",
+            "single_file.py",
+            "model_reference.py",
+            "cards.py",
+            "hub.py",
+        ),
+    },
     "datasets": {"data.py"},
     "transformers": {"pipeline.py", "evaluation/report.py", "plan.py", "cli.py"},
     "peft": {"model_reference.py", "adapters.py"},

@@ -118,7 +118,10 @@ def test_a_copy_of_a_shared_path_is_the_path(path, repo, tmp_path):
         assert one == two
     with pytest.raises(ValueError, match="holds a degradation path already"):
         shared.save_pretrained(tmp_path / "copy")
-    copy.push_to_hub("alice/second-home")  # and from there on
+    with pytest.raises(ValueError, match="came from the Hub, and names .* on this machine as its teacher's"):
+        copy.push_to_hub("alice/second-home")
+    told = DegradationPath.from_pretrained(tmp_path / "copy", teacher=path.teacher)
+    told.push_to_hub("alice/second-home")  # and from there on
     assert len(DegradationPath.from_pretrained("alice/second-home")) == 2
 
 

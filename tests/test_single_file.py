@@ -283,7 +283,7 @@ def test_files_that_cannot_be_read_are_told(checkpoint, run, tmp_path):
     for changes, message in [
         ({"pretrained_model_name_or_path": tmp_path / "model.ckpt"}, "Pickled checkpoints .* can run code"),
         ({"pretrained_model_name_or_path": tmp_path / "none.safetensors"}, "There is no file .*none.safetensors"),
-        ({"pretrained_model_name_or_path": tmp_path / "half.safetensors"}, "cannot be read as safetensors"),
+        ({"pretrained_model_name_or_path": tmp_path / "half.safetensors"}, "it is no whole safetensors file"),
         ({"single_file_config": tmp_path}, "has no model_index.json"),
         ({"single_file_config": "nobody/nothing"}, "cannot be had from nobody/nothing. Pass the folder or Hub id"),
         ({"single_file_config": None}, "cannot be had from stable-diffusion-v1-5/stable-diffusion-v1-5"),

@@ -432,7 +432,7 @@ def test_two_processes_replay_a_shared_path(run, repo, hub, tmp_path, teacher_fo
 # The command --------------------------------------------------------------------------------------------------------
 
 
-def test_pull_and_push_are_inverse(run, repo, hub, tmp_path, capsys, monkeypatch):
+def test_pull_and_push_are_inverse(run, repo, hub, tmp_path, teacher_folder, capsys):
     folder = run(push_to_hub=True, hub_model_id=repo)
     without_cache()
     shutil.move(folder, tmp_path / "gone")
@@ -440,7 +440,12 @@ def test_pull_and_push_are_inverse(run, repo, hub, tmp_path, capsys, monkeypatch
     assert "a path of 2 nodes in" in capsys.readouterr().out
     assert equal(student(tmp_path / "copy"), student(tmp_path / "gone"))
     assert not list((tmp_path / "copy").rglob(".cache"))
-    assert command(["push", str(tmp_path / "copy"), "alice/copy"]) == 0
+    assert command(["push", str(tmp_path / "copy"), "alice/copy"]) == 1, (
+        "a path of others names a place on this machine"
+    )
+    assert "If it is the teacher, say so: --pretrained_model_name_or_path" in capsys.readouterr().err
+    teacher = ["--pretrained_model_name_or_path", str(teacher_folder)]
+    assert command(["push", str(tmp_path / "copy"), "alice/copy", *teacher]) == 0
     assert command(["path", "verify", "alice/copy"]) == 0
     assert "2 nodes, complete" in capsys.readouterr().out
     one, two = hub.snapshot(repo), hub.snapshot("alice/copy")
@@ -453,7 +458,7 @@ def test_pull_and_push_are_inverse(run, repo, hub, tmp_path, capsys, monkeypatch
         repo.split("/")[1], "copy"
     ).replace("--hub_model_id alice/copy", "")
     (tmp_path / "copy" / "README.md").write_text("# Written by hand\n")
-    assert command(["push", str(tmp_path / "copy"), "alice/copy"]) == 0
+    assert command(["push", str(tmp_path / "copy"), "alice/copy", *teacher]) == 0
     assert hub.files("alice/copy")["README.md"] == b"# Written by hand\n"
     assert command(["pull", repo, str(tmp_path / "copy")]) == 1 and "is not empty" in capsys.readouterr().err
     assert command(["push", str(tmp_path), "alice/x"]) == 1 and "nothing can be pushed" in capsys.readouterr().err

@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any, Protocol
 
+from .files import inside
+from .pipeline_folder import files_of
 from .repository import Files, HubError, Repository, write_files
 
 
@@ -40,7 +42,7 @@ class FolderNodes:
         self.downloaded: list[str] = []
 
     def fetch(self, node: dict[str, Any]) -> Path:
-        return self.folder / node["name"]
+        return inside(self.folder, node["name"], f"path.json of {self.where}")
 
     def copy(self, node: dict[str, Any], folder: Path) -> None:
         write_files(node_files(self.fetch(node)), folder)
@@ -171,6 +173,14 @@ class HubNodes:
 
 
 def node_files(folder: Path) -> Files:
-    """The files of a node's folder, by their path in it."""
-    files = [folder / "node.json", *sorted((folder / "unet").iterdir())]
+    """The files of a node's folder, by their path in it.
+
+    Raises:
+        ValueError: If one is missing, or a link that leads out of the folder.
+    """
+    what = f"the node in {folder}"
+    own = inside(folder, "node.json", what)
+    if not own.is_file():
+        raise ValueError(f"{what} has no node.json: it is not whole.")
+    files = [own, *files_of(folder / "unet", what, folder)]
     return {file.relative_to(folder).as_posix(): file for file in files}

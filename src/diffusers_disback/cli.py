@@ -192,7 +192,9 @@ def push(parsed: argparse.Namespace) -> None:
     from .repository import Repository
 
     path, name = path_of_run(parsed.folder), parsed.pretrained_model_name_or_path
-    teacher = elsewhere(path.teacher, parsed) if path is not None else name and ModelReference(name)
+    teacher = None
+    if name is not None:
+        teacher = ModelReference(name) if path is None else elsewhere(path.teacher, parsed)
     repo_id = push_run(
         parsed.folder,
         parsed.repo_id,

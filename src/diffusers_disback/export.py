@@ -1,16 +1,16 @@
 """A student in other forms: in half precision beside its own weights, and as a LoRA of its teacher."""
 
-import json
 import re
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from . import adapters
-from .files import write_json
+from .files import inside, write_json
+from .pipeline_folder import check_shards, read_index
+from .weights import open_weights
 
 
 _WEIGHTS = re.compile(r"(?P<stem>[a-z_]+)(?P<shard>-\d+-of-\d+)?\.safetensors")
@@ -34,19 +34,20 @@ def add_half_variant(folder: str | Path) -> list[Path]:
         ValueError: If it is no pipeline's folder, or a weight is too large for float16.
     """
     folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} has no model_index.json: it is no diffusers pipeline's folder.")
+    read_index(folder, str(folder))
+    files = sorted(inside(folder, file.relative_to(folder).as_posix(), str(folder)) for file in folder.glob("*/*"))
+    indexes = {file: check_shards(file, str(file)) for file in files if _INDEX.fullmatch(file.name)}
     written = []
-    for file in sorted(folder.glob("*/*")):
+    for file in files:
         weights, index = _WEIGHTS.fullmatch(file.name), _INDEX.fullmatch(file.name)
         if weights:
             target = file.with_name(f"{weights['stem']}.fp16{weights['shard'] or ''}.safetensors")
-            tensors = {key: _half(key, tensor, file) for key, tensor in load_file(file).items()}
-            with safe_open(file, "pt") as stream:
+            with open_weights(file) as stream:
+                tensors = {key: _half(key, stream.get_tensor(key), file) for key in stream.keys()}  # noqa: SIM118
                 save_file(tensors, target, stream.metadata())
             written.append(target)
         elif index:
-            content = json.loads(file.read_text())
+            content = indexes[file]
             stem = index["stem"]
             content["weight_map"] = {k: v.replace(stem, f"{stem}.fp16", 1) for k, v in content["weight_map"].items()}
             target = file.with_name(f"{stem}.safetensors.index.fp16.json")

@@ -1,6 +1,6 @@
 """What leaves the house: the student's folder in a form that others load, its card, and a run's repository on the Hub."""
 
-import json
+import glob
 import os
 from pathlib import Path
 from typing import Any
@@ -8,19 +8,22 @@ from typing import Any
 from .adapters import Lora, save_lora
 from .cards import student_card
 from .evaluation.report import REPORT, read_report
-from .files import to_bytes, write_json
+from .files import inside, read_json, read_text, to_bytes, write_json
 from .manifest import MANIFEST
 from .model_reference import ModelReference
 from .path import DegradationPath
 from .pipeline import DisBackOneStepPipeline
-from .repository import Files, HubError, Repository, is_licence, is_repo_id, write_files
+from .pipeline_folder import INDEX, components_of, files_of, licences_of, read_index
+from .repository import Files, HubError, Repository, is_repo_id, write_files
 from .run_folder import FREE_SETTINGS, RunFolder
 from .sharing import check_empty, check_main, check_teacher_may_be_shared
 
 
-INDEX = "model_index.json"
 LORA = "lora"
 _PICTURES = ("samples.png", "convergence.png", "path.png")
+# What a run's folder holds and no push sends: the path's own folders, which are read from its branches, and what says what
+# a run on this machine did.
+_OWN = ("path", "settings", "checkpoints", "logs", "conditions")
 
 
 def save_student(
@@ -49,7 +52,7 @@ def save_student(
         pipeline.scheduler.save_pretrained(folder / LORA / "scheduler")
     pipeline.unet.save_pretrained(folder / "unet")
     pipeline.scheduler.save_pretrained(folder / "scheduler")
-    theirs = json.loads((teacher.folder(cache_dir) / INDEX).read_text())
+    theirs = teacher.index(cache_dir)
     # Text encoders may have left memory; their files are the teacher's.
     released = [name for name in ("text_encoder", "text_encoder_2") if name in theirs]
     components = {name for name, component in pipeline.components.items() if component is not None or name in released}
@@ -61,7 +64,7 @@ def save_student(
             wanted[path] = content
     write_files(wanted, folder)
     pipeline.save_config(folder)
-    index = json.loads((folder / INDEX).read_text())
+    index = read_json(folder / INDEX)
     write_json(folder / INDEX, {**index, **{name: theirs[name] for name in released if name in index}})
 
 
@@ -86,12 +89,15 @@ def path_of_run(folder: str | Path, teacher: ModelReference | None = None) -> De
         ValueError: If it went along another path than the one that is there.
     """
     folder, report = Path(folder), read_report(Path(folder))
-    settings = RunFolder(folder).settings() or report.get("settings", {})
+    settings = RunFolder(folder).settings()  # of a run on this machine; a report may be anybody's
     elsewhere = settings.get("degradation_path")
-    places = [folder, folder / "path", *([Path(elsewhere)] if elsewhere and not is_repo_id(elsewhere) else [])]
+    places = [folder, inside(folder, "path", str(folder))]
+    if isinstance(elsewhere, str) and elsewhere and not is_repo_id(elsewhere):
+        places.append(Path(elsewhere))
     found = [place for place in places if (place / MANIFEST).is_file()]
     if "student" not in report:
-        return DegradationPath.from_pretrained(found[0], teacher=teacher) if found else None
+        paths = (DegradationPath.from_pretrained(place, teacher=teacher) for place in found)
+        return next((path for path in paths if path.folder in places[:2] or _is_recorded_by(path, settings)), None)
     if report["path"] is None or "repo_id" in report["path"]:
         return None
     for place in found:
@@ -102,6 +108,12 @@ def path_of_run(folder: str | Path, teacher: ModelReference | None = None) -> De
         f"The path that the student of {folder} went along is not at {' or '.join(map(str, places[1:]))}. Push from the "
         "folder in which the run was started, or put the path there."
     )
+
+
+def _is_recorded_by(path: DegradationPath, settings: dict[str, Any]) -> bool:
+    """Whether a path that lies elsewhere was recorded under a run's settings: else others could name it."""
+    recording = path.manifest["recording"]
+    return bool(recording) and all(name in settings and settings[name] == recording[name] for name in recording)
 
 
 def push_run(
@@ -167,15 +179,14 @@ def push_run(
 
 def student_files(folder: Path, repo_id: str) -> Files:
     """What belongs to a student's pipeline and its report, and nothing else of a run's folder."""
-    index = json.loads((folder / INDEX).read_text())
-    names = [INDEX, "pipeline.py", REPORT, *_PICTURES]
-    files: Files = {name: folder / name for name in names if (folder / name).is_file()}
-    files |= {file.name: file for file in folder.iterdir() if is_licence(file.name)}
-    for name, kind in index.items():
-        if isinstance(kind, list) and kind[0] is not None:
-            files |= {f"{name}/{file.name}": file for file in sorted((folder / name).iterdir())}
-    for file in sorted((folder / LORA).rglob("*.*")):
-        files[file.relative_to(folder).as_posix()] = file
+    what = str(folder)
+    own = {name: inside(folder, name, what) for name in (INDEX, "pipeline.py", REPORT, *_PICTURES)}
+    files: Files = {name: file for name, file in own.items() if file.is_file()}
+    files |= licences_of(folder, what)
+    folders = [folder / name for name in components_of(read_index(folder, what))]
+    folders += [place for place in (folder / LORA, folder / LORA / "scheduler") if place.exists()]
+    for place in folders:
+        files |= {file.relative_to(folder).as_posix(): file for file in files_of(place, what, folder)}
     return {**files, "README.md": _card_for(folder, repo_id)}
 
 
@@ -189,7 +200,7 @@ def check_student(
     """
     tree = repository.tree(commit)
     theirs = repository.read_json(REPORT, commit)
-    if isinstance(theirs, dict) and "settings" in theirs and "student" in theirs:
+    if theirs is not None and isinstance(theirs.get("settings"), dict) and "student" in theirs:
         was, is_ = _settings_that_count(theirs), _settings_that_count(report)
         changed = [f"{name} was {was.get(name)!r}, is {is_[name]!r}" for name in is_ if was.get(name) != is_[name]]
         if changed:
@@ -216,7 +227,8 @@ def check_student(
 def _settings_that_count(report: dict[str, Any]) -> dict[str, Any]:
     """What makes a student another run's: its settings and its path."""
     settings = {name: value for name, value in report["settings"].items() if name not in FREE_SETTINGS}
-    return {**settings, "path": (report.get("path") or {}).get("id")}
+    path = report.get("path")
+    return {**settings, "path": path.get("id") if isinstance(path, dict) else None}
 
 
 def pull(
@@ -227,6 +239,8 @@ def pull(
     cache_dir: str | None = None,
 ) -> DegradationPath | None:
     """Writes a pushed run into a folder: the student, if there is one, with its path in `path/`; or the path alone.
+
+    What a run keeps to itself, such as its settings and checkpoints, is not taken from a repository that has it.
 
     Args:
         repo_id (`str`): On the Hub.
@@ -254,15 +268,21 @@ def pull(
     if MANIFEST in tree and not (draft / place / MANIFEST).exists():
         shared = DegradationPath.from_pretrained(repo_id, head, cache_dir=cache_dir, token=token)
         shared.save_pretrained(draft / place)
-    repository.download_to(draft, [path for path in tree if path not in (MANIFEST, ".gitattributes")], head)
-    report = read_report(draft)
-    if "student" in report and (draft / "README.md").read_text() == _card(draft, report, repo_id):
+    repository.download_to(draft, [glob.escape(path) for path in tree if _is_taken(path)], head)
+    report, card = read_report(draft), draft / "README.md"
+    if "student" in report and card.is_file() and read_text(card) == _card(draft, report, repo_id):
         (draft / "README.md").write_text(_card(draft, report, folder.as_posix()))
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
         folder.rmdir()
     os.replace(draft, folder)
     return DegradationPath.from_pretrained(folder / place) if MANIFEST in tree else None
+
+
+def _is_taken(path: str) -> bool:
+    """Whether a file of a pushed run is written where it is pulled to."""
+    top = path.split("/")[0]
+    return path != MANIFEST and not top.startswith((".", "degradation-")) and top not in _OWN
 
 
 def _card(folder: Path, report: dict[str, Any], where: str) -> str:
@@ -273,7 +293,7 @@ def _card(folder: Path, report: dict[str, Any], where: str) -> str:
 
 def _card_for(folder: Path, repo_id: str) -> bytes:
     """The card as the repository's; as it is on disk, if its owner has written in it."""
-    report, there = read_report(folder), (folder / "README.md").read_text()
+    report, there = read_report(folder), read_text(inside(folder, "README.md", str(folder)))
     own = {folder.as_posix(), Path(report["settings"]["output_dir"]).as_posix()}
     return (
         _card(folder, report, repo_id) if there in {_card(folder, report, place) for place in own} else there

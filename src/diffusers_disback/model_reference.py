@@ -1,7 +1,6 @@
 """Where a model lies, and how a network is filled with weights: exactly, or not at all."""
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -13,16 +12,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from .files import to_bytes
-from .repository import Files, HubError, Repository, is_licence
+from .files import inside, read_json, read_text, to_bytes
+from .pipeline_folder import (
+    INDEX,
+    UNREADABLE,
+    WEIGHTS,
+    check_classes,
+    check_component,
+    check_pipeline,
+    components_of,
+    files_of,
+    licences_of,
+    of_variant,
+    read_index,
+)
+from .repository import Files, HubError, Repository
 from .single_file import repo_of, single_file_of, to_folder
 
 
 logger = logging.getLogger(__name__)
 _KEPT = (".json", ".txt", ".safetensors", ".model")
-_WEIGHTS = re.compile(
-    r"[a-z_]+(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors|[a-z_]+\.safetensors\.index(?:\.(\w+))?\.json"
-)
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -95,6 +104,33 @@ class ModelReference:
             return Path(source.name_or_path)
         return _downloaded(source, cache_dir)
 
+    def index(self, cache_dir: str | None = None) -> dict[str, Any]:
+        """The pipeline's `model_index.json`; of a model on the Hub nothing else is downloaded.
+
+        Raises:
+            ValueError: If it cannot be had, or names what is no component.
+        """
+        source, what = self.source(cache_dir), f"the model {self.name_or_path!r}"
+        if os.path.isdir(source.name_or_path):
+            root = Path(source.name_or_path)
+        else:
+            file = Repository(source.name_or_path, patient=False).file(INDEX, source.revision, cache_dir)
+            if file is None:
+                raise ValueError(f"{what} has no {INDEX}: it is no diffusers pipeline.")
+            root = file.parent
+        return read_index(root, what)
+
+    def check_files(self, cache_dir: str | None = None) -> Path:
+        """The folder of the pipeline's files, after a check of all that diffusers will read of it.
+
+        Raises:
+            ValueError: If a file is missing, lies elsewhere, or cannot be read.
+        """
+        source = self.source(cache_dir)
+        index, folder = self.index(cache_dir), self.folder(cache_dir)
+        check_pipeline(folder, index, source.variant, f"the model {self.name_or_path!r}")
+        return folder
+
     def papers(self, cache_dir: str | None = None) -> Path:
         """The folder in which the model's card and licence lie, if it has any."""
         repo_id = repo_of(self.name_or_path)
@@ -114,22 +150,23 @@ class ModelReference:
             cache_dir (`str`, *optional*): Where downloads are kept.
         """
         root = self.folder(cache_dir)
-        if not (root / "model_index.json").is_file():
-            raise ValueError(f"{root} has no model_index.json: it is no diffusers pipeline's folder.")
-        index = json.loads((root / "model_index.json").read_text())
-        files: Files = {"model_index.json": root / "model_index.json"}
-        files |= {file.name: file for file in self.papers(cache_dir).iterdir() if is_licence(file.name)}
-        for name, kind in index.items():
+        what = f"the model {self.name_or_path!r}"
+        index = read_index(root, what)
+        check_classes(index, what)
+        files: Files = {INDEX: root / INDEX, **licences_of(self.papers(cache_dir), what)}
+        for name in components_of(index):
             if name == "vae" and self.vae is not None:
-                files |= {f"vae/{n}": file for n, file in _own_files(self.vae_folder(cache_dir), None, dtype).items()}
-            elif name != "unet" and isinstance(kind, list) and kind[0] is not None:
-                files |= {
-                    f"{name}/{n}": content for n, content in _own_files(root / name, self.variant, dtype).items()
-                }
+                own = _own_files(self.vae_folder(cache_dir), None, dtype, f"the autoencoder {self.vae!r}")
+            elif name != "unet":
+                own = _own_files(root / name, self.variant, dtype, what, root)
+            else:
+                continue
+            files |= {f"{name}/{file}": content for file, content in own.items()}
         if self.prediction_type is not None:
             path = "scheduler/scheduler_config.json"
-            config = json.loads(files[path].read_text())
-            files[path] = to_bytes({**config, "prediction_type": self.prediction_type})
+            if path not in files:
+                raise ValueError(f"{what} has no {path}: it is not whole.")
+            files[path] = to_bytes({**read_json(files[path]), "prediction_type": self.prediction_type})
         return files
 
     def vae_folder(self, cache_dir: str | None = None) -> Path:
@@ -143,7 +180,7 @@ class ModelReference:
             root = Repository(self.vae).download(["config.json", "*.safetensors", "vae/*"], None, cache_dir)
         for folder in (root, root / "vae"):
             if (folder / "config.json").is_file():
-                name = json.loads((folder / "config.json").read_text()).get("_class_name")
+                name = read_json(inside(folder, "config.json", f"the autoencoder {self.vae!r}")).get("_class_name")
                 if name != "AutoencoderKL":
                     raise ValueError(f"{self.vae} is a {name}; an AutoencoderKL is needed.")
                 return folder
@@ -153,7 +190,7 @@ class ModelReference:
         """The metadata of the model's card; empty if it has none."""
         from huggingface_hub import metadata_load
 
-        file = self.papers(cache_dir) / "README.md"
+        file = inside(self.papers(cache_dir), "README.md", f"the model {self.name_or_path!r}")
         return (metadata_load(file) or {}) if file.is_file() else {}
 
     def load_network(self, network_class: type[nn.Module], cache_dir: str | None = None) -> nn.Module:
@@ -164,17 +201,19 @@ class ModelReference:
         """
         source = self.source(cache_dir)
         try:
+            folder = _denoiser_folder(source, cache_dir)
+        except HubError as error:
+            raise ValueError(f"The UNet of {self.name_or_path!r} cannot be loaded. {error}") from error
+        try:
             network, info = network_class.from_pretrained(
-                source.name_or_path,
+                folder,
                 subfolder="unet",
-                revision=source.revision,
                 variant=source.variant,
-                cache_dir=cache_dir,
                 torch_dtype=torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except OSError as error:
+        except UNREADABLE as error:
             raise ValueError(
                 f"The UNet of {self.name_or_path!r} cannot be loaded. {error}{source.other_variants()}"
             ) from error
@@ -195,7 +234,7 @@ class ModelReference:
                 names = [path.removeprefix("unet/") for path in repository.tree(repository.head(self.revision))]
         except HubError:  # which is what the error tells already
             return ""
-        matches = [match for match in map(_WEIGHTS.fullmatch, names) if match]
+        matches = [match for match in map(WEIGHTS.fullmatch, names) if match]
         found = {match.group(1) or match.group(2) for match in matches} - {None, self.variant}
         if not found:
             return ""
@@ -218,13 +257,13 @@ class ModelReference:
             config = UNet2DConditionModel.load_config(
                 source.name_or_path, subfolder="unet", revision=source.revision, cache_dir=cache_dir
             )
-        except OSError as error:
+            with torch.device("meta"):
+                return UNet2DConditionModel.from_config(config)
+        except UNREADABLE as error:
             raise ValueError(
                 f"The config of the UNet of {self.name_or_path!r} cannot be read; say where the teacher is with "
                 f"--pretrained_model_name_or_path. {error}"
             ) from error
-        with torch.device("meta"):
-            return UNet2DConditionModel.from_config(config)
 
     def load_into(self, network: nn.Module, cache_dir: str | None = None) -> None:
         """Fills a network with the model's `unet` weights.
@@ -241,6 +280,7 @@ def _downloaded(reference: ModelReference, cache_dir: str | None) -> Path:
     """A pipeline's files, and with them its card and the text of its licence, if the Hub gives these."""
     from diffusers import DiffusionPipeline
 
+    check_classes(reference.index(cache_dir), f"the model {reference.name_or_path!r}")  # before diffusers goes by it
     try:
         folder = DiffusionPipeline.download(
             reference.name_or_path,
@@ -249,10 +289,29 @@ def _downloaded(reference: ModelReference, cache_dir: str | None) -> Path:
             cache_dir=cache_dir,
             use_safetensors=True,
         )
-    except OSError as error:
-        raise ValueError(f"The model {reference.name_or_path!r} cannot be downloaded. {error}") from error
+    except UNREADABLE as error:
+        variants = reference.other_variants()
+        raise ValueError(f"The model {reference.name_or_path!r} cannot be downloaded. {error}{variants}") from error
     _papers(reference.name_or_path, reference.commit(cache_dir), cache_dir)
     return Path(folder)
+
+
+def _denoiser_folder(source: ModelReference, cache_dir: str | None) -> Path:
+    """The folder whose `unet/` holds a model's denoiser on this machine, checked; nothing else of it is downloaded.
+
+    Raises:
+        ValueError: If a file of it lies elsewhere, or cannot be read.
+        HubError: If the Hub does not give it.
+    """
+    root, stem = Path(source.name_or_path), "unet/diffusion_pytorch_model"
+    if not root.is_dir():
+        dot = "" if source.variant is None else f".{source.variant}"
+        patterns = [f"{stem}{dot}.safetensors", f"{stem}{dot}-*.safetensors", f"{stem}-*{dot}.safetensors"]
+        patterns += [f"{stem}.safetensors.index{dot}.json", "unet/config.json"]
+        root = Repository(source.name_or_path, patient=False).download(patterns, source.revision, cache_dir)
+    if (root / "unet").is_dir():  # if it is not, that is told with what is there
+        check_component(root, "unet", source.variant, f"the model {source.name_or_path!r}", "diffusers")
+    return root
 
 
 @cache
@@ -352,28 +411,30 @@ def fuse_lora(network: nn.Module, lora: str, cache_dir: str | None = None) -> No
     network.unload_lora()
 
 
-def _own_files(folder: Path, variant: str | None, dtype: str) -> Files:
+def _own_files(
+    folder: Path, variant: str | None, dtype: str, what: str | None = None, root: Path | None = None
+) -> Files:
     """A component's files by the names that they have without a variant."""
-    files = {file: _WEIGHTS.fullmatch(file.name) for file in sorted(folder.iterdir()) if file.suffix in _KEPT}
-    variants = {file: match.group(1) or match.group(2) for file, match in files.items() if match}
-    wanted = variant if variant in variants.values() else None
+    files = [file for file in files_of(folder, what or str(folder), root) if file.suffix in _KEPT]
     own: Files = {}
-    for file in files:
+    for file in of_variant([file for file in files if ".bin.index." not in file.name], variant):
+        match = WEIGHTS.fullmatch(file.name)
+        of = match and (match.group(1) or match.group(2))
         if file.name == "config.json":
             own[file.name] = _with_dtype(file, dtype)
-        elif file not in variants:
+        elif not of:
             own[file.name] = file
-        elif variants[file] == wanted:
+        else:
             is_index = file.suffix == ".json"  # of shards, which it names
-            content = file.read_text().replace(f".{wanted}", "").encode() if is_index else file
-            own[file.name.replace(f".{wanted}", "")] = content
+            content = read_text(file).replace(f".{of}", "").encode() if is_index else file
+            own[file.name.replace(f".{of}", "")] = content
     return own
 
 
 def _with_dtype(file: Path, dtype: str) -> Path | bytes:
     """The config of a transformers model, in which it is declared to be of the denoiser's precision: by default
     transformers 5 loads what the config declares, diffusers float32, and the two would not fit together."""
-    config = json.loads(file.read_text())
+    config = read_json(file)
     key = next((key for key in ("dtype", "torch_dtype") if key in config), "torch_dtype")
     if "model_type" not in config or config.get(key) == dtype:
         return file

@@ -1,6 +1,5 @@
 """The degradation path: an ordered sequence of diffusers model folders, from the teacher to the initial generator."""
 
-import json
 import logging
 import os
 import shutil
@@ -13,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from .adapters import config_of, write_adapter
 from .branches import FolderNodes, HubNodes, Nodes
 from .cards import path_card
-from .files import to_bytes, write_json
+from .files import inside, to_bytes, write_json
 from .manifest import FORMAT_VERSION, MANIFEST, name_of, read_manifest
 from .model_reference import ModelReference, check_adapter_fit, check_fit, fill, fill_adapter
 from .repository import Files, HubError, Repository, in_background, is_repo_id, sha256_of
 from .sharing import check_main, check_teacher_may_be_shared, push_nodes
+from .weights import open_weights, read_weights
 
 
 logger = logging.getLogger(__name__)
@@ -50,6 +49,7 @@ class DegradationPath:
         self.manifest = manifest
         self.teacher = teacher
         self.cache_dir = cache_dir
+        self.teacher_was_told = True  # by the user, or by a recording on this machine
         self.seconds_waited = 0.0
         self._coming: dict[int, Future[list[Path]]] = {}
         self._sound: set[tuple[Path, int, int, str]] = set()  # files that were hashed: size, time of change, hash
@@ -132,8 +132,10 @@ class DegradationPath:
                 nested = folder / "path" / MANIFEST
                 hint = f"Did you mean {nested.parent}?" if nested.is_file() else "Record one with stage 1."
                 raise ValueError(f"{folder} holds no degradation path: it has no {MANIFEST}. {hint}")
-            manifest = read_manifest(folder / MANIFEST, str(folder), pinned=False)
+            file = inside(folder, MANIFEST, str(folder))
+            manifest = read_manifest(file, str(folder), pinned=False)
             folders = FolderNodes(folder)
+        was_told = teacher is not None
         if teacher is None:
             known = manifest["teacher"]
             teacher = ModelReference(
@@ -145,7 +147,9 @@ class DegradationPath:
                 known.get("lora"),
                 known.get("single_file_config"),
             )
-        return cls(folders, manifest, teacher, cache_dir)
+        path = cls(folders, manifest, teacher, cache_dir)
+        path.teacher_was_told = was_told or not any("commit" in node for node in manifest["nodes"])
+        return path
 
     def __len__(self) -> int:
         return len(self.manifest["nodes"])
@@ -210,7 +214,7 @@ class DegradationPath:
             write_adapter(network, adapter, draft / "unet")
         files = sorted((draft / "unet").glob("*.safetensors"))
         rounding_error = 0.0 if dtype is None else _cast(files, dtype)
-        with safe_open(files[0], "pt") as stream:
+        with open_weights(files[0]) as stream:
             written = stream.get_tensor(next(iter(stream.keys()))).dtype
         node = {
             "name": name,
@@ -233,7 +237,7 @@ class DegradationPath:
 
     def reread(self) -> None:
         """Takes over what another process wrote."""
-        self.manifest = json.loads((self.folder / MANIFEST).read_text())
+        self.manifest = read_manifest(self.folder / MANIFEST, self.where, pinned=False)
 
     def finish(self, cost: dict[str, float], steps: Collection[int] | None = None) -> None:
         """Marks the path as complete, and notes what it cost: `steps`, `seconds`, `peak_memory_mb`.
@@ -311,7 +315,7 @@ class DegradationPath:
         self.seconds_waited = time.monotonic() - started
         weights: dict[str, torch.Tensor] = {}
         for file in files:
-            weights.update(load_file(file))
+            weights.update(read_weights(file))
         dtype = self.nodes[index - 1]["dtype"]
         others = sorted(key for key, tensor in weights.items() if str(tensor.dtype) != f"torch.{dtype}")
         if others:
@@ -400,7 +404,7 @@ class DegradationPath:
     def _checked(self, index: int, folder: Path) -> list[Path]:
         hashes = self.nodes[index - 1]["files"]
         for name, sha256 in hashes.items():
-            file = folder / "unet" / name
+            file = inside(folder, f"unet/{name}", f"{MANIFEST} of {self.where}")
             if not file.is_file():
                 raise ValueError(f"node {index} is incomplete: {file} is missing. Record or pull the path again.")
             told = file.stat()
@@ -463,7 +467,7 @@ class DegradationPath:
         manifest = self.push_nodes(repository, cache_dir, claim=not create_pr)
         files: Files = {MANIFEST: to_bytes(manifest)}
         if "model_index.json" not in repository.tree(repository.head()):  # a student has a card of its own
-            picture = Path(self.where, "path.png")
+            picture = inside(Path(self.where), "path.png", self.where)
             files |= {"path.png": picture} if picture.is_file() else {}
             card = path_card(manifest, repository.repo_id, self.teacher.card(cache_dir), picture.is_file())
             files["README.md"] = card.encode()
@@ -484,12 +488,27 @@ class DegradationPath:
             claim (`bool`): First write to `main` whose it is.
 
         Raises:
+            ValueError: If the path came from the Hub and names a place on this machine as its teacher's, and nobody else
+                said that it is there.
             HubError: If the repository holds something else, or the Hub fails for good.
         """
+        self._check_teachers_place()
         dtype = self.nodes[0]["dtype"] if self.kind == "full" else "float32"  # of the network beside the text encoder
         teacher_files = self.teacher.component_files(dtype, cache_dir)
         check_teacher_may_be_shared(self.teacher, repository)
         return push_nodes(self.manifest, self.folders, teacher_files, repository, claim)
+
+    def _check_teachers_place(self) -> None:
+        """Sees that files of this machine are not published because somebody else's `path.json` names them."""
+        if self.teacher_was_told:
+            return
+        for name in (self.teacher.name_or_path, self.teacher.vae, self.teacher.single_file_config):
+            if name is not None and os.path.exists(name):
+                raise ValueError(
+                    f"{MANIFEST} of {self.where} came from the Hub, and names {name!r} on this machine as its teacher's, of "
+                    "which files would be published. If it is the teacher, say so: --pretrained_model_name_or_path "
+                    f"{self.teacher.name_or_path}."
+                )
 
 
 def _cast(files: list[Path], dtype: torch.dtype) -> float:
@@ -500,10 +519,10 @@ def _cast(files: list[Path], dtype: torch.dtype) -> float:
     """
     whole = lost = 0.0
     for file in files:
-        weights = load_file(file)
+        weights = read_weights(file)
         if all(tensor.dtype == dtype for tensor in weights.values()):
             continue
-        with safe_open(file, "pt") as stream:
+        with open_weights(file) as stream:
             metadata = stream.metadata()
         rounded = {key: tensor.to(dtype) for key, tensor in weights.items()}
         for key, tensor in weights.items():

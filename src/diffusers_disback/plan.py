@@ -15,6 +15,7 @@ from .backtracking import BacktrackingConfig
 from .config import TrainingConfig
 from .data import CAPACITY
 from .model_reference import ModelReference
+from .pipeline_folder import UNREADABLE, check_classes, components_of
 
 
 CARDS = (12, 16, 24, 40, 80)
@@ -297,24 +298,25 @@ def skeletons_beside(teacher: ModelReference, cache_dir: str | None = None) -> d
         ValueError: If these cannot be read.
     """
     import transformers
-    from diffusers import AutoencoderKL, DiffusionPipeline
+    from diffusers import AutoencoderKL
 
     source = teacher.source(cache_dir)
     name_or_path, where = source.name_or_path, {"revision": source.revision, "cache_dir": cache_dir}
     made = {}
     try:
-        index = DiffusionPipeline.load_config(name_or_path, **where)
+        index = teacher.index(cache_dir)
+        check_classes(index, f"the model {teacher.name_or_path!r}")
         for name in ("text_encoder", "text_encoder_2"):
-            if index.get(name, [None])[0] is not None:
+            if name in components_of(index):
                 network_class = getattr(transformers, index[name][1])
                 config = network_class.config_class.from_pretrained(name_or_path, subfolder=name, **where)
                 with torch.device("meta"):
                     made[name] = network_class(config)
         config = AutoencoderKL.load_config(name_or_path, subfolder="vae", **where)
-    except OSError as error:
+        with torch.device("meta"):
+            return {**made, "vae": AutoencoderKL.from_config(config)}
+    except UNREADABLE as error:
         raise ValueError(f"The configs of {teacher.name_or_path!r} cannot be read. {error}") from error
-    with torch.device("meta"):
-        return {**made, "vae": AutoencoderKL.from_config(config)}
 
 
 def table(planner: Planner, setup: Setup) -> str:

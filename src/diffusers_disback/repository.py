@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import logging
 import os
 import re
@@ -14,6 +13,8 @@ from concurrent.futures import Future
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
+
+from .files import inside, read_json
 
 
 logger = logging.getLogger(__name__)
@@ -54,13 +55,18 @@ def is_licence(name: str) -> bool:
 
 
 def write_files(files: Files, folder: Path) -> None:
-    """Writes files into a folder; others in it stay."""
+    """Writes files into a folder; others in it stay.
+
+    Raises:
+        ValueError: If a file's place is not in the folder; then none is written.
+    """
+    places = {path: inside(folder, path, f"what is written to {folder}") for path in files}
     for path, content in files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        places[path].parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
-            (folder / path).write_bytes(content)
+            places[path].write_bytes(content)
         else:
-            shutil.copyfile(content, folder / path)
+            shutil.copyfile(content, places[path])
 
 
 def in_background(function: Callable[..., T], *arguments: Any) -> "Future[T]":
@@ -176,11 +182,11 @@ class Repository:
             return Path(cached)
 
     def read_json(self, path: str, commit: str) -> Any:
-        """The content of a JSON file at a commit; `None` if there is none, or it is no JSON."""
+        """The content of a JSON file at a commit; `None` if there is none, or it is no JSON object."""
         file = self.file(path, commit) if path in self.tree(commit) else None
         try:
-            return file and json.loads(file.read_text())
-        except json.JSONDecodeError:
+            return file and read_json(file)
+        except ValueError:
             return None
 
     def download(self, patterns: list[str], revision: str | None = None, cache_dir: str | None = None) -> Path:
@@ -211,9 +217,15 @@ class Repository:
                 raise error from None
 
     def download_to(self, folder: Path, patterns: list[str], revision: str) -> None:
-        """Writes the files of a revision that match into a folder, past the cache."""
+        """Writes the files of a commit that match into a folder, past the cache.
+
+        Raises:
+            ValueError: If the commit holds a file whose name leads out of the folder; then nothing is downloaded.
+        """
         from huggingface_hub import snapshot_download
 
+        for path in self.tree(revision):
+            inside(folder, path, f"the repository {self.repo_id}")
         self._try(
             lambda: snapshot_download(
                 self.repo_id, revision=revision, allow_patterns=patterns, local_dir=folder, token=self.token

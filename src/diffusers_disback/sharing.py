@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from .branches import Nodes, node_files
-from .files import to_bytes
+from .files import read_text, to_bytes
 from .manifest import MANIFEST, check_manifest, identity
 from .model_reference import ModelReference
 from .repository import Files, HubError, Repository, is_file, is_licence
@@ -80,8 +80,11 @@ def _is_whole(repository: Repository, node: dict[str, Any], commit: str) -> bool
 
 def _is_listed(repository: Repository, node: dict[str, Any], commit: str) -> bool:
     """Whether `main` pins a branch at this commit, or says that the path is complete."""
-    listed = repository.read_json(MANIFEST, repository.head())
-    return listed is not None and (listed["complete"] or any(other["commit"] == commit for other in listed["nodes"]))
+    head = repository.head()
+    if MANIFEST not in repository.tree(head):
+        return False
+    listed = _manifest_of(repository, head)
+    return listed["complete"] or any(other["commit"] == commit for other in listed["nodes"])
 
 
 def check_main(repository: Repository, commit: str, manifest: dict[str, Any]) -> None:
@@ -93,11 +96,7 @@ def check_main(repository: Repository, commit: str, manifest: dict[str, Any]) ->
     if MANIFEST not in repository.tree(commit):
         check_empty(repository, commit)
         return
-    there = repository.read_json(MANIFEST, commit)
-    try:
-        check_manifest(there, repository.repo_id, pinned=True)
-    except ValueError as error:
-        raise HubError(f"{error} Nothing was overwritten: push to another repository.") from error
+    there = _manifest_of(repository, commit)
     theirs, ours = identity(there), identity(manifest)
     changed = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
     if changed:
@@ -106,6 +105,20 @@ def check_main(repository: Repository, commit: str, manifest: dict[str, Any]) ->
             f"{repository.repo_id} holds another degradation path: {what}. Nothing was overwritten: push to another "
             "repository."
         )
+
+
+def _manifest_of(repository: Repository, commit: str) -> dict[str, Any]:
+    """The manifest that a repository holds at a commit.
+
+    Raises:
+        HubError: If it is not as the format says.
+    """
+    there = repository.read_json(MANIFEST, commit)
+    try:
+        check_manifest(there, repository.repo_id, pinned=True)
+    except ValueError as error:
+        raise HubError(f"{error} Nothing was overwritten: push to another repository.") from error
+    return there
 
 
 def check_empty(repository: Repository, commit: str) -> None:
@@ -120,7 +133,7 @@ def check_empty(repository: Repository, commit: str) -> None:
         if not (path.startswith(".git") or is_licence(path) or path == "README.md")
     ]
     if "README.md" in repository.tree(commit):
-        text = repository.file("README.md", commit).read_text()
+        text = read_text(repository.file("README.md", commit), f"README.md of {repository.repo_id}")
         foreign += ["README.md"] if re.sub(r"\A\s*---\n.*?\n---\s*", "", text, flags=re.DOTALL).strip() else []
     if foreign:
         raise HubError(

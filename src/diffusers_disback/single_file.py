@@ -1,7 +1,6 @@
 """A checkpoint in one file, as fine-tunes are shared: made once into a diffusers folder, which then is the model."""
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -12,12 +11,13 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .files import write_json
+from .files import inside, read_json, write_json
+from .pipeline_folder import UNREADABLE, check_classes, components_of, files_of, read_index
 from .repository import HubError, Repository, is_repo_id, sha256_of
+from .weights import open_weights
 
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def to_folder(name: str, config: str | None, revision: str | None, cache_dir: st
     shapes, dtypes = _read_header(file, name)
     kind = _kind(shapes, name)
     configs = _config_folder(config, shapes, cache_dir)
-    declared = json.loads((configs / "model_index.json").read_text()).get("_class_name")
+    declared = read_index(configs, f"the config of {name}").get("_class_name")
     if declared != SUPPORTED[kind]:
         raise ValueError(
             f"{name} is a checkpoint of a {SUPPORTED[kind]}, but the config {config!r} is of a {declared}. Pass the folder "
@@ -175,7 +175,7 @@ def save_portable(pipeline: "DiffusionPipeline", folder: Path) -> None:
             save_file(weights, folder / name / "model.safetensors", metadata={"format": "pt"})
         # By default transformers 5 loads what the config declares, and diffusers float32: the two have to agree.
         file = folder / name / "config.json"
-        config = json.loads(file.read_text())
+        config = read_json(file)
         write_json(file, {**config, "dtype" if "dtype" in config else "torch_dtype": "float32"})
 
 
@@ -186,15 +186,12 @@ def _read_header(file: Path, name: str) -> tuple[dict[str, torch.Size], dict[str
             f"{name} is no .safetensors file. Pickled checkpoints (.ckpt, .bin, .pt) can run code when they are read, and "
             "are not; find or make a safetensors version of it."
         )
-    try:
-        with safe_open(file, "pt") as stream:
-            slices = {key: stream.get_slice(key) for key in stream.keys()}  # noqa: SIM118, it is no dictionary
-            return (
-                {key: torch.Size(part.get_shape()) for key, part in slices.items()},
-                {key: part.get_dtype() for key, part in slices.items()},
-            )
-    except Exception as error:  # safetensors has one class for all of its own
-        raise ValueError(f"{name} cannot be read as safetensors. {error}") from error
+    with open_weights(file) as stream:
+        slices = {key: stream.get_slice(key) for key in stream.keys()}  # noqa: SIM118, it is no dictionary
+        return (
+            {key: torch.Size(part.get_shape()) for key, part in slices.items()},
+            {key: part.get_dtype() for key, part in slices.items()},
+        )
 
 
 def _kind(shapes: dict[str, torch.Size], name: str) -> str:
@@ -251,10 +248,12 @@ def _config_folder(config: str | None, shapes: dict[str, torch.Size], cache_dir:
                 f"The config of the single file cannot be had from {wanted}. Pass the folder or Hub id of a diffusers "
                 f"pipeline of its kind (its configs and tokenizers, no weights) with --single_file_config. {error}"
             ) from error
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"--single_file_config {config} has no model_index.json: it is no diffusers pipeline's folder."
-        )
+    what = f"--single_file_config {config or folder}"
+    index = read_index(folder, what)
+    check_classes(index, what)
+    for name in components_of(index):
+        if inside(folder, name, what).is_dir():
+            files_of(folder / name, what, folder)
     return folder
 
 
@@ -282,8 +281,13 @@ def _convert(
     advice = "Pass that of a pipeline of its kind with --single_file_config."
     for component, part, model in (("unet", "UNet", "UNet2DConditionModel"), ("vae", "autoencoder", "AutoencoderKL")):
         model_class = getattr(diffusers, model)
-        with torch.device("meta"):
-            expected = model_class.from_config(model_class.load_config(configs, subfolder=component)).state_dict()
+        try:
+            with torch.device("meta"):
+                expected = model_class.from_config(model_class.load_config(configs, subfolder=component)).state_dict()
+        except UNREADABLE as error:
+            raise ValueError(
+                f"The config of the {part} in {configs} cannot be read ({type(error).__name__}: {error}). {advice}"
+            ) from error
         wanted = sum(tensor.numel() for tensor in expected.values())
         stored = sum(shape.numel() for key, shape in shapes.items() if _belongs(key, part))
         if stored != wanted:  # diffusers would pass over what is left over
@@ -295,7 +299,7 @@ def _convert(
         pipeline = getattr(diffusers, SUPPORTED[kind]).from_single_file(
             str(file), config=str(configs), local_files_only=True, **without
         )
-    except (SingleFileComponentError, ValueError, KeyError, OSError, RuntimeError) as error:
+    except (SingleFileComponentError, *UNREADABLE) as error:
         raise ValueError(f"{what}. {advice} ({type(error).__name__}: {error})") from error
     for component, module in pipeline.components.items():
         if not isinstance(module, nn.Module):

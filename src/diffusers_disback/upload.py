@@ -1,6 +1,7 @@
 """Uploading while training goes on: no step waits for the Hub, and training never dies of it."""
 
 import contextlib
+import os
 import queue
 import shlex
 import sys
@@ -130,4 +131,5 @@ class RunUpload:
             training.hub_private_repo or None,
             token=training.hub_token,
             cache_dir=training.cache_dir,
+            teacher=training.teacher if os.path.exists(training.pretrained_model_name_or_path) else None,
         )

@@ -1,11 +1,11 @@
 """What differs between diffusers pipelines."""
 
-import os
-
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from ..model_reference import ModelReference, fuse_lora
+from ..pipeline_folder import UNREADABLE
+from ..repository import HubError
 from .stable_diffusion import ModelFamily
 from .stable_diffusion_xl import StableDiffusionXL
 
@@ -45,25 +45,25 @@ def load_family(reference: ModelReference, cache_dir: str | None = None) -> Mode
     """
     source = reference.source(cache_dir)
     name = source.name_or_path
-    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "model_index.json")):
-        raise ValueError(f"{name} has no model_index.json: it is no diffusers pipeline's folder.")
     try:
-        index = DiffusionPipeline.load_config(name, revision=source.revision, cache_dir=cache_dir)
-        _family_class(str(index.get("_class_name")))  # before all of another family's weights are downloaded
-        pipeline = DiffusionPipeline.from_pretrained(
-            name,
-            revision=source.revision,
-            variant=source.variant,
-            cache_dir=cache_dir,
-            dtype=torch.float32,
-            use_safetensors=True,
-        )
-    except OSError as error:
+        index = reference.index(cache_dir)
+    except HubError as error:
         raise ValueError(
             f"The teacher {name!r} cannot be loaded: it is neither a folder with a diffusers pipeline in safetensors "
-            f"nor such a model on the Hub (revision {reference.revision}, variant {reference.variant}). {error}"
-            f"{source.other_variants()}"
+            f"nor such a model on the Hub (revision {reference.revision}). {error}"
         ) from error
+    _family_class(str(index.get("_class_name")))  # before all of another family's weights are downloaded
+    folder = reference.check_files(cache_dir)  # after which the Hub is not needed for the teacher's files any more
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder, variant=source.variant, dtype=torch.float32, use_safetensors=True
+        )
+    except UNREADABLE as error:
+        raise ValueError(
+            f"The teacher {name!r} cannot be loaded (revision {reference.revision}, variant {reference.variant}): it has to "
+            f"be a whole diffusers pipeline in safetensors. {error}{source.other_variants()}"
+        ) from error
+    pipeline.register_to_config(_name_or_path=name)
     if reference.vae is not None:
         vae = AutoencoderKL.from_pretrained(reference.vae_folder(cache_dir), torch_dtype=torch.float32)
         check_same_latents(pipeline.vae, vae, reference.vae)
@@ -73,9 +73,7 @@ def load_family(reference: ModelReference, cache_dir: str | None = None) -> Mode
     if reference.prediction_type is not None:
         scheduler = pipeline.scheduler
         pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=reference.prediction_type)
-    family = family_of(pipeline, reference)
-    reference.folder(cache_dir)  # so that the Hub is not needed for the teacher's files when training is over
-    return family
+    return family_of(pipeline, reference)
 
 
 def check_same_latents(own: AutoencoderKL, other: AutoencoderKL, name: str) -> None:
