@@ -98,6 +98,23 @@ def test_a_half_written_shard_is_no_shard(tmp_path, monkeypatch):
     assert len(cache.read(list(range(8)))["encoder_hidden_states"]) == 8
 
 
+def test_a_damaged_shard_is_encoded_anew(tmp_path, caplog):
+    family = family_of(tiny.pipeline())
+    cache = make(tmp_path, family, MANY[:8], shard_size=4)
+    cache.build(show_progress=False)
+    file = cache.folder / "conditions-000001.safetensors"
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b""):
+        file.write_bytes(damaged)
+        assert cache.missing == 4 * cache.bytes_per_prompt
+        make(tmp_path, family, MANY[:8], shard_size=4).build(show_progress=False)
+        assert file.read_bytes() == whole and "is damaged; its conditions are encoded anew" in caplog.text
+    file.write_bytes(whole[:-1])
+    condition_cache._open.cache_clear()
+    with pytest.raises(ValueError, match="conditions-000001.safetensors cannot be read"):
+        cache.read([5])
+
+
 def test_batches_are_the_same_with_and_without(tmp_path, family):
     prompts = MANY[:40]
     cache = make(tmp_path, family, prompts, shard_size=16)

@@ -301,9 +301,9 @@ def test_a_name_that_leads_out_is_refused_at(door, tmp_path, teacher_folder, rep
     assert not problems, "\n".join(problems)
 
 
-# What is a link out of somebody else's folder, and what goes through the door there.
+# What is a link out of somebody else's folder, where to (`None`: what was there, moved away), and what goes through the door.
 LINKS = {
-    "a teacher's component, read": ("teacher", "unet", "", lambda h: load_family(h.reference())),
+    "a teacher's component, read": ("teacher", "unet", None, lambda h: load_family(h.reference())),
     "a teacher's weights, read": ("teacher", f"unet/{UNET}", "w.safetensors", lambda h: load_family(h.reference())),
     "a teacher's index, read": ("teacher", "model_index.json", "config.json", lambda h: load_family(h.reference())),
     "a start's config, read": (
@@ -324,9 +324,9 @@ LINKS = {
     ),
     "a teacher's file, pushed": ("teacher", "tokenizer/more.txt", "token.txt", lambda h: h.own.push_to_hub(h.repo)),
     "a path's node, copied": ("path", "degradation-000100", "", lambda h: h.read().save_pretrained(h.out)),
-    "a path's node, read": ("path", "degradation-000100", "", lambda h: h.read().read(1)),
-    "a path's manifest, read": ("path", "path.json", "config.json", lambda h: h.read()),
-    "a node's weights, read": ("path", f"degradation-000100/unet/{UNET}", "w.safetensors", lambda h: h.read().read(1)),
+    "a path's node, read": ("path", "degradation-000100", None, lambda h: h.read().read(1)),
+    "a path's manifest, read": ("path", "path.json", None, lambda h: h.read()),
+    "a node's weights, read": ("path", f"degradation-000100/unet/{UNET}", None, lambda h: h.read().read(1)),
     "a node's file, copied": (
         *("path", "degradation-000100/unet/more.txt", "token"),
         lambda h: h.read().save_pretrained(h.out),
@@ -366,6 +366,9 @@ def test_a_link_that_leads_out_is_refused_at(door, tmp_path, teacher_folder, rep
     house.read = lambda: DegradationPath.from_pretrained(house.path)
     house.with_student()
     folder = getattr(house, owner)
+    if target is None:
+        target = "moved"
+        shutil.move(folder / place, house.home / target)
     link(folder / place, house.home / target)
     walk(house, alice, Path(place).name, lambda: go(house))
 

@@ -186,4 +186,6 @@ _NODE = {
     "bytes": is_count,
     "rounding_error?": is_number,
     "mismatch?": is_record,
+    "branch?": is_text,
+    "commit?": is_text,
 }

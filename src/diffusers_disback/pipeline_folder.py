@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from .files import check_no_pointer, inside, read_json
@@ -14,7 +15,7 @@ from .weights import open_weights
 INDEX = "model_index.json"
 UNREADABLE = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, ImportError),
-    *(RuntimeError, SafetensorError),
+    *(RuntimeError, SafetensorError, StrictDataclassError),
 )
 """What diffusers and transformers raise on files whose content is wrong; each becomes a `ValueError` where they are called."""
 

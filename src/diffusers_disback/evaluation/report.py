@@ -261,7 +261,7 @@ def check_report(report: dict[str, Any], what: str) -> None:
     """
     measures = {name: report[name] for name in ("floor", "teacher", "initial", "student") if name in report}
     for name, values in [*measures.items(), *_records(report, "stages", what).items()]:
-        if not is_record(values) or not all(type(value) in (int, float) for value in values.values()):
+        if not is_record(values) or not all(type(v) is float or is_number(v) for v in values.values()):
             raise ValueError(f"{what} is not as its format says: {name!r} holds no numbers by name.")
     for name, stage in _records(report, "stages", what).items():
         check_fields(stage, {"steps": is_count, "seconds": is_number, "peak_memory_mb": is_number}, f"{what}, {name},")
