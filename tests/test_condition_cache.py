@@ -89,7 +89,7 @@ def test_a_half_written_shard_is_no_shard(tmp_path, monkeypatch):
         Path(file).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(condition_cache, "save_file", broken_off)
+    monkeypatch.setattr(condition_cache, "save_weights", broken_off)
     with pytest.raises(KeyboardInterrupt):
         cache.build(show_progress=False)
     monkeypatch.undo()

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from .batch import Condition
+from .weights import save_weights
 
 
 _SMALL = 64  # numbers a row, such as a picture's size: kept as they are
@@ -81,7 +81,7 @@ class ConditionCache:
                 batch = range(first, min(first + self.batch_size, rows.stop))
                 parts.append(_stored(self.encode([self.prompts[row] for row in batch])))
             draft = file.with_name(f"{file.name}.{os.getpid()}.draft")
-            save_file({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, draft)
+            save_weights({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, draft)
             os.replace(draft, file)
 
     def read(self, rows: list[int]) -> Condition:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from . import adapters
 from .files import write_json
+from .weights import save_weights
 
 
 _WEIGHTS = re.compile(r"(?P<stem>[a-z_]+)(?P<shard>-\d+-of-\d+)?\.safetensors")
@@ -43,7 +44,7 @@ def add_half_variant(folder: str | Path) -> list[Path]:
             target = file.with_name(f"{weights['stem']}.fp16{weights['shard'] or ''}.safetensors")
             tensors = {key: _half(key, tensor, file) for key, tensor in load_file(file).items()}
             with safe_open(file, "pt") as stream:
-                save_file(tensors, target, stream.metadata())
+                save_weights(tensors, target, stream.metadata())
             written.append(target)
         elif index:
             content = json.loads(file.read_text())
@@ -126,5 +127,5 @@ def save_lora(layers: dict[str, torch.Tensor], rank: int, folder: str | Path) ->
     # SDXL's embedding of pooled text and size goes by its original name: diffusers loses it by its own without a word.
     for number, original in (("1", "0_0"), ("2", "0_2")):
         kohya = {key.replace(f"add_embedding_linear_{number}", f"label_emb_{original}"): v for key, v in kohya.items()}
-    save_file({key: value.contiguous() for key, value in kohya.items()}, folder / "kohya.safetensors")
+    save_weights({key: value.contiguous() for key, value in kohya.items()}, folder / "kohya.safetensors")
     return file, folder / "kohya.safetensors"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from .adapters import config_of, write_adapter
@@ -25,6 +25,7 @@ from .manifest import FORMAT_VERSION, MANIFEST, name_of, read_manifest
 from .model_reference import ModelReference, check_adapter_fit, check_fit, fill, fill_adapter
 from .repository import Files, HubError, Repository, in_background, is_repo_id, sha256_of
 from .sharing import check_main, check_teacher_may_be_shared, push_nodes
+from .weights import save_weights
 
 
 logger = logging.getLogger(__name__)
@@ -511,5 +512,5 @@ def _cast(files: list[Path], dtype: torch.dtype) -> float:
                 raise ValueError(f"{key} of the node has values beyond {dtype}; pass --node_precision fp32.")
             whole += tensor.double().square().sum().item()
             lost += (tensor.double() - rounded[key].double()).square().sum().item()
-        save_file(rounded, file, metadata)
+        save_weights(rounded, file, metadata)
     return (lost / whole) ** 0.5 if whole else 0.0

@@ -13,11 +13,11 @@ from urllib.parse import unquote
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from .files import write_json
 from .repository import HubError, Repository, is_repo_id, sha256_of
+from .weights import save_weights
 
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def save_portable(pipeline: "DiffusionPipeline", folder: Path) -> None:
                 key if key.startswith("text_model.") else f"text_model.{key}": value.contiguous()
                 for key, value in component.state_dict().items()
             }
-            save_file(weights, folder / name / "model.safetensors", metadata={"format": "pt"})
+            save_weights(weights, folder / name / "model.safetensors", {"format": "pt"})
         # By default transformers 5 loads what the config declares, and diffusers float32: the two have to agree.
         file = folder / name / "config.json"
         config = json.loads(file.read_text())
