@@ -69,10 +69,19 @@ class ConditionCache:
         """Writes the shards that are not there yet.
 
         Raises:
-            ValueError: If a condition has values beyond half precision.
+            ValueError: If a condition has values beyond half precision, or nothing can be written there.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for shard, rows in tqdm(list(self._shards()), desc="conditions", unit="shard", disable=not show_progress):
+        shards = list(self._shards())
+        if all(self._file(shard).exists() for shard, _ in shards):
+            return  # it may lie where nothing can be written
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"Conditions cannot be written to {self.folder} ({error.strerror or error}). Pass a folder that can be "
+                "written to with --cache_dir, or --cache_conditions off."
+            ) from error
+        for shard, rows in tqdm(shards, desc="conditions", unit="shard", disable=not show_progress):
             file = self._file(shard)
             if file.exists():
                 continue
