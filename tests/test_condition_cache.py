@@ -82,6 +82,20 @@ def test_killed_at_ten_points_it_is_whole_in_the_end(tmp_path):
     assert (cache.read(rows)["encoder_hidden_states"] - expected).abs().max() < 2e-3 * expected.abs().max()
 
 
+def test_a_whole_cache_that_cannot_be_written_to_is_read(tmp_path, family, monkeypatch):
+    make(tmp_path, family, MANY[:8]).build(show_progress=False)
+
+    def refuse(path, *_, **__):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    cache = make(tmp_path, family, MANY[:8])
+    cache.build(show_progress=False)
+    assert len(cache.read([0, 7])["encoder_hidden_states"]) == 2
+    with pytest.raises(ValueError, match="cannot be written to .*Read-only file system.*--cache_dir"):
+        make(tmp_path, family, MANY[:9]).build(show_progress=False)
+
+
 def test_a_half_written_shard_is_no_shard(tmp_path, monkeypatch):
     cache = make(tmp_path, family_of(tiny.pipeline()), MANY[:8])
 
@@ -89,7 +103,7 @@ def test_a_half_written_shard_is_no_shard(tmp_path, monkeypatch):
         Path(file).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(condition_cache, "save_file", broken_off)
+    monkeypatch.setattr(condition_cache, "save_weights", broken_off)
     with pytest.raises(KeyboardInterrupt):
         cache.build(show_progress=False)
     monkeypatch.undo()

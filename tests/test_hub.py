@@ -1,17 +1,22 @@
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
 from faults import Fault, full, killed
+from huggingface_hub import HfApi
 from script import student
 
 from diffusers_disback.generator import to_pipeline
 from diffusers_disback.hub import save_student
 from diffusers_disback.model_reference import ModelReference
 from diffusers_disback.pipeline import DisBackOneStepPipeline
+from diffusers_disback.repository import HubError, Repository
 
 
 def test_the_teachers_files_are_copied_as_they_are(tmp_path, teacher_folder):
@@ -145,3 +150,54 @@ for write in (save_file, torch.save):
         f"File too large {tmp_path}/new/file",
         f"Input/output error {tmp_path}/new/file",
     ], done.stderr[-2000:]
+
+
+def test_what_is_in_a_cache_that_cannot_be_written_to_is_read(alice, repo, tmp_path, monkeypatch, caplog):
+    """Also where the repository has moved on meanwhile, with a word; what is not there is an error that says what to do."""
+    api, cache = HfApi(), tmp_path / "cache"
+    api.create_repo(repo)
+
+    def upload(content):
+        for name in ("a.json", "b.json"):
+            api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repo)
+
+    upload(b"1")
+    repository = Repository(repo, patient=False)
+    folder, file = repository.download(["a.json"], None, str(cache)), repository.file("a.json", None, str(cache))
+    before = {path: path.lstat().st_mtime_ns for path in cache.rglob("*")}
+    # Root may write everywhere: what the client makes is refused by its own doors in place of the file system.
+    real_mkdir, real_open, real_makedirs = os.mkdir, os.open, os.makedirs
+
+    def refused(path):
+        return str(path).startswith(str(cache)) and OSError(errno.EROFS, "Read-only file system", str(path))
+
+    def mkdir(path, *arguments, **keywords):
+        if not os.path.isdir(path) and refused(path):
+            raise refused(path)
+        return real_mkdir(path, *arguments, **keywords)
+
+    def makedirs(path, *arguments, **keywords):
+        if not os.path.isdir(path) and refused(path):
+            raise refused(path)
+        return real_makedirs(path, *arguments, **keywords)
+
+    def opened(path, flags, *arguments, **keywords):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and refused(path):
+            raise refused(path)
+        return real_open(path, flags, *arguments, **keywords)
+
+    def written(path, *arguments, **keywords):
+        raise refused(path) or AssertionError(path)
+
+    for name, function in (("mkdir", mkdir), ("makedirs", makedirs), ("open", opened)):
+        monkeypatch.setattr(os, name, function)
+    monkeypatch.setattr(Path, "write_text", written)
+    assert repository.download(["a.json"], None, str(cache)) == folder
+    assert repository.file("a.json", None, str(cache)) == file
+    with pytest.raises(HubError, match="cannot be written to or read .Read-only file system.*--cache_dir"):
+        repository.file("b.json", None, str(cache))
+    upload(b"2")
+    assert repository.download(["a.json"], None, str(cache)) == folder
+    assert repository.file("a.json", None, str(cache)) == file and file.read_bytes() == b"1"
+    assert any("cannot be written to" in message for message in caplog.messages)
+    assert {path: path.lstat().st_mtime_ns for path in cache.rglob("*")} == before

@@ -1,8 +1,10 @@
 """Checkpoints in one file, written in the original layout from tiny pipelines."""
 
+import errno
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import original_layout
 import pytest
@@ -231,6 +233,128 @@ def test_a_file_is_taken_at_its_word(checkpoint, tmp_path):
     assert load_family(reference(tmp_path, plain), cache).schedule.prediction_type == "epsilon"
 
 
+# Layouts ------------------------------------------------------------------------------------------------------------
+
+
+def converted(tmp_path, file):
+    """The folder's pipeline, in a cache of its own."""
+    single_file.to_folder.cache_clear()
+    cache = tmp_path / f"cache-{len(list(tmp_path.iterdir()))}"
+    folder = single_file.to_folder(str(file), str(tmp_path / "config"), None, str(cache))
+    assert sorted(path.suffix for path in folder.parent.iterdir()) == ["", ".lock"], "nothing else is left"
+    return DiffusionPipeline.from_pretrained(folder)
+
+
+def shortened(weights):
+    """As some programs name CLIP's tensors."""
+    return {key.replace(".transformer.text_model.", ".transformer."): value for key, value in weights.items()}
+
+
+def modules(pipe):
+    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+BESIDE = {
+    "v1": {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(16)[None],
+        "cond_stage_model.logit_scale": torch.ones(()), "betas": torch.ones(1000), "log_one_minus_alphas": torch.ones(9),
+        "embedding_manager.x": torch.ones(2), "mine": torch.ones(2, dtype=torch.int8),
+        **{f"model_ema.diffusion_modelx{number}": torch.ones(2) for number in range(120)}},
+    "v2": {"cond_stage_model.model.logit_scale": torch.ones(()), "cond_stage_model.model.attn_mask": torch.ones(16, 16),
+        "cond_stage_model.model.text_projection": torch.ones(1024, 1024),
+        "cond_stage_model.model.transformer.resblocks.1.mlp.c_fc.bias": torch.ones(32)},
+    "xl_base": {"denoiser.sigmas": torch.ones(1000), "conditioner.embedders.1.model.logit_scale": torch.ones(()),
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(16.0)[None]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["v1", *(pytest.param(k, marks=pytest.mark.slow) for k in ("v2", "xl_base"))])
+def test_every_layout_is_read_exactly(checkpoint, kind, tmp_path):
+    """What stands beside the parts is passed over; short names, types of eight bits, and doubles that are floats are not."""
+    pipe, file = checkpoint(kind)
+    state = original_layout.state_dict(pipe, kind)
+    expected = {name: weights(part) for name, part in modules(pipe).items()}
+    exact = {"beside": {**state, **BESIDE[kind]}, "short names": shortened(state)}
+    if kind == "v1":
+        exact["doubles"] = {key: value.double() for key, value in state.items()}
+    if kind == "v2":  # its text encoder in the layout of SD 1.x
+        exact["clip"] = {
+            **{key: value for key, value in state.items() if not key.startswith("cond_stage_model.")},
+            **{
+                k: v.clone()
+                for k, v in original_layout.clip(pipe.text_encoder, "cond_stage_model.transformer.").items()
+            },
+        }
+    for what, changed in exact.items():
+        save_file(changed, file)
+        for name, part in modules(converted(tmp_path, file)).items():
+            assert equal(weights(part), expected[name]), (what, name)
+    if kind != "v1":
+        return
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+        save_file({**{key: value.to(dtype) for key, value in state.items()}, "position_ids": torch.arange(3)}, file)
+        for name, part in modules(converted(tmp_path, file)).items():
+            rounded = {key: value.to(dtype).float() for key, value in expected[name].items()}
+            assert equal(weights(part), rounded), (dtype, name)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (lambda state: {**state, "scaled_fp8": torch.ones(2).to(torch.float8_e4m3fn)}, "scales of quantised .*scaled_fp8"),
+        (lambda state: {**state, "model.diffusion_model.x.scale_weight": torch.ones(1)}, "quantised weights .*scale_weight"),
+        (lambda state: {key: value.to(torch.int8) for key, value in state.items()}, "as I8, which is not supported"),
+        (lambda state: {key: value.double() * (1 + 1e-12) for key, value in state.items()}, "float64 that float32 has not"),
+        (
+            lambda state: {**state, "cond_stage_model.transformer.text_model.more.bias": torch.ones(3)},
+            "its text_encoder has .* numbers, by the config it has",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_exactly_is_told(checkpoint, changed, message, tmp_path):
+    pipe, file = checkpoint("v1")
+    save_file(changed(original_layout.state_dict(pipe, "v1")), file)
+    with pytest.raises(ValueError, match=message):
+        converted(tmp_path, file)
+    assert not [path for path in tmp_path.glob("cache*/single_files/*") if path.suffix not in (".lock", ".draft")]
+
+
+def test_a_file_may_have_any_name(checkpoint, tmp_path):
+    pipe, file = checkpoint("v1")
+    for name in (
+        "CAPITALS.SAFETENSORS",
+        " a b#c%20d?é 模型.safetensors",
+        "no.dots.v1.5.Safetensors",
+        "-x.safetensors",
+    ):
+        file = file.rename(tmp_path / name)
+        assert single_file_of(str(file)) == SingleFile(str(file))
+        assert equal(weights(converted(tmp_path, file).unet), weights(pipe.unet)), name
+
+
+def test_a_cache_that_cannot_be_written_to_is_read(checkpoint, tmp_path, monkeypatch):
+    pipe, file = checkpoint("v1")
+    arguments = (str(file), str(tmp_path / "config"), None, str(tmp_path / "cache"))
+    folder = single_file.to_folder(*arguments)
+
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    with monkeypatch.context() as context:
+        context.setattr("huggingface_hub.utils.WeakFileLock", refuse)
+        context.setattr(Path, "mkdir", refuse)
+        single_file.to_folder.cache_clear()
+        assert single_file.to_folder(*arguments) == folder
+    with monkeypatch.context() as context:
+        context.setattr("huggingface_hub.utils.WeakFileLock", refuse)
+        with pytest.raises(
+            ValueError, match="cannot be written to .*single_files .Read-only file system.*--cache_dir"
+        ):
+            single_file.to_folder(*arguments[:3], str(tmp_path / "other"))
+    (tmp_path / "taken").write_text("a file in the folder's place")
+    with pytest.raises(ValueError, match="cannot be written to .*taken.*--cache_dir"):
+        single_file.to_folder(*arguments[:3], str(tmp_path / "taken"))
+
+
 # On the Hub ---------------------------------------------------------------------------------------------------------
 
 
@@ -317,7 +441,21 @@ def hollow(tmp_path, **shapes):
         ({"unet/mid_block/to_q/lora_A/weight": (2, 2)}, "is a LoRA; pass it with --teacher_lora"),
         ({"first_stage_model/decoder/conv_in/weight": (2, 2)}, "holds only autoencoder"),
         ({"model/diffusion_model/out/2/weight": (2, 2)}, "holds only UNet"),
-        ({"decoder/conv_in/weight": (2, 2)}, "holds none of a checkpoint's parts"),
+        ({"decoder/conv_in/weight": (2, 2)}, "holds none of a checkpoint's parts .* is an autoencoder alone: pass it"),
+        ({"input_blocks/0/0/weight": (4, 4, 3, 3)}, "is a UNet alone, without the prefix model.diffusion_model"),
+        ({"down_blocks/0/resnets/0/conv1/weight": (2, 2)}, "a UNet alone, in the layout of diffusers: put it into a copy"),
+        ({"text_model/embeddings/token_embedding/weight": (2, 2)}, "is a text encoder alone: put it"),
+        ({"unet/mid_block/x/weight": (2,)}, "rename unet"),
+        ({"diffusion_model/out/2/weight": (2, 2), "first_stage_model/decoder/conv_in/weight": (2, 2),
+            "cond_stage_model/transformer/text_model/final_layer_norm/bias": (2,)}, "rename it to model.diffusion_model"),
+        ({"model/diffusion_model/out/2/weight": (2, 2), "cond_stage_model/x": (2,)}, "Its autoencoder is missing"),
+        ({"model/diffusion_model/out/2/weight": (2, 2), "first_stage_model/x": (2,)}, "Its text encoder is missing"),
+        ({"cond_stage_model/x": (2, 2), "first_stage_model/x": (2,)}, "Its UNet is missing, whose"),
+        ({"model/diffusion_model/x": (2,), "first_stage_model/x": (2,), "conditioner/embedders/0/x": (2,)},
+            "of SDXL without its second text encoder"),
+        ({"model/diffusion_model/x": (2,), "first_stage_model/x": (2,),
+            "conditioner/embedders/1/model/transformer/resblocks/9/mlp/c_proj/bias": (2,)},
+            "of SDXL without its first text encoder"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value.split()[-1].strip("'"),
 )  # fmt: skip

@@ -1,7 +1,6 @@
 """One frozen network for several roles: a LoRA for each role, of which one is active at a time."""
 
 import copy
-import json
 import re
 import tempfile
 import warnings
@@ -11,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .files import parse_json
 from .model_reference import fill_adapter
 from .score_model import ScoreModel
-from .weights import open_weights
+from .weights import adapter_text, open_weights, save_weights
 
 
 if TYPE_CHECKING:
@@ -324,15 +322,17 @@ def write_adapter(network: nn.Module, adapter: str, folder: Path) -> None:
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
     from peft import get_peft_model_state_dict
 
-    config = {k: sorted(v) if isinstance(v, set) else v for k, v in network.peft_config[adapter].to_dict().items()}
-    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
+    text = adapter_text(network.peft_config[adapter].to_dict())
+    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: text}
     weights = get_peft_model_state_dict(network, adapter_name=adapter)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: tensor.contiguous() for k, tensor in weights.items()}, folder / LORA_WEIGHT_NAME_SAFE, metadata)
+    save_weights({k: tensor.contiguous() for k, tensor in weights.items()}, folder / LORA_WEIGHT_NAME_SAFE, metadata)
 
 
 def save_lora(weights: dict[str, Tensor], config: "LoraConfig", folder: str | Path) -> Path:
     """Writes an adapter for `pipe.load_lora_weights(folder)`: peft's own names, with rank and alpha beside them.
+
+    What diffusers' `save_lora_weights` writes, but for the metadata, which there are in an order that changes.
 
     Names of diffusers' older layout would lose every attention layer as soon as convolutions are adapted, too, and
     without the metadata alpha would be taken for the rank, both without an error.
@@ -342,12 +342,11 @@ def save_lora(weights: dict[str, Tensor], config: "LoraConfig", folder: str | Pa
         config (`LoraConfig`): Of the adapter.
         folder (`str` or `Path`): Made if it is not there.
     """
-    from diffusers import StableDiffusionPipeline
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers={key: value.contiguous().cpu() for key, value in weights.items()},
-        unet_lora_adapter_metadata=config.to_dict(),
-        safe_serialization=True,
-    )
-    return Path(folder, "pytorch_lora_weights.safetensors")
+    file = Path(folder, LORA_WEIGHT_NAME_SAFE)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = adapter_text({f"unet.{key}": value for key, value in config.to_dict().items()})
+    layers = {f"unet.{key}": value.contiguous().cpu() for key, value in weights.items()}
+    save_weights(layers, file, {"format": "pt", LORA_ADAPTER_METADATA_KEY: text})
+    return file

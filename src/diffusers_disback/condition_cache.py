@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from .batch import Condition
-from .weights import open_weights
+from .weights import open_weights, save_weights
 
 
 logger = logging.getLogger(__name__)
@@ -71,10 +70,19 @@ class ConditionCache:
         """Writes the shards that are not there yet, or not whole.
 
         Raises:
-            ValueError: If a condition has values beyond half precision.
+            ValueError: If a condition has values beyond half precision, or nothing can be written there.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for shard, rows in tqdm(list(self._shards()), desc="conditions", unit="shard", disable=not show_progress):
+        shards = list(self._shards())
+        if all(self._file(shard).exists() for shard, _ in shards):
+            return  # it may lie where nothing can be written
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"Conditions cannot be written to {self.folder} ({error.strerror or error}). Pass a folder that can be "
+                "written to with --cache_dir, or --cache_conditions off."
+            ) from error
+        for shard, rows in tqdm(shards, desc="conditions", unit="shard", disable=not show_progress):
             file = self._file(shard)
             if self._is_whole(shard):
                 continue
@@ -85,7 +93,7 @@ class ConditionCache:
                 batch = range(first, min(first + self.batch_size, rows.stop))
                 parts.append(_stored(self.encode([self.prompts[row] for row in batch])))
             draft = file.with_name(f"{file.name}.{os.getpid()}.draft")
-            save_file({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, draft)
+            save_weights({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, draft)
             os.replace(draft, file)
 
     def read(self, rows: list[int]) -> Condition:

@@ -4,13 +4,12 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from . import adapters
 from .files import inside, write_json, writing, written_whole
 from .pipeline_folder import check_shards, read_index
-from .weights import open_weights
+from .weights import open_weights, save_weights
 
 
 _WEIGHTS = re.compile(r"(?P<stem>[a-z_]+)(?P<shard>-\d+-of-\d+)?\.safetensors")
@@ -44,7 +43,7 @@ def add_half_variant(folder: str | Path) -> list[Path]:
             target = file.with_name(f"{weights['stem']}.fp16{weights['shard'] or ''}.safetensors")
             with open_weights(file) as stream, writing(target), written_whole(target) as draft:
                 tensors = {key: _half(key, stream.get_tensor(key), file) for key in stream.keys()}  # noqa: SIM118
-                save_file(tensors, draft, stream.metadata())
+                save_weights(tensors, draft, stream.metadata())
             written.append(target)
         elif index:
             content = indexes[file]
@@ -127,5 +126,5 @@ def save_lora(layers: dict[str, torch.Tensor], rank: int, folder: str | Path) ->
     # SDXL's embedding of pooled text and size goes by its original name: diffusers loses it by its own without a word.
     for number, original in (("1", "0_0"), ("2", "0_2")):
         kohya = {key.replace(f"add_embedding_linear_{number}", f"label_emb_{original}"): v for key, v in kohya.items()}
-    save_file({key: value.contiguous() for key, value in kohya.items()}, folder / "kohya.safetensors")
+    save_weights({key: value.contiguous() for key, value in kohya.items()}, folder / "kohya.safetensors")
     return file, folder / "kohya.safetensors"

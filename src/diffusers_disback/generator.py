@@ -1,7 +1,7 @@
 """The one-step generator, and the stock scheduler that makes any pipeline run it."""
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from .batch import Condition
@@ -76,4 +76,6 @@ def to_pipeline(network: nn.Module, timestep: int, teacher: DiffusionPipeline) -
     components = {**teacher.components, "unet": network, "scheduler": one_step_scheduler(teacher.scheduler, timestep)}
     accepted = DisBackOneStepPipeline.component_names()
     settings = {key: teacher.config[key] for key in ("force_zeros_for_empty_prompt",) if key in teacher.config}
+    if isinstance(teacher, StableDiffusionXLPipeline):
+        settings["add_watermarker"] = teacher.watermark is not None
     return DisBackOneStepPipeline(**{name: components[name] for name in accepted if name in components}, **settings)

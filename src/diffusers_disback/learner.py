@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedType, ProjectConfiguration, broadcast
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, free_memory
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -20,7 +20,7 @@ from .config import TrainingConfig
 from .families import ModelFamily
 from .files import write_json
 from .score_model import ScoreModel
-from .weights import read_weights
+from .weights import read_weights, save_weights
 
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -239,7 +239,7 @@ class Learner:
         state = self.ema.state_dict()
         shadow = {f"{number:06d}": tensor.contiguous() for number, tensor in enumerate(state.pop("shadow_params"))}
         folder.mkdir()
-        save_file(shadow, folder / "average.safetensors")
+        save_weights(shadow, folder / "average.safetensors")
         write_json(folder / "average.json", state)
 
     def _load_average(self, folder: Path) -> None:
@@ -339,7 +339,7 @@ class AdapterLearner(Learner):
         super().save(folder)
         if self.accelerator.is_main_process:
             weights = {key: tensor.contiguous() for key, tensor in self.shared.weights(self.adapter).items()}
-            save_file(weights, folder / self.name / "adapter.safetensors")
+            save_weights(weights, folder / self.name / "adapter.safetensors")
 
     def load(self, folder: Path) -> None:
         file = folder / self.name / "adapter.safetensors"

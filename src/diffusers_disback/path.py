@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from .adapters import config_of, write_adapter
@@ -23,7 +22,7 @@ from .manifest import FORMAT_VERSION, MANIFEST, name_of, read_manifest
 from .model_reference import ModelReference, check_adapter_fit, check_fit, fill, fill_adapter
 from .repository import Files, HubError, Repository, in_background, is_repo_id, sha256_of
 from .sharing import check_main, check_teacher_may_be_shared, push_nodes
-from .weights import check_finite, open_weights, read_weights
+from .weights import check_finite, open_weights, read_weights, save_weights
 
 
 logger = logging.getLogger(__name__)
@@ -544,5 +543,5 @@ def _cast(files: list[Path], dtype: torch.dtype) -> float:
                 raise ValueError(f"{key} of the node has values beyond {dtype}; pass --node_precision fp32.")
             whole += tensor.double().square().sum().item()
             lost += (tensor.double() - rounded[key].double()).square().sum().item()
-        save_file(rounded, file, metadata)
+        save_weights(rounded, file, metadata)
     return (lost / whole) ** 0.5 if whole else 0.0

@@ -7,31 +7,78 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers import StableDiffusionPipeline as _StockPipeline
 from diffusers import StableDiffusionXLPipeline as _StockXLPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import StableDiffusionXLLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.loaders import (
+    IPAdapterMixin,
+    StableDiffusionLoraLoaderMixin,
+    StableDiffusionXLLoraLoaderMixin,
+    TextualInversionLoaderMixin,
+)
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from diffusers.utils.torch_utils import randn_tensor
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
+from diffusers.pipelines.stable_diffusion_xl.watermark import StableDiffusionXLWatermarker
+from diffusers.utils import logging
+from diffusers.utils.import_utils import is_invisible_watermark_available
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+
+logger = logging.get_logger(__name__)
+
+
+_DEPRECATED = {"callback": None, "callback_steps": None}  # the stock pipelines take them beside their signature
+
+
+def _arguments_of(pipeline: type[DiffusionPipeline]) -> dict[str, Any]:
+    """The names of the arguments that a stock pipeline's call takes, and their defaults."""
+    parameters = inspect.signature(pipeline.__call__).parameters.values()
+    named = {one.name: one.default for one in parameters if one.kind is not one.VAR_KEYWORD and one.name != "self"}
+    return {**named, **_DEPRECATED}
+
+
+@contextmanager
+def _in_the_older_form(encoder: torch.nn.Module | None) -> Iterator[None]:
+    """Gives a text encoder of transformers 5 the attribute for which the stock `clip_skip` of diffusers 0.42 asks."""
+    if encoder is None or hasattr(encoder, "text_model"):
+        yield
+        return
+    encoder.__dict__["text_model"] = encoder  # beside its modules, of which it is to be none
+    try:
+        yield
+    finally:
+        encoder.__dict__.pop("text_model", None)
 
 
 class DisBackOneStepPipeline(
-    DiffusionPipeline, StableDiffusionMixin, TextualInversionLoaderMixin, StableDiffusionXLLoraLoaderMixin
+    DiffusionPipeline,
+    StableDiffusionMixin,
+    TextualInversionLoaderMixin,
+    StableDiffusionXLLoraLoaderMixin,
+    StableDiffusionLoraLoaderMixin,
+    IPAdapterMixin,
 ):
     """Text-to-image generation by a student that was distilled into one step (DisBack, arXiv 2408.15991).
 
     One class for Stable Diffusion 1.x and 2.x and for SDXL, which has a second text encoder. The conditioning timestep is
     the scheduler's one and only step. What `save_pretrained` writes is a folder of the
     *stock* pipeline, so that it loads without this class: call the stock pipeline with `num_inference_steps=1,
-    guidance_scale=0`.
+    guidance_scale=0`. A call here *is* that call, after what makes no sense of a one-step student was refused.
 
     Args:
         vae (`AutoencoderKL`): Decodes latents to pictures.
@@ -40,19 +87,39 @@ class DisBackOneStepPipeline(
         unet (`UNet2DConditionModel`): The one-step student.
         scheduler (`DDIMScheduler`): Its schedule ends at the conditioning timestep.
         safety_checker (`StableDiffusionSafetyChecker`, *optional*): The teacher's.
-        feature_extractor (`CLIPImageProcessor`, *optional*): The safety checker's.
+        feature_extractor (`CLIPImageProcessor`, *optional*): The safety checker's and the image encoder's.
         requires_safety_checker (`bool`): Of the stock Stable Diffusion pipeline's config.
         text_encoder_2 (`CLIPTextModelWithProjection`, *optional*): SDXL's second.
         tokenizer_2 (`CLIPTokenizer`, *optional*): SDXL's second.
         force_zeros_for_empty_prompt (`bool`): Of the stock SDXL pipeline's config.
+        image_encoder (`CLIPVisionModelWithProjection`, *optional*): For IP-Adapters.
+        add_watermarker (`bool`, *optional*): Whether SDXL's pictures get an invisible watermark; by default, as the stock
+            pipeline's, if the package for it is installed.
+
+    Raises:
+        ValueError: If there is a safety checker and no feature extractor.
     """
 
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
-    _optional_components = ["safety_checker", "feature_extractor", "text_encoder_2", "tokenizer_2"]
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->unet->vae"
+    _optional_components = ["safety_checker", "feature_extractor", "text_encoder_2", "tokenizer_2", "image_encoder"]
     _exclude_from_cpu_offload = ["safety_checker"]
-    _callback_tensor_inputs = ["latents", "prompt_embeds"]
 
+    # What the stock pipelines' calls ask of themselves; where both have it, it is the same.
     run_safety_checker = _StockPipeline.run_safety_checker
+    encode_image = _StockPipeline.encode_image
+    prepare_ip_adapter_image_embeds = _StockPipeline.prepare_ip_adapter_image_embeds
+    prepare_extra_step_kwargs = _StockPipeline.prepare_extra_step_kwargs
+    get_guidance_scale_embedding = _StockPipeline.get_guidance_scale_embedding
+    guidance_scale = _StockPipeline.guidance_scale
+    guidance_rescale = _StockPipeline.guidance_rescale
+    clip_skip = _StockPipeline.clip_skip
+    do_classifier_free_guidance = _StockPipeline.do_classifier_free_guidance
+    cross_attention_kwargs = _StockPipeline.cross_attention_kwargs
+    num_timesteps = _StockPipeline.num_timesteps
+    interrupt = _StockPipeline.interrupt
+    denoising_end = _StockXLPipeline.denoising_end
+    upcast_vae = _StockXLPipeline.upcast_vae
+    _get_add_time_ids = _StockXLPipeline._get_add_time_ids
 
     def __init__(
         self,
@@ -67,8 +134,14 @@ class DisBackOneStepPipeline(
         text_encoder_2: CLIPTextModelWithProjection | None = None,
         tokenizer_2: CLIPTokenizer | None = None,
         force_zeros_for_empty_prompt: bool = True,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        add_watermarker: bool | None = None,
     ):
         super().__init__()
+        if safety_checker is not None and feature_extractor is None:
+            raise ValueError(
+                "A safety checker needs a feature extractor; pass `feature_extractor`, or `safety_checker=None`."
+            )
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -79,32 +152,80 @@ class DisBackOneStepPipeline(
             feature_extractor=feature_extractor,
             text_encoder_2=text_encoder_2,
             tokenizer_2=tokenizer_2,
+            image_encoder=image_encoder,
         )
         self.register_to_config(
             requires_safety_checker=requires_safety_checker, force_zeros_for_empty_prompt=force_zeros_for_empty_prompt
         )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.default_sample_size = unet.config.sample_size
+        self._is_unet_config_sample_size_int = isinstance(unet.config.sample_size, int)
+        if add_watermarker is None:
+            add_watermarker = is_invisible_watermark_available()
+        self.watermark = StableDiffusionXLWatermarker() if self.is_xl and add_watermarker else None
 
     @classmethod
     def component_names(cls) -> list[str]:
         """The names of the components that the constructor takes."""
-        settings = ("self", "requires_safety_checker", "force_zeros_for_empty_prompt")
+        settings = ("self", "requires_safety_checker", "force_zeros_for_empty_prompt", "add_watermarker")
         return [name for name in inspect.signature(cls.__init__).parameters if name not in settings]
 
     @property
     def is_xl(self) -> bool:
-        """Whether it has SDXL's two tokenizers; text encoders may be left out where embeddings are passed."""
-        return self.tokenizer_2 is not None
+        """Whether the student is told pictures' sizes, as SDXL's are; text encoders may be left out where embeddings are
+        passed."""
+        return self.unet.config.addition_embed_type == "text_time"
 
     @property
     def stock_class(self) -> type[DiffusionPipeline]:
         """The class of diffusers in whose name it is saved."""
         return _StockXLPipeline if self.is_xl else _StockPipeline
 
-    def encode_prompt(self, *arguments: Any, **keywords: Any) -> tuple:
+    @property
+    def _callback_tensor_inputs(self) -> list[str]:
+        return self.stock_class._callback_tensor_inputs
+
+    @property
+    def _lora_loadable_modules(self) -> list[str]:
+        return self.stock_class._lora_loadable_modules
+
+    def load_lora_weights(self, *arguments: Any, **keywords: Any) -> None:
         """As of the stock pipeline."""
-        return self.stock_class.encode_prompt(self, *arguments, **keywords)
+        self.stock_class.load_lora_weights(self, *arguments, **keywords)
+
+    def fuse_lora(self, *arguments: Any, **keywords: Any) -> None:
+        """As of the stock pipeline."""
+        self.stock_class.fuse_lora(self, *arguments, **keywords)
+
+    def unfuse_lora(self, *arguments: Any, **keywords: Any) -> None:
+        """As of the stock pipeline."""
+        self.stock_class.unfuse_lora(self, *arguments, **keywords)
+
+    def check_inputs(self, *arguments: Any, **keywords: Any) -> None:
+        """As of the stock pipeline."""
+        self.stock_class.check_inputs(self, *arguments, **keywords)
+
+    def encode_prompt(self, *arguments: Any, **keywords: Any) -> tuple:
+        """As of the stock pipeline, in the UNet's precision: where parts are of different ones, each computes in its own."""
+        with _in_the_older_form(self.text_encoder):
+            encoded = self.stock_class.encode_prompt(self, *arguments, **keywords)
+        return tuple(None if tensor is None else tensor.to(self.unet.dtype) for tensor in encoded)
+
+    def prepare_latents(
+        self, batch_size, num_channels_latents, height, width, dtype, device, generator, latents=None
+    ) -> torch.Tensor:
+        """As of the stock pipeline; noise of another precision is cast, and of another number told."""
+        if latents is not None:
+            if tuple(latents.shape[:2]) != (batch_size, num_channels_latents):
+                raise ValueError(
+                    f"`latents` have the shape {tuple(latents.shape)}; these arguments need {batch_size} of "
+                    f"{num_channels_latents} channels."
+                )
+            latents = latents.to(dtype)
+        return _StockPipeline.prepare_latents(
+            self, batch_size, num_channels_latents, height, width, dtype, device, generator, latents
+        )
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
         """Writes `model_index.json` in the stock pipeline's name, and this file beside it as `pipeline.py`."""
@@ -132,18 +253,12 @@ class DisBackOneStepPipeline(
         """The timestep at which the student is asked."""
         return self.scheduler.config.num_train_timesteps - 1
 
-    def check_inputs(
-        self,
-        prompt,
-        prompt_embeds,
-        pooled_prompt_embeds,
-        height,
-        width,
-        num_inference_steps,
-        guidance_scale,
-        negative_prompt,
-        callback_on_step_end_tensor_inputs,
-    ) -> None:
+    def check_one_step(self, num_inference_steps: int, guidance_scale: float) -> None:
+        """Refuses what a one-step student cannot do.
+
+        Raises:
+            ValueError: If several steps or guidance are asked for, or the scheduler is another than the student's.
+        """
         if num_inference_steps != 1:
             raise ValueError(
                 f"num_inference_steps={num_inference_steps}: a one-step student makes a picture in one step; leave "
@@ -154,101 +269,14 @@ class DisBackOneStepPipeline(
                 f"guidance_scale={guidance_scale}: the student has the teacher's guidance built in and takes none; "
                 "leave the argument out."
             )
-        if negative_prompt is not None:
-            raise ValueError("negative_prompt has no effect without guidance, and a one-step student takes none.")
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("Pass `prompt` or `prompt_embeds`, one of the two.")
-        if (prompt_embeds is not None) != (pooled_prompt_embeds is not None) and self.is_xl:
-            raise ValueError("SDXL takes `prompt_embeds` and `pooled_prompt_embeds` together.")
-        if prompt is not None and not isinstance(prompt, (str, list)):
-            raise ValueError(f"`prompt` has to be a `str` or a `list`, but is a {type(prompt).__name__}.")
-        if height % self.vae_scale_factor or width % self.vae_scale_factor:
+        self.scheduler.set_timesteps(1)
+        t = self.scheduler.timesteps[0]
+        if t != self.conditioning_timestep:
             raise ValueError(
-                f"`height` and `width` have to be divisible by {self.vae_scale_factor}, but are {height} and {width}."
+                f"The scheduler ({type(self.scheduler).__name__}) would ask the student at timestep {int(t)} of "
+                f"{self.scheduler.config.num_train_timesteps}, which is not its last: it is no one-step scheduler. "
+                "Load the one that was saved with the student."
             )
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(f"{sorted(unknown)} are no callback inputs; there are {self._callback_tensor_inputs}.")
-
-    def encode_skipping(self, prompt: str | list[str], clip_skip: int, device: torch.device) -> torch.Tensor:
-        """Text embeddings without the encoder's last `clip_skip` layers, `[B, tokens, width]`.
-
-        Here because the stock `encode_prompt` of diffusers 0.42 asks for an attribute that transformers 5 has no more.
-        """
-        tokens = self.tokenizer(
-            self.maybe_convert_prompt(prompt, self.tokenizer),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        states = self.text_encoder(tokens.input_ids.to(device), output_hidden_states=True)
-        norms = [module for name, module in self.text_encoder.named_modules() if name.endswith("final_layer_norm")]
-        return norms[0](states.hidden_states[-(clip_skip + 1)])
-
-    def encode(
-        self,
-        prompt: str | list[str] | None,
-        prompt_2: str | list[str] | None,
-        num_images_per_prompt: int,
-        prompt_embeds: torch.Tensor | None,
-        pooled_prompt_embeds: torch.Tensor | None,
-        lora_scale: float | None,
-        clip_skip: int | None,
-        device: torch.device,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Text embeddings, `[B, tokens, width]`, and for SDXL the pooled ones, `[B, pooled width]`."""
-        if self.is_xl:
-            prompt_embeds, _, pooled_prompt_embeds, _ = self.encode_prompt(
-                prompt,
-                prompt_2,
-                device,
-                num_images_per_prompt,
-                False,
-                prompt_embeds=prompt_embeds,
-                pooled_prompt_embeds=pooled_prompt_embeds,
-                lora_scale=lora_scale,
-                clip_skip=clip_skip,
-            )
-            return prompt_embeds, pooled_prompt_embeds
-        if clip_skip is not None and prompt_embeds is None:
-            prompt_embeds = self.encode_skipping(prompt, clip_skip, device)
-        prompt_embeds, _ = self.encode_prompt(
-            prompt, device, num_images_per_prompt, False, prompt_embeds=prompt_embeds, lora_scale=lora_scale
-        )
-        return prompt_embeds, None
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures, `[B, 3, H, W]` around -1..1.
-
-        An autoencoder that overflows in half precision, as SDXL's, computes in float32 where its config says so.
-        """
-        config = self.vae.config
-        upcast = self.vae.dtype == torch.float16 and config.force_upcast
-        if upcast:
-            self.vae.to(dtype=torch.float32)
-            latents = latents.float()
-        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-            mean, std = (
-                torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
-                for values in (config.latents_mean, config.latents_std)
-            )
-            latents = latents * std / config.scaling_factor + mean
-        else:
-            latents = latents / config.scaling_factor
-        images = self.vae.decode(latents, return_dict=False)[0]
-        if upcast:
-            self.vae.to(dtype=torch.float16)
-        return images
-
-    def prepare_latents(self, shape, dtype, device, generator, latents):
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise ValueError(f"{len(generator)} generators were passed for a batch of {shape[0]}.")
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` have the shape {tuple(latents.shape)}; these arguments need {shape}.")
-        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
 
     @torch.no_grad()
     def __call__(
@@ -274,7 +302,10 @@ class DisBackOneStepPipeline(
         clip_skip: int | None = None,
         callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
-    ) -> StableDiffusionPipelineOutput | tuple:
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        **others: Any,
+    ) -> StableDiffusionPipelineOutput | StableDiffusionXLPipelineOutput | tuple:
         """Draws pictures, with one evaluation of the UNet.
 
         Args:
@@ -282,7 +313,7 @@ class DisBackOneStepPipeline(
             height, width (`int`, *optional*): In pixels; by default those that the student was trained for.
             num_inference_steps (`int`): 1. Here so that a habit gets a clear error.
             guidance_scale (`float`): At most 1, which means none. Likewise.
-            negative_prompt (`str`, *optional*): None. Likewise.
+            negative_prompt (`str`, *optional*): Has no effect without guidance; there is a warning.
             num_images_per_prompt (`int`): Pictures of each prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Makes the latents reproducible.
             latents (`torch.Tensor`, *optional*): Standard normal noise, `[B, C, height / 8, width / 8]` for an
@@ -299,85 +330,72 @@ class DisBackOneStepPipeline(
             callback_on_step_end (`Callable`, *optional*): `(pipeline, 0, timestep, tensors) -> tensors`, called after
                 the step and before decoding.
             callback_on_step_end_tensor_inputs (`list[str]`): The tensors that it is given.
+            ip_adapter_image, ip_adapter_image_embeds (*optional*): For IP-Adapters that are loaded.
+            others: All else that the stock pipeline takes, with what it does there.
 
         Returns:
-            `StableDiffusionPipelineOutput` or `tuple`: The pictures, and for each whether the safety checker objects.
+            `StableDiffusionPipelineOutput`, `StableDiffusionXLPipelineOutput` or `tuple`: As of the stock pipeline: the
+            pictures, and of the former for each whether the safety checker objects.
 
         Raises:
             ValueError: If an argument asks for several steps or for guidance, or the arguments do not fit together.
+            TypeError: If neither family's stock pipeline has an argument of a name.
         """
-        size = self.unet.config.sample_size
-        rows, columns = (size, size) if isinstance(size, int) else size
-        height = height or rows * self.vae_scale_factor
-        width = width or columns * self.vae_scale_factor
-        self.check_inputs(
-            prompt,
-            prompt_embeds,
-            pooled_prompt_embeds,
-            height,
-            width,
-            num_inference_steps,
-            guidance_scale,
-            negative_prompt,
-            callback_on_step_end_tensor_inputs,
+        self.check_one_step(num_inference_steps, guidance_scale)
+        given = {
+            "prompt": prompt,
+            "height": height,
+            "width": width,
+            "num_inference_steps": 1,
+            "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompt,
+            "num_images_per_prompt": num_images_per_prompt,
+            "generator": generator,
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "prompt_2": prompt_2,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+            "original_size": original_size,
+            "crops_coords_top_left": crops_coords_top_left,
+            "target_size": target_size,
+            "output_type": output_type,
+            "return_dict": return_dict,
+            "cross_attention_kwargs": cross_attention_kwargs,
+            "clip_skip": clip_skip,
+            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+            "ip_adapter_image": ip_adapter_image,
+            "ip_adapter_image_embeds": ip_adapter_image_embeds,
+            **others,
+        }
+        own, either = (
+            _arguments_of(self.stock_class),
+            {**_arguments_of(_StockPipeline), **_arguments_of(_StockXLPipeline)},
         )
-        device = self._execution_device
-        self.scheduler.set_timesteps(1, device=device)
-        t = self.scheduler.timesteps[0]
-        if t != self.conditioning_timestep:
-            raise ValueError(
-                f"The scheduler ({type(self.scheduler).__name__}) would ask the student at timestep {int(t)} of "
-                f"{self.scheduler.config.num_train_timesteps}, which is not its last: it is no one-step scheduler. "
-                "Load the one that was saved with the student."
-            )
-        prompt_embeds, pooled = self.encode(
-            prompt,
-            prompt_2,
-            num_images_per_prompt,
-            prompt_embeds,
-            pooled_prompt_embeds,
-            (cross_attention_kwargs or {}).get("scale"),
-            clip_skip,
-            device,
-        )
-        # Where text encoder, UNet and autoencoder are of different precisions, each computes in its own.
-        dtype = next(self.unet.parameters()).dtype
-        prompt_embeds, pooled = prompt_embeds.to(dtype), None if pooled is None else pooled.to(dtype)
-        added = None
-        if pooled is not None:
-            sizes = (*(original_size or (height, width)), *crops_coords_top_left, *(target_size or (height, width)))
-            time_ids = torch.tensor([sizes] * len(pooled), device=device, dtype=prompt_embeds.dtype)
-            added = {"text_embeds": pooled.to(device), "time_ids": time_ids}
-        shape = (
-            len(prompt_embeds),
-            self.unet.config.in_channels,
-            height // self.vae_scale_factor,
-            width // self.vae_scale_factor,
-        )
-        latents = self.prepare_latents(shape, prompt_embeds.dtype, device, generator, latents)
-        with self.progress_bar(total=1) as progress_bar:
-            output = self.unet(
-                self.scheduler.scale_model_input(latents, t),
-                t,
-                encoder_hidden_states=prompt_embeds,
-                cross_attention_kwargs=cross_attention_kwargs,
-                added_cond_kwargs=added,
-                return_dict=False,
-            )[0]
-            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
-            if callback_on_step_end is not None:
-                available = {"latents": latents, "prompt_embeds": prompt_embeds}
-                tensors = {name: available[name] for name in callback_on_step_end_tensor_inputs}
-                latents = callback_on_step_end(self, 0, t, tensors).pop("latents", latents)
-            progress_bar.update()
-        if output_type == "latent":
-            images, objections = latents, None
-        else:
-            images = self.decode(latents.to(self.vae.dtype))
-            images, objections = self.run_safety_checker(images, device, prompt_embeds.dtype)
-        denormalize = [True] * len(images) if objections is None else [not objection for objection in objections]
-        images = self.image_processor.postprocess(images, output_type=output_type, do_denormalize=denormalize)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images, objections)
-        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=objections)
+        for name, value in given.items():
+            if name not in either:
+                raise TypeError(f"There is no argument {name!r}; neither family's pipeline takes one.")
+            idle = name not in own or name.startswith("negative_") or name == "guidance_rescale"
+            if idle and value is not either[name] and value != either[name]:
+                why = "there is no guidance" if name in own else "the student is no SDXL"
+                logger.warning(f"`{name}` has no effect: {why}.")
+        given = {name: value for name, value in given.items() if name in own}
+        upcasts = self.is_xl and self.vae.dtype == torch.float16 and self.vae.config.force_upcast
+        if output_type != "latent" and self.vae.dtype != self.unet.dtype and not upcasts:
+            given |= self._handing_on(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return self.stock_class.__call__(self, **given)
+
+    def _handing_on(self, callback: Callable | None, names: list[str]) -> dict[str, Any]:
+        """The arguments of a callback that hands latents on in the autoencoder's precision, after the caller's own."""
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            names = callback.tensor_inputs
+
+        def hand_on(pipeline, step, t, tensors):
+            asked = {name: tensors[name] for name in names}
+            changed = {} if callback is None else callback(pipeline, step, t, asked)
+            return {**changed, "latents": changed.get("latents", tensors["latents"]).to(self.vae.dtype)}
+
+        return {
+            "callback_on_step_end": hand_on,
+            "callback_on_step_end_tensor_inputs": [*dict.fromkeys([*names, "latents"])],
+        }

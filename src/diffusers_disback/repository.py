@@ -176,7 +176,7 @@ class Repository:
             return self._try(attempt)
         except HubError as error:
             cached = try_to_load_from_cache(self.repo_id, path, cache_dir, revision)
-            if not error.passes or not isinstance(cached, str):
+            if not (error.passes or error.kind == "cache") or not isinstance(cached, str):
                 raise
             logger.warning(f"{error} {path} is taken from the cache.")
             return Path(cached)
@@ -209,12 +209,15 @@ class Repository:
         try:
             return self._try(lambda: attempt(local=False))
         except HubError as error:
-            if not error.passes:
+            if not (error.passes or error.kind == "cache"):
                 raise
             try:
-                return attempt(local=True)
+                found = attempt(local=True)
             except OSError:  # nothing of it is in the cache
                 raise error from None
+            if error.kind == "cache":
+                logger.warning(f"{error} What is there already is taken.")
+            return found
 
     def download_to(self, folder: Path, patterns: list[str], revision: str) -> None:
         """Writes the files of a commit that match into a folder, past the cache.
@@ -362,6 +365,12 @@ def explain(error: Exception, repo_id: str) -> HubError:
         return HubError(f"The Hub refused {repo_id} (status {status}). {said}", kind=f"status {status}")
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         return HubError(f"There is no space left on this machine's disk. {said}", kind="disk")
+    if getattr(error, "errno", None) in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return HubError(
+            f"For {repo_id}, {error.filename} cannot be written to or read ({error.strerror}). If it is in the Hub's cache, "
+            "pass another with --cache_dir.",
+            kind="cache",
+        )
     is_local = isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError))
     if is_local and not isinstance(error, errors.LocalEntryNotFoundError):
         return HubError(f"What {repo_id} is asked for, or given, is not there. {said}")

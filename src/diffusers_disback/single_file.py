@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from .files import inside, read_json, write_json
 from .noise_schedule import with_said_otherwise
 from .pipeline_folder import UNREADABLE, check_classes, components_of, files_of, read_index
 from .repository import HubError, Repository, is_repo_id, sha256_of
-from .weights import open_weights
+from .weights import open_weights, save_weights
 
 
 if TYPE_CHECKING:
@@ -54,6 +53,68 @@ _IN_REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/(.+)")
 _SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf")
 _CONFIGS = (".json", ".txt", ".model")
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
+_EIGHTHS = ("F8_E4M3", "F8_E5M2")  # float16 has every one of their values
+_QUANTISED = (
+    ".scale_weight",
+    ".scale_input",
+    ".weight_scale",
+    ".input_scale",
+    ".comfy_quant",
+    ".absmax",
+    ".quant_map",
+)
+# Some programs leave out what CLIP's own class puts before its parts.
+_SHORT = re.compile(
+    r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.(?=embeddings|encoder|final_layer_norm)"
+)
+# Beside an encoder's weights: buffers of the text model, and of the picture's model that it was trained with.
+_BUFFER = re.compile(r"(^|\.)(position_ids|attn_mask|logit_scale|logit_bias)$")
+_ENCODERS = {
+    "v1": {"text_encoder": ("cond_stage_model.",)},
+    "v2": {"text_encoder": ("cond_stage_model.",)},
+    "xl_base": {"text_encoder": ("conditioner.embedders.0.",), "text_encoder_2": ("conditioner.embedders.1.",)},
+}
+# How a part's tensors begin in a file of its own, or in another layout -> what to do with it.
+_ALONE = {
+    (
+        "down_blocks.",
+        "mid_block.",
+        "up_blocks.",
+    ): "It is a UNet alone, in the layout of diffusers: put it into a copy of "
+    "its pipeline's folder as unet/diffusion_pytorch_model.safetensors, and pass the folder.",
+    (
+        "input_blocks.",
+        "middle_block.",
+        "output_blocks.",
+    ): "It is a UNet alone, without the prefix model.diffusion_model.: "
+    "put it into a whole checkpoint of its kind in place of the tensors with that prefix, and pass that.",
+    ("diffusion_model.", "model.model.diffusion_model."): "Its UNet's tensors have another prefix: rename it to "
+    "model.diffusion_model., and see that text encoders and autoencoder are in the file.",
+    (
+        "unet.",
+    ): "It is in no layout that other programs read: rename unet. to model.diffusion_model. if the names behind it "
+    "are the original ones, or save the pipeline as a diffusers folder.",
+    ("encoder.", "decoder.", "quant_conv."): "It is an autoencoder alone: pass it with "
+    "--pretrained_vae_model_name_or_path, beside its teacher.",
+    (
+        "text_model.",
+        "transformer.text_model.",
+        "transformer.resblocks.",
+    ): "It is a text encoder alone: put it into a copy of its pipeline's folder, and pass the folder.",
+}
+_MISSING = {
+    frozenset(
+        {"autoencoder"}
+    ): "Its autoencoder is missing, as of a file that is used with a separate one: bake that into "
+    "the file under the prefix first_stage_model., as checkpoint mergers do, or pass a diffusers folder of the model.",
+    frozenset(
+        {"autoencoder", "text encoder"}
+    ): "Text encoder and autoencoder are missing: pass the whole checkpoint that "
+    "its UNet (the tensors with the prefix model.diffusion_model.) belongs into.",
+    frozenset({"text encoder"}): "Its text encoder is missing: put it into the file under the prefix "
+    "cond_stage_model.transformer. (of SDXL conditioner.embedders.0.transformer. and conditioner.embedders.1.model.).",
+    frozenset({"UNet"}): "Its UNet is missing, whose tensors have the prefix model.diffusion_model.",
+}
 
 
 @dataclass(frozen=True)
@@ -154,19 +215,31 @@ def to_folder(name: str, config: str | None, revision: str | None, cache_dir: st
     content = f"{sha256} {_digest(configs)}" + (f" {sorted(said.items())}" if said else "")
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     folder = Path(cache_dir or constants.HF_HOME, "single_files", key)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(folder.with_suffix(".lock")):  # of several processes, one converts
-        if not folder.exists():
-            draft = folder.with_suffix(".draft")
-            shutil.rmtree(draft, ignore_errors=True)
-            pipeline = _convert(file, kind, configs, shapes, dtypes, name)
-            pipeline.scheduler = with_said_otherwise(
-                pipeline.scheduler, said.get("prediction_type"), said.get("rescale_betas_zero_snr", False)
-            )
-            save_portable(pipeline, draft)
-            note = {"file": os.path.basename(file), "sha256": sha256, "kind": kind, "said": said}
-            write_json(draft / "single_file.json", note)
-            os.replace(draft, folder)
+    if folder.exists():  # it was put there whole; the cache may be one that cannot be written to
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(folder.with_suffix(".lock")):  # of several processes, one converts
+            if not folder.exists():
+                draft, plain = folder.with_suffix(".draft"), folder.with_suffix(".plain.safetensors")
+                shutil.rmtree(draft, ignore_errors=True)
+                try:
+                    source = _plain(file, plain, name)
+                    pipeline = _convert(source, kind, configs, shapes, dtypes, name)
+                    pipeline.scheduler = with_said_otherwise(
+                        pipeline.scheduler, said.get("prediction_type"), said.get("rescale_betas_zero_snr", False)
+                    )
+                    save_portable(pipeline, draft)
+                finally:
+                    plain.unlink(missing_ok=True)
+                note = {"file": os.path.basename(file), "sha256": sha256, "kind": kind, "said": said}
+                write_json(draft / "single_file.json", note)
+                os.replace(draft, folder)
+    except OSError as error:
+        raise ValueError(
+            f"{name} is made into a folder once, and that cannot be written to {folder.parent} "
+            f"({error.strerror or error}). Pass a folder on a disk with room that can be written to with --cache_dir."
+        ) from error
     return folder
 
 
@@ -191,7 +264,7 @@ def save_portable(pipeline: "DiffusionPipeline", folder: Path) -> None:
                 key if key.startswith("text_model.") else f"text_model.{key}": value.contiguous()
                 for key, value in component.state_dict().items()
             }
-            save_file(weights, folder / name / "model.safetensors", metadata={"format": "pt"})
+            save_weights(weights, folder / name / "model.safetensors", {"format": "pt"})
         # By default transformers 5 loads what the config declares, and diffusers float32: the two have to agree.
         file = folder / name / "config.json"
         config = read_json(file)
@@ -207,10 +280,67 @@ def _read_header(file: Path, name: str) -> tuple[dict[str, torch.Size], dict[str
         )
     with open_weights(file) as stream:
         slices = {key: stream.get_slice(key) for key in stream.keys()}  # noqa: SIM118, it is no dictionary
-        return (
-            {key: torch.Size(part.get_shape()) for key, part in slices.items()},
-            {key: part.get_dtype() for key, part in slices.items()},
+        shapes = {_plain_name(key): torch.Size(part.get_shape()) for key, part in slices.items()}
+        dtypes = {_plain_name(key): part.get_dtype() for key, part in slices.items()}
+    quantised = [key for key in shapes if key.endswith(_QUANTISED) or key == "scaled_fp8"]
+    known = ("F64", "F32", *_HALVES, *_EIGHTHS)
+    foreign = [k for k, dtype in dtypes.items() if dtype not in known and _part_of(k) and not _BUFFER.search(k)]
+    if quantised or foreign:
+        what = (
+            f"the scales of quantised weights ({quantised[0]})"
+            if quantised
+            else f"{foreign[0]} as {dtypes[foreign[0]]}"
         )
+        raise ValueError(
+            f"{name} holds {what}, which is not supported. Pass the checkpoint in float32, float16, bfloat16 or plain float8."
+        )
+    return shapes, {key: "F16" if dtype in _EIGHTHS else dtype for key, dtype in dtypes.items()}
+
+
+def _plain_name(key: str) -> str:
+    """A tensor's name in the layout that diffusers reads."""
+    return _SHORT.sub(r"\1.transformer.text_model.", key)
+
+
+def _part_of(key: str) -> str | None:
+    """The part of a checkpoint that a tensor is of; `None` for what stands beside: averages, schedules, losses."""
+    return next((part for part in _PARTS if _belongs(key, part)), None)
+
+
+def _plain(file: Path, target: Path, name: str) -> Path:
+    """The file, or, where its names or types are not those that diffusers reads, one written anew, of the same values.
+
+    Args:
+        file (`Path`): A checkpoint.
+        target (`Path`): Where to write another, if need be.
+        name (`str`): Of the checkpoint, for messages.
+
+    Raises:
+        ValueError: If a value is lost in float32.
+    """
+    weights, changed = {}, file.suffix != ".safetensors"  # in capitals, diffusers would take it for a pickled file
+    with open_weights(file) as stream:
+        for key in stream.keys():  # noqa: SIM118, it is no dictionary
+            dtype = stream.get_slice(key).get_dtype()
+            changed = changed or _plain_name(key) != key or dtype in ("F64", *_EIGHTHS)
+        if not changed:
+            return file
+        for key in stream.keys():  # noqa: SIM118, it is no dictionary
+            if _part_of(_plain_name(key)) is None:
+                continue
+            tensor = stream.get_tensor(key)
+            if stream.get_slice(key).get_dtype() in _EIGHTHS:
+                tensor = tensor.half()
+            elif tensor.dtype == torch.float64:
+                rounded = tensor.float()
+                if not torch.equal(rounded.double(), tensor):
+                    raise ValueError(
+                        f"{key} of {name} has values in float64 that float32 has not; save it in float32."
+                    )
+                tensor = rounded
+            weights[_plain_name(key)] = tensor
+    save_weights(weights, target)
+    return target
 
 
 def _kind(shapes: dict[str, torch.Size], name: str) -> str:
@@ -235,7 +365,20 @@ def _kind(shapes: dict[str, torch.Size], name: str) -> str:
     if not all(found.values()):
         parts = " and ".join(part for part, there in found.items() if there)
         what = f"only {parts}" if parts else "none of a checkpoint's parts"
-        raise ValueError(f"{name} holds {what} (its first tensor is {min(shapes, default='missing')}). {supported}")
+        alone = [advice for prefixes, advice in _ALONE.items() if any(key.startswith(prefixes) for key in shapes)]
+        missing = _MISSING.get(frozenset(part for part, there in found.items() if not there), "")
+        raise ValueError(
+            f"{name} holds {what} (its first tensor is {min(shapes, default='missing')}). "
+            f"{alone[0] if alone else missing}{' ' if alone or missing else ''}{supported}"
+        )
+    for number in ("0", "1"):  # without one, diffusers takes it for another kind
+        theirs = kind == "xl_base" or any(key.startswith("conditioner.embedders.") for key in shapes)
+        if theirs and not any(key.startswith(f"conditioner.embedders.{number}.") for key in shapes):
+            which = ("first", "second")[int(number)]
+            raise ValueError(
+                f"{name} is a checkpoint of SDXL without its {which} text encoder: put it into the file under the prefix "
+                f"conditioner.embedders.{number}. {supported}"
+            )
     return kind
 
 
@@ -386,12 +529,37 @@ def _convert(
         if missing:
             raise ValueError(f"{what}: {len(missing)} tensors of its {component} are missing ({missing[0]}). {advice}")
         part = {"unet": "UNet", "vae": "autoencoder"}.get(component, "text encoder")
-        kinds = {dtype for key, dtype in dtypes.items() if _belongs(key, part)}
+        prefixes = _ENCODERS[kind].get(component)
+        if prefixes is not None:
+            _check_encoder(
+                module, {k: s for k, s in shapes.items() if k.startswith(prefixes)}, component, what, advice
+            )
+        kinds = {dtype for key, dtype in dtypes.items() if _belongs(key, part) and not _BUFFER.search(key)}
         if len(kinds) == 1 and kinds <= _HALVES.keys():  # then the folder is no larger than the file
             for tensor in (*module.parameters(), *module.buffers()):
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.to(_HALVES[next(iter(kinds))])
     return pipeline
+
+
+def _check_encoder(module: nn.Module, shapes: dict[str, torch.Size], component: str, what: str, advice: str) -> None:
+    """Whether nothing of a text encoder was passed over; what SD 2.x leaves unused on purpose, its last layer, may be.
+
+    Raises:
+        ValueError: With the numbers of both.
+    """
+    layers, own = module.config.num_hidden_layers, {key.removeprefix("text_model.") for key in module.state_dict()}
+    idle = re.compile(rf"\.resblocks\.{layers}\.")
+    stored = sum(
+        shape.numel()
+        for key, shape in shapes.items()
+        if not _BUFFER.search(key)
+        and not idle.search(key)
+        and not ("text_projection" in key and "text_projection.weight" not in own)
+    )
+    wanted = sum(tensor.numel() for key, tensor in module.state_dict().items() if not _BUFFER.search(key))
+    if stored != wanted:
+        raise ValueError(f"{what}: its {component} has {stored:,} numbers, by the config it has {wanted:,}. {advice}")
 
 
 def _belongs(key: str, part: str) -> bool:

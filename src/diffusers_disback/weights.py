@@ -1,11 +1,14 @@
-"""Files of weights: read exactly, in safetensors, or an error that names the file and what to do."""
+"""Files of weights, in safetensors: read exactly, or an error that names the file and what to do; written so that equal
+weights are equal files."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .files import FETCH, POINTER
@@ -85,6 +88,47 @@ def owned(network: nn.Module, what: str) -> nn.Module:
         tensor.data = tensor.data.clone()
     check_finite(named, what)
     return network
+
+
+def save_weights(weights: dict[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a file of weights; equal weights and metadata are equal files, byte for byte.
+
+    safetensors writes several texts of metadata in an order that changes from call to call: here they are sorted.
+
+    Args:
+        weights (`dict[str, Tensor]`): Contiguous, none shares another's memory.
+        file (`str` or `Path`): To write.
+        metadata (`dict[str, str]`, *optional*): Texts for the header.
+    """
+    save_file(weights, file, metadata)
+    if len(metadata or ()) < 2:
+        return
+    with open(file, "r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        # The same texts in another order, written as safetensors writes them: as long as before.
+        written = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        stream.seek(8)
+        stream.write(written.ljust(size))
+
+
+def adapter_text(config: dict[str, Any]) -> str:
+    """An adapter's config as it stands in the metadata of its file, in a fixed order; its sets are in hash order.
+
+    Args:
+        config (`dict`): Of peft's `to_dict`.
+    """
+    return json.dumps(_ordered(config), indent=2, sort_keys=True)
+
+
+def _ordered(value: Any) -> Any:
+    """A value whose sets, at any depth, are sorted lists."""
+    if isinstance(value, dict):
+        return {key: _ordered(one) for key, one in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_ordered(one) for one in value)
+    return [_ordered(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _reason(file: Path, error: Exception) -> str:
