@@ -13,6 +13,7 @@ import diffusers_disback
 SOURCE = Path(diffusers_disback.__file__).parent
 LAYERS = [
     {"files", "weights", "noise_schedule", "pipeline", "batch", "target_schedule", "node_spacing"},
+    {"published", "markdown"},
     {"repository", "manifest"},
     {"single_file"},
     {"score_model", "model_reference", "cards", "condition_cache", "allocations"},

@@ -8,11 +8,13 @@ from typing import Any
 from .adapters import Lora, save_lora
 from .cards import student_card
 from .evaluation.report import REPORT, read_report
-from .files import to_bytes, write_json
+from .files import read_text, to_bytes, write_json
 from .manifest import MANIFEST
+from .markdown import python
 from .model_reference import ModelReference
 from .path import DegradationPath
 from .pipeline import DisBackOneStepPipeline
+from .published import clean_configs, published, published_files, published_report
 from .repository import Files, HubError, Repository, is_licence, is_repo_id, write_files
 from .run_folder import FREE_SETTINGS, RunFolder
 from .sharing import check_empty, check_main, check_teacher_may_be_shared
@@ -59,10 +61,12 @@ def save_student(
         component, *rest = path.split("/")
         if component != INDEX and component != "scheduler" and (not rest or component in components):
             wanted[path] = content
-    write_files(wanted, folder)
+    write_files(published_files(wanted), folder)
     pipeline.save_config(folder)
     index = json.loads((folder / INDEX).read_text())
     write_json(folder / INDEX, {**index, **{name: theirs[name] for name in released if name in index}})
+    for written in (folder, folder / "unet", folder / "scheduler", folder / LORA / "scheduler"):
+        clean_configs(written)
 
 
 def write_model_card(folder: Path, report: dict[str, Any]) -> None:
@@ -151,9 +155,10 @@ def push_run(
         check_student(repository, head, report, None if path is None else path.manifest)
 
     check(repository.head())
-    files = student_files(folder, repository.repo_id)
+    files = published_files(student_files(folder, repository.repo_id))
+    files[REPORT] = to_bytes(published_report(report))
     if path is None:
-        settings = report["settings"]
+        settings = RunFolder(folder).settings() or report["settings"]
         teacher = teacher or ModelReference(
             settings["pretrained_model_name_or_path"], vae=settings.get("pretrained_vae_model_name_or_path")
         )
@@ -214,8 +219,8 @@ def check_student(
 
 
 def _settings_that_count(report: dict[str, Any]) -> dict[str, Any]:
-    """What makes a student another run's: its settings and its path."""
-    settings = {name: value for name, value in report["settings"].items() if name not in FREE_SETTINGS}
+    """What makes a student another run's: its settings, as they are published, and its path."""
+    settings = {name: value for name, value in published(report["settings"]).items() if name not in FREE_SETTINGS}
     return {**settings, "path": (report.get("path") or {}).get("id")}
 
 
@@ -256,7 +261,7 @@ def pull(
         shared.save_pretrained(draft / place)
     repository.download_to(draft, [path for path in tree if path not in (MANIFEST, ".gitattributes")], head)
     report = read_report(draft)
-    if "student" in report and (draft / "README.md").read_text() == _card(draft, report, repo_id):
+    if "student" in report and _is_own_card(draft, report, repo_id):
         (draft / "README.md").write_text(_card(draft, report, folder.as_posix()))
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
@@ -271,10 +276,22 @@ def _card(folder: Path, report: dict[str, Any], where: str) -> str:
     return student_card(report, name, where, (folder / "path.png").exists())
 
 
+def _is_own_card(folder: Path, report: dict[str, Any], where: str) -> bool:
+    """Whether a README is what this library writes of the report beside it; of another's report it writes none."""
+    try:
+        return read_text(folder / "README.md") == _card(folder, report, where)
+    except ValueError:
+        return False
+
+
 def _card_for(folder: Path, repo_id: str) -> bytes:
-    """The card as the repository's; as it is on disk, if its owner has written in it."""
+    """The card as the repository's; as it is on disk, if its owner has written in it, but for the folder's name."""
     report, there = read_report(folder), (folder / "README.md").read_text()
-    own = {folder.as_posix(), Path(report["settings"]["output_dir"]).as_posix()}
-    return (
-        _card(folder, report, repo_id) if there in {_card(folder, report, place) for place in own} else there
-    ).encode()
+    known = (RunFolder(folder).settings(), report["settings"])
+    own = {folder.as_posix(), *(Path(settings["output_dir"]).as_posix() for settings in known if settings)}
+    if there in {_card(folder, report, place) for place in own}:
+        return _card(folder, report, repo_id).encode()
+    for place in own:
+        if published(place) != place:
+            there = there.replace(python(place), python(repo_id))
+    return there.encode()

@@ -205,6 +205,15 @@ class ModelReference:
             "start has to have weights without a variant."
         )
 
+    def whereabouts(self) -> str:
+        """Of a model that was not found, and whose name is no id on the Hub: a sentence on how to say where it lies."""
+        if repo_of(self.name_or_path) is not None:
+            return ""
+        return (
+            " If it is a folder or a file, say where it lies with --pretrained_model_name_or_path: a path or a card that was "
+            "published has its name alone."
+        )
+
     def skeleton(self, cache_dir: str | None = None) -> nn.Module:
         """The denoiser's architecture without weights, on the meta device.
 
@@ -250,7 +259,9 @@ def _downloaded(reference: ModelReference, cache_dir: str | None) -> Path:
             use_safetensors=True,
         )
     except OSError as error:
-        raise ValueError(f"The model {reference.name_or_path!r} cannot be downloaded. {error}") from error
+        raise ValueError(
+            f"The model {reference.name_or_path!r} cannot be downloaded. {error}{reference.whereabouts()}"
+        ) from error
     _papers(reference.name_or_path, reference.commit(cache_dir), cache_dir)
     return Path(folder)
 

@@ -27,6 +27,7 @@ from .hub import write_model_card
 from .manifest import MANIFEST
 from .model_reference import ModelReference, fingerprint
 from .path import DegradationPath
+from .published import published, published_command
 from .repository import HubError
 from .run_folder import FREE_SETTINGS, RunFolder, flat
 from .upload import repository_of
@@ -241,7 +242,7 @@ def write_results(
         "seed": training.seed,
         "versions": versions(),
         "machine": {"device": device_name(state.device), "num_processes": state.num_processes},
-        "settings": flat(*configs),
+        "settings": published(flat(*configs)),
     }
     if trainer is not None:
         precision = trainer.accelerator.mixed_precision
@@ -254,7 +255,7 @@ def write_results(
         content["machine"]["mixed_precision"] = precision
         report.write_convergence(trainer.curve, trainer.switches, folder / "convergence.png")
         launch = ["accelerate", "launch", "--num_processes", str(state.num_processes), "--mixed_precision", precision]
-        content["command"] = shlex.join([*launch, script, *without_token(arguments)])
+        content["command"] = shlex.join([*launch, script, *published_command(without_token(arguments))])
     written = report.write(folder, **content)
     if trainer is not None:
         write_model_card(folder, written)

@@ -62,7 +62,7 @@ def load_family(reference: ModelReference, cache_dir: str | None = None) -> Mode
         raise ValueError(
             f"The teacher {name!r} cannot be loaded: it is neither a folder with a diffusers pipeline in safetensors "
             f"nor such a model on the Hub (revision {reference.revision}, variant {reference.variant}). {error}"
-            f"{source.other_variants()}"
+            f"{source.other_variants()}{source.whereabouts()}"
         ) from error
     if reference.vae is not None:
         vae = AutoencoderKL.from_pretrained(reference.vae_folder(cache_dir), torch_dtype=torch.float32)
