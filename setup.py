@@ -39,6 +39,7 @@ setup(
         "accelerate>=1.10",
         "safetensors>=0.4",
         "huggingface-hub>=1.23",
+        "PyYAML",
         "numpy",
         "tqdm",
     ],

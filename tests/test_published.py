@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import socket
@@ -12,8 +13,9 @@ import pytest
 import tiny
 
 from diffusers_disback import DegradationPath
+from diffusers_disback.backtracking import BacktrackingTrainer
 from diffusers_disback.generator import to_pipeline
-from diffusers_disback.hub import save_student
+from diffusers_disback.hub import check_teacher_files, save_student
 from diffusers_disback.manifest import identity
 from diffusers_disback.model_reference import ModelReference
 from diffusers_disback.published import clean_configs, published, published_command, published_files, published_report
@@ -201,3 +203,86 @@ def test_what_a_run_with_absolute_flags_publishes_names_nothing_of_the_machine(
         for name, content in files.items():
             for word in words:
                 assert word.encode() not in content, (branch, name, word)
+
+
+# A teacher's card ----------------------------------------------------------------------------------------------------
+
+
+def declared(folder: Path, content: bytes) -> dict:
+    (folder / "README.md").write_bytes(content)
+    return ModelReference(str(folder)).card()
+
+
+def test_a_teachers_card_gives_what_it_declares(tmp_path, caplog):
+    other = {"license": "other", "license_name": "house", "license_link": "LICENSE.md", "base_model": ["a/b", "gpt2"]}
+    for content, expected in [
+        (b"---\nlicense: mit\n---\n# hi\n", {"license": "mit"}),
+        (b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\n# hi\r\n", {"license": "mit"}),
+        (b"\n---\nlicense:\n- mit\n- openrail\n---\n", {"license": ["mit", "openrail"]}),
+        (b"---\nlicense: other\nlicense_name: house\nlicense_link: LICENSE.md\nbase_model: [a/b, gpt2]\n---", other),
+        (b"---\nlicense: no\ntags: [a]\nbase_model:\nlicense_name: null\nlicense_link: ''\n---\n", {"license": "no"}),
+        (b"---\nlicense: 'a\n\n  ---\n\n  b'\n---\n", {"license": "a\n---\nb"}),
+        (b"---\n---\n# hi\n", {}),
+        (b"# hi\n\n---\nlicense: mit\n---\n", {}),
+        (b"---\nnothing closes it\n", {}),
+        (b"", {}),
+    ]:
+        assert declared(tmp_path, content) == expected, content
+    assert not caplog.records
+
+
+def test_a_teachers_card_that_cannot_be_read_is_told_and_taken_for_empty(tmp_path, caplog):
+    merges = "a0: &a0 {x: y}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 40))
+    for content, message in [
+        (b"---\nlicense: openrail: see below\n---\n# hi\n", "no valid YAML"),
+        (b"---\njust a line\n---\n# hi\n", "are a str, no names and values"),
+        (b"---\n- a\n- b\n---\n", "are a list, no names and values"),
+        ("---\nlicense: mit\n---\n# caf\u00e9\n".encode("latin-1"), "is not UTF-8"),
+        ("---\nlicense: mit\n---\n".encode("utf-16"), "is not UTF-8"),
+        (b"---\nlicense: *nothing\n---\n", "no valid YAML"),
+        (b"---\nlicense: \x1b[31m\n---\n", "no valid YAML"),
+        (b"---\na: " + b"[" * 20_000 + b"\n---\n", "no valid YAML"),
+        (b"---\na: " + b"x" * 300_000 + b"\n---\n", "begins with more than 256,000 characters"),
+        (b"x" * 10_000_001, "is larger than 10 MB"),
+        (b"---\nlicense: {a: b}\n---\n", "declares license by something that is no name"),
+        (b"---\nlicense: [[a]]\nlicense_link: [a]\n---\n", "declares license and license_link by"),
+        (b"---\nlicense: " + b"x" * 2000 + b"\n---\n", "declares license by"),
+        (b"---\nbase_model: 'no model: at all'\n---\n", "declares base_model by"),
+    ]:
+        caplog.clear()
+        assert declared(tmp_path, content) == {} and re.search(message, caplog.text), content[:40]
+    assert declared(tmp_path, f"---\nlicense: mit\n{merges}---\n".encode()) == {"license": "mit"}
+    assert declared(tmp_path, b"---\nlicense: !!python/object/apply:os.system [ls]\n---\n") == {"license": ["ls"]}
+    (tmp_path / "outside.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "README.md").symlink_to(tmp_path / "outside.md")
+    caplog.clear()
+    assert ModelReference(str(tmp_path / "teacher")).card() == {} and "leads out of its folder" in caplog.text
+    (tmp_path / "teacher" / "README.md").unlink()
+    os.mkfifo(tmp_path / "teacher" / "README.md")
+    assert ModelReference(str(tmp_path / "teacher")).card() == {} and "is no regular file" in caplog.text
+
+
+def test_a_teachers_card_is_read_before_training_and_stops_nothing(run, tmp_path, teacher_folder, caplog, monkeypatch):
+    teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    (teacher / "README.md").write_bytes(b"---\nlicense: openrail: see below\n---\n")
+    order, train = [], BacktrackingTrainer.train
+
+    def noted(self):
+        order.append(caplog.text)
+        (teacher / "README.md").write_text("---\nlicense: changed-meanwhile\n---\n")
+        return train(self)
+
+    monkeypatch.setattr(BacktrackingTrainer, "train", noted)
+    folder = run(pretrained_model_name_or_path=teacher, num_path_nodes=0, max_train_steps=2)
+    assert "no valid YAML" in order[0], "it was told before"
+    assert "declares no licence" in (folder / "README.md").read_text()
+    assert json.loads((folder / "report.json").read_text())["teacher_card"] == {}
+
+
+def test_what_a_student_takes_over_is_looked_at_before_training(tmp_path, teacher_folder):
+    teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    check_teacher_files(ModelReference(str(teacher)))
+    (teacher / "tokenizer" / "tokenizer_config.json").write_text("{} and more")
+    with pytest.raises(ValueError, match="tokenizer/tokenizer_config.json is no valid JSON"):
+        check_teacher_files(ModelReference(str(teacher)))

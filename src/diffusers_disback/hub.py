@@ -25,6 +25,15 @@ LORA = "lora"
 _PICTURES = ("samples.png", "convergence.png", "path.png")
 
 
+def check_teacher_files(teacher: ModelReference, cache_dir: str | None = None) -> None:
+    """Sees, before anything is trained, that what a student or a node takes over of its teacher can be read.
+
+    Raises:
+        ValueError: If a file of it is missing, or a config is no JSON.
+    """
+    published_files(teacher.component_files("float32", cache_dir))
+
+
 def save_student(
     pipeline: DisBackOneStepPipeline,
     teacher: ModelReference,

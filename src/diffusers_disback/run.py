@@ -204,6 +204,7 @@ def write_results(
     configs: Configs,
     script: str,
     arguments: list[str],
+    teacher_card: dict[str, Any],
 ) -> str:
     """Writes report, pictures and model card. Returns a summary.
 
@@ -215,6 +216,7 @@ def write_results(
         configs (`Configs`): All settings.
         script (`str`): The training script.
         arguments (`list[str]`): Its command line.
+        teacher_card (`dict`): What the teacher's card declares, as it was read before training.
     """
     training, _, backtracking = configs
     folder, state = Path(training.output_dir), PartialState()
@@ -230,11 +232,8 @@ def write_results(
                 print(f"path.png is not drawn. {error}")
             if training.stage == "record":
                 shutil.copyfile(folder / "path.png", path.folder / "path.png")
-    card = family.reference.card(training.cache_dir)
     content = {
-        "teacher_card": {
-            key: card[key] for key in ("license", "license_name", "license_link", "base_model") if key in card
-        },
+        "teacher_card": teacher_card,
         "stages": stages,
         "path": None if path is None else _origin(path),
         "pipeline_class": type(family.pipeline).__name__,
