@@ -17,7 +17,10 @@ extras = {
     "bitsandbytes": ["bitsandbytes>=0.46"],
     "xformers": ["xformers>=0.0.30; platform_system == 'Linux' and platform_machine == 'x86_64'"],
 }
-extras["dev"] = [*extras["train"], *extras["eval"], *extras["bitsandbytes"], "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.150", "ruff>=0.6", "build", "twine"]
+extras["dev"] = [
+    *(*extras["train"], *extras["eval"], *extras["bitsandbytes"]),
+    *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.150", "markdown-it-py>=3", "ruff>=0.6", "build", "twine"),
+]
 
 setup(
     name="diffusers-disback",
@@ -39,6 +42,7 @@ setup(
         "accelerate>=1.10",
         "safetensors>=0.4",
         "huggingface-hub>=1.23",
+        "PyYAML",
         "numpy",
         "psutil",
         "tqdm",

@@ -38,6 +38,27 @@ def test_a_path_of_another_architecture_does_not_verify(path, capsys, tmp_path):
     assert "does not fit" in capsys.readouterr().err
 
 
+def test_names_of_others_do_not_command_the_terminal(path, capsys, hub, repo):
+    from diffusers_disback.path import DegradationPath
+
+    file = path.folder / "path.json"
+    manifest = json.loads(file.read_text())
+    name = "\x1b]0;title\x07\u202egpj\n"
+    manifest["teacher"] |= {"name_or_path": name, "commit": name}
+    manifest["generator"]["name_or_path"] = name
+    manifest["recording"]["caption_column"] = name
+    file.write_text(json.dumps(manifest))
+    assert main(["path", "show", str(path.folder), "--table"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("\\x1b]0;title\\x07\\u202egpj\\n") == 3 and shown.isascii()
+    assert all(line.isprintable() for line in shown.splitlines())
+    theirs = DegradationPath.from_pretrained(path.folder, teacher=path.teacher)
+    theirs.push_to_hub(repo)
+    with pytest.raises(ValueError, match="its caption_column is .x1b.*, this one's is None") as told:
+        path.push_to_hub(repo)
+    assert str(told.value).isprintable()
+
+
 def test_a_teacher_that_moved_is_asked_as_the_path_says(tmp_path, monkeypatch, hub, repo):
     """Its prediction type, which its files do not say, stays that of the recording: in pictures and in branches."""
     from diffusers_disback import ModelReference, cli
@@ -58,7 +79,7 @@ def test_a_teacher_that_moved_is_asked_as_the_path_says(tmp_path, monkeypatch, h
     node = json.loads(hub.files(repo, "degradation-000100")["scheduler/scheduler_config.json"])
     assert node["prediction_type"] == "v_prediction"
     card = hub.files(repo, "main")["README.md"].decode()
-    assert f"--pretrained_model_name_or_path {tmp_path / 'was'} \\\n  --prediction_type v_prediction \\\n" in card
+    assert "--pretrained_model_name_or_path was \\\n  --prediction_type v_prediction \\\n" in card
     assert "  --rescale_betas_zero_snr True \\\n" in card and node["rescale_betas_zero_snr"] is True
 
 

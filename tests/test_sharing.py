@@ -32,13 +32,14 @@ def path(tmp_path, teacher_folder):
 
 def test_a_pushed_path_is_read_as_it_was(path, repo, hub):
     assert path.push_to_hub(repo) == repo
-    shared = DegradationPath.from_pretrained(repo)
+    shared = DegradationPath.from_pretrained(repo, teacher=path.teacher)  # only its folder's name is published
     assert [{**node, "branch": None, "commit": None} for node in shared.nodes] == [
         {**node, "branch": None, "commit": None} for node in path.nodes
     ]
     assert [node["branch"] for node in shared.nodes] == ["degradation-000100", "degradation-000200"]
     assert {node["branch"]: node["commit"] for node in shared.nodes}.items() <= Repository(repo).branches().items()
-    assert shared.complete and len(shared) == 2 and shared.manifest["teacher"] == path.manifest["teacher"]
+    assert shared.complete and len(shared) == 2
+    assert shared.manifest["teacher"] == {**path.manifest["teacher"], "name_or_path": "teacher"}
     for index in (0, 1, 2):
         network = tiny.unet(seed=9)
         shared.load(index, into=network)
@@ -108,7 +109,7 @@ def test_a_copy_of_a_shared_path_is_the_path(path, repo, tmp_path):
     path.push_to_hub(repo)
     shared = DegradationPath.from_pretrained(repo)
     shared.save_pretrained(tmp_path / "copy")
-    copy = DegradationPath.from_pretrained(tmp_path / "copy")
+    copy = DegradationPath.from_pretrained(tmp_path / "copy", teacher=path.teacher)
     copy.verify(tiny.unet())
     for index in (1, 2):
         one, two = (
@@ -541,7 +542,9 @@ def replay_with_sleeps(shared, hub, tmp_path, seconds_per_node, steps, seconds_p
 
 def test_the_next_node_is_fetched_while_training_goes_on(tmp_path, teacher_folder, repo, hub):
     tiny.path(tmp_path / "path", teacher_folder, nodes=4).push_to_hub(repo)
-    waits = replay_with_sleeps(DegradationPath.from_pretrained(repo), hub, tmp_path, 1.0, 25, 0.06)
+    waits = replay_with_sleeps(
+        DegradationPath.from_pretrained(repo, None, ModelReference(str(teacher_folder))), hub, tmp_path, 1.0, 25, 0.06
+    )
     assert waits[0] > 0.5, "nothing can be done before the first"
     assert max(waits[1:]) <= 0.2
 
@@ -549,7 +552,9 @@ def test_the_next_node_is_fetched_while_training_goes_on(tmp_path, teacher_folde
 @pytest.mark.slow
 def test_a_hub_that_takes_five_seconds_over_a_node(tmp_path, teacher_folder, repo, hub):
     tiny.path(tmp_path / "path", teacher_folder, nodes=4).push_to_hub(repo)
-    waits = replay_with_sleeps(DegradationPath.from_pretrained(repo), hub, tmp_path, 5.0, 50, 0.2)
+    waits = replay_with_sleeps(
+        DegradationPath.from_pretrained(repo, None, ModelReference(str(teacher_folder))), hub, tmp_path, 5.0, 50, 0.2
+    )
     print(waits)
     assert max(waits[1:]) <= 0.2
 
@@ -563,7 +568,8 @@ def test_the_disk_budget_evicts_what_is_behind(tmp_path, teacher_folder, repo, h
     with pytest.raises(ValueError, match="A disk budget of .* does not hold two nodes"):
         DegradationPath.from_pretrained(repo, cache_dir=cache, disk_budget_gb=1.5 * size)
     DegradationPath.from_pretrained(repo, cache_dir=cache).read(4)  # somebody else's: it stays
-    shared = DegradationPath.from_pretrained(repo, cache_dir=cache, disk_budget_gb=2.5 * size)
+    teacher = ModelReference(str(teacher_folder))
+    shared = DegradationPath.from_pretrained(repo, None, teacher, cache, disk_budget_gb=2.5 * size)
 
     def cached():
         (found,) = scan_cache_dir(cache).repos
@@ -586,7 +592,9 @@ def test_a_resumed_run_downloads_only_what_it_needs_and_evicts_what_it_brought(t
     cache, settings = tmp_path / "cache", {"max_train_steps": 4, "steps_per_target": 1, "fake_score_updates": 1}
 
     def shared():
-        return DegradationPath.from_pretrained(repo, cache_dir=cache, disk_budget_gb=1)
+        return DegradationPath.from_pretrained(
+            repo, None, ModelReference(str(teacher_folder)), cache, disk_budget_gb=1
+        )
 
     broken = stages.trainer(stages.training(tmp_path / "run", checkpointing_steps=1), shared(), **settings)
     broken.train_step = stages.interrupted_at(2, broken.train_step)

@@ -112,7 +112,7 @@ def test_a_file_is_distilled_as_its_folder_is(checkpoint, run, kind, tmp_path):
     assert torch.equal(stock(tiny.PROMPTS[0], num_inference_steps=1, guidance_scale=0, **call).images, one)
     teacher = json.loads((folder / "path" / "path.json").read_text())["teacher"]
     assert teacher["name_or_path"] == str(file) and teacher["single_file_config"] == str(tmp_path / "config")
-    assert str(file) in (folder / "README.md").read_text()
+    assert f"`{file.name}`" in (folder / "README.md").read_text()
     network = type(pipe.unet).from_config(pipe.unet.config)
     DegradationPath.from_pretrained(folder / "path", cache_dir=str(tmp_path / "cache")).load(0, into=network)
     assert equal(weights(network), weights(pipe.unet))

@@ -198,7 +198,9 @@ def test_the_card_is_valid_and_its_snippets_run_from_the_hub(run, repo, hub):
         assert scope["image"].size == (16, 16)
 
 
-def test_the_card_of_a_path_is_valid_and_its_snippets_run(run, repo, hub, capsys, tmp_path, monkeypatch):
+def test_the_card_of_a_path_is_valid_and_its_snippets_run(
+    run, repo, hub, capsys, tmp_path, teacher_folder, monkeypatch
+):
     folder = run(stage="record", push_to_hub=True, hub_model_id=repo)
     shutil.rmtree(folder)
     without_cache()
@@ -210,6 +212,7 @@ def test_the_card_of_a_path_is_valid_and_its_snippets_run(run, repo, hub, capsys
     for snippet in snippets:
         exec(snippet.split("```")[0].replace("num_inference_steps=25", "num_inference_steps=2"), {})
     monkeypatch.chdir(tmp_path)
+    Path("teacher").symlink_to(teacher_folder)  # a folder's name alone is published
     lines = [line.split() for line in card.text.split("```bash")[2].split("```")[0].strip().splitlines()]
     assert [line[:-1] for line in lines] == [
         ["diffusers-disback", "path", "show"],
@@ -432,7 +435,7 @@ def test_two_processes_replay_a_shared_path(run, repo, hub, tmp_path, teacher_fo
 # The command --------------------------------------------------------------------------------------------------------
 
 
-def test_pull_and_push_are_inverse(run, repo, hub, tmp_path, teacher_folder, capsys):
+def test_pull_and_push_are_inverse(run, repo, hub, tmp_path, capsys, teacher_folder):
     folder = run(push_to_hub=True, hub_model_id=repo)
     without_cache()
     shutil.move(folder, tmp_path / "gone")
@@ -440,13 +443,11 @@ def test_pull_and_push_are_inverse(run, repo, hub, tmp_path, teacher_folder, cap
     assert "a path of 2 nodes in" in capsys.readouterr().out
     assert equal(student(tmp_path / "copy"), student(tmp_path / "gone"))
     assert not list((tmp_path / "copy").rglob(".cache"))
-    assert command(["push", str(tmp_path / "copy"), "alice/copy"]) == 1, (
-        "a path of others names a place on this machine"
-    )
-    assert "If it is the teacher, say so: --pretrained_model_name_or_path" in capsys.readouterr().err
-    teacher = ["--pretrained_model_name_or_path", str(teacher_folder)]
-    assert command(["push", str(tmp_path / "copy"), "alice/copy", *teacher]) == 0
-    assert command(["path", "verify", "alice/copy"]) == 0
+    here = ["--pretrained_model_name_or_path", str(teacher_folder)]
+    assert command(["push", str(tmp_path / "copy"), "alice/copy"]) == 2
+    assert "If it is a folder or a file, say where it lies with --pretrained_model" in capsys.readouterr().err
+    assert command(["push", str(tmp_path / "copy"), "alice/copy", *here]) == 0
+    assert command(["path", "verify", "alice/copy", *here]) == 0
     assert "2 nodes, complete" in capsys.readouterr().out
     one, two = hub.snapshot(repo), hub.snapshot("alice/copy")
     assert all(one[branch] == two[branch] for branch in one if branch != "main")
@@ -458,7 +459,7 @@ def test_pull_and_push_are_inverse(run, repo, hub, tmp_path, teacher_folder, cap
         repo.split("/")[1], "copy"
     ).replace("--hub_model_id alice/copy", "")
     (tmp_path / "copy" / "README.md").write_text("# Written by hand\n")
-    assert command(["push", str(tmp_path / "copy"), "alice/copy", *teacher]) == 0
+    assert command(["push", str(tmp_path / "copy"), "alice/copy", *here]) == 0
     assert hub.files("alice/copy")["README.md"] == b"# Written by hand\n"
     assert command(["pull", repo, str(tmp_path / "copy")]) == 2 and "is not empty" in capsys.readouterr().err
     assert command(["push", str(tmp_path), "alice/x"]) == 2 and "nothing can be pushed" in capsys.readouterr().err
@@ -472,8 +473,20 @@ def test_showing_a_path_draws_what_its_nodes_paint(repo, hub, tmp_path, teacher_
 
     monkeypatch.chdir(tmp_path)
     tiny.path(tmp_path / "path", teacher_folder).push_to_hub(repo)
+    here = ["--pretrained_model_name_or_path", str(teacher_folder)]
     for where in (repo, "path"):
-        line = ["path", "show", where, "--prompt", "a", "--prompt", "b", "--num_inference_steps", "2"]
+        line = [
+            "path",
+            "show",
+            where,
+            *(here if where == repo else []),
+            "--prompt",
+            "a",
+            "--prompt",
+            "b",
+            "--num_inference_steps",
+            "2",
+        ]
         assert command([*line, "--output", f"{where.split('/')[0]}.png", "--guidance_scale", "2"]) == 0
         out = capsys.readouterr().out
         assert "degradation-000100" in out and "complete" in out and "float32" in out

@@ -10,6 +10,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -32,7 +33,7 @@ from diffusers_disback.backtracking import nodes_are_guided
 from diffusers_disback.command import parse_flags, run
 from diffusers_disback.evaluation.report import Report, drawable, summary
 from diffusers_disback.generator import to_pipeline
-from diffusers_disback.hub import save_student
+from diffusers_disback.hub import check_teacher_files, save_student
 from diffusers_disback.learner import accelerator_of, compute_dtype
 from diffusers_disback.run import (
     Configs,
@@ -107,6 +108,10 @@ def distil(configs: Configs, state: PartialState, arguments: list[str]) -> None:
     if state.is_main_process and (doubt := teacher.doubt()):
         print(doubt, file=sys.stderr)
     teacher.schedule.check_timestep(timestep)
+    teacher_card: dict[str, Any] = {}
+    if state.is_main_process:  # what the end of the run needs of the teacher's files is read before it begins
+        check_teacher_files(reference, training.cache_dir)
+        teacher_card = reference.card(training.cache_dir)
     start = training.generator_model_name_or_path and ModelReference(
         training.generator_model_name_or_path, single_file_config=training.single_file_config
     )
@@ -159,7 +164,7 @@ def distil(configs: Configs, state: PartialState, arguments: list[str]) -> None:
     if report:
         script = "examples/text_to_image/train_disback.py"
         with teacher.drawing(state.device):
-            print(write_results(report, teacher, path, trainer, configs, script, arguments))
+            print(write_results(report, teacher, path, trainer, configs, script, arguments, teacher_card))
     if upload:
         print(upload.finish())
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .command import parse_flags, run
+from .files import printable
 from .ranges import number
 
 
@@ -63,12 +64,14 @@ def path_show(parsed: argparse.Namespace) -> None:
     """Prints a table of a path's nodes, and draws what each of them paints."""
     path = open_path(parsed)
     teacher, generator = path.manifest["teacher"], path.manifest["generator"]
-    print(f"teacher: {teacher['name_or_path']} (SHA-256 {teacher['sha256'][:12]}, commit {teacher['commit']})")
-    print(f"start: {generator['name_or_path'] or 'the teacher'} at timestep {generator['conditioning_timestep']}")
+    name, commit = printable(teacher["name_or_path"]), printable(teacher["commit"])
+    print(f"teacher: {name} (SHA-256 {printable(teacher['sha256'][:12])}, commit {commit})")
+    start, timestep = printable(generator["name_or_path"] or "the teacher"), generator["conditioning_timestep"]
+    print(f"start: {start} at timestep {printable(timestep)}")
     print(f"{'node':>4}  {'step':>8}  {'loss':>10}  {'kind':<7}  {'dtype':<8}  {'GB':>8}  {'commit':<12}  name")
     for index, node in enumerate(path.nodes, 1):
         size, commit = node["bytes"] / 1e9, node.get("commit", "")[:12]
-        kind = f"{node['kind']:<7}  {node['dtype']:<8}  {size:>8.3g}  {commit:<12}"
+        kind = f"{node['kind']:<7}  {printable(node['dtype']):<8}  {size:>8.3g}  {commit:<12}"
         print(f"{index:>4}  {node['step']:>8}  {node['loss']:>10.5g}  {kind}  {node['name']}")
     print("complete" if path.complete else "unfinished")
     if not parsed.table and path.nodes:

@@ -12,10 +12,12 @@ from .components import check_whole
 from .evaluation.report import REPORT, read_report
 from .files import inside, read_json, read_text, to_bytes, write_json, write_text, writing
 from .manifest import MANIFEST
+from .markdown import python
 from .model_reference import ModelReference
 from .path import DegradationPath
 from .pipeline import DisBackOneStepPipeline
 from .pipeline_folder import INDEX, components_of, files_of, licences_of, read_index
+from .published import clean_configs, published, published_files, published_report
 from .repository import Files, HubError, Repository, is_repo_id, write_files
 from .run_folder import FREE_SETTINGS, RunFolder
 from .sharing import check_empty, check_main, check_teacher_may_be_shared
@@ -29,6 +31,15 @@ _DRAFT = "student.draft"
 # What a run's folder holds and no push sends: the path's own folders, which are read from its branches, and what says what
 # a run on this machine did.
 _OWN = ("path", "settings", "checkpoints", "logs", "conditions")
+
+
+def check_teacher_files(teacher: ModelReference, cache_dir: str | None = None) -> None:
+    """Sees, before anything is trained, that what a student or a node takes over of its teacher can be read.
+
+    Raises:
+        ValueError: If a file of it is missing, or a config is no JSON.
+    """
+    published_files(teacher.component_files("float32", cache_dir))
 
 
 def save_student(
@@ -107,10 +118,12 @@ def write_student(
         component, *rest = path.split("/")
         if component != INDEX and component != "scheduler" and (not rest or component in components):
             wanted[path] = content
-    write_files(wanted, folder)
+    write_files(published_files(wanted), folder)
     pipeline.save_config(folder)
     index = read_json(folder / INDEX)
     write_json(folder / INDEX, {**index, **{name: theirs[name] for name in released if name in index}})
+    for written in (folder, folder / "unet", folder / "scheduler", folder / LORA / "scheduler"):
+        clean_configs(written)
     check_whole(
         {file.relative_to(folder).as_posix(): file for file in folder.glob("*/*")} | {INDEX: folder / INDEX},
         f"{folder}",
@@ -257,9 +270,10 @@ def push_run(
         check_student(repository, head, report, None if path is None else path.manifest)
 
     check(repository.head())
-    files = student_files(folder, repository.repo_id)
+    files = published_files(student_files(folder, repository.repo_id))
+    files[REPORT] = to_bytes(published_report(report))
     if path is None:
-        settings = report["settings"]
+        settings = RunFolder(folder).settings() or report["settings"]
         teacher = teacher or ModelReference(
             settings["pretrained_model_name_or_path"], vae=settings.get("pretrained_vae_model_name_or_path")
         )
@@ -329,8 +343,8 @@ def check_student(
 
 
 def _settings_that_count(report: dict[str, Any]) -> dict[str, Any]:
-    """What makes a student another run's: its settings and its path."""
-    settings = {name: value for name, value in report["settings"].items() if name not in FREE_SETTINGS}
+    """What makes a student another run's: its settings, as they are published, and its path."""
+    settings = {name: value for name, value in published(report["settings"]).items() if name not in FREE_SETTINGS}
     path = report.get("path")
     return {**settings, "path": path.get("id") if isinstance(path, dict) else None}
 
@@ -373,9 +387,9 @@ def pull(
         shared = DegradationPath.from_pretrained(repo_id, head, cache_dir=cache_dir, token=token)
         shared.save_pretrained(draft / place)
     repository.download_to(draft, [glob.escape(path) for path in tree if _is_taken(path)], head)
-    report, card = read_report(draft), draft / _CARD
-    if "student" in report and card.is_file() and read_text(card) == _card(draft, report, repo_id):
-        write_text(card, _card(draft, report, folder.as_posix()))
+    report = read_report(draft)
+    if "student" in report and _is_own_card(draft, report, repo_id):
+        write_text(draft / _CARD, _card(draft, report, folder.as_posix()))
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
         folder.rmdir()
@@ -395,10 +409,22 @@ def _card(folder: Path, report: dict[str, Any], where: str) -> str:
     return student_card(report, name, where, (folder / "path.png").exists())
 
 
+def _is_own_card(folder: Path, report: dict[str, Any], where: str) -> bool:
+    """Whether a README is what this library writes of the report beside it; of another's report it writes none."""
+    try:
+        return read_text(folder / "README.md") == _card(folder, report, where)
+    except ValueError:
+        return False
+
+
 def _card_for(folder: Path, repo_id: str) -> bytes:
-    """The card as the repository's; as it is on disk, if its owner has written in it."""
-    report, there = read_report(folder), read_text(inside(folder, "README.md", str(folder)))
-    own = {folder.as_posix(), Path(report["settings"]["output_dir"]).as_posix()}
-    return (
-        _card(folder, report, repo_id) if there in {_card(folder, report, place) for place in own} else there
-    ).encode()
+    """The card as the repository's; as it is on disk, if its owner has written in it, but for the folder's name."""
+    report, there = read_report(folder), read_text(inside(folder, _CARD, str(folder)))
+    known = (RunFolder(folder).settings(), report["settings"])
+    own = {folder.as_posix(), *(Path(settings["output_dir"]).as_posix() for settings in known if settings)}
+    if there in {_card(folder, report, place) for place in own}:
+        return _card(folder, report, repo_id).encode()
+    for place in own:
+        if published(place) != place:
+            there = there.replace(python(place), python(repo_id))
+    return there.encode()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import read_json
+from .published import published
 
 
 FORMAT_VERSION = 1
@@ -24,13 +25,14 @@ def name_of(step: int) -> str:
 
 
 def identity(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What makes a path another path: teacher, start, the settings of its recording (in which folders do not count), and
-    the recording itself, since equal settings do not give equal bytes everywhere."""
+    """What makes a path another path: teacher, start, the settings of its recording (in which folders do not count, and
+    of other places their published names), and the recording itself, since equal settings do not give equal bytes
+    everywhere."""
     return {
         "teacher": manifest["teacher"]["sha256"][:12],
         "start": manifest["generator"]["sha256"][:12],
         "conditioning timestep": manifest["generator"]["conditioning_timestep"],
-        **{name: value for name, value in manifest["recording"].items() if name not in _PLACES},
+        **published({name: value for name, value in manifest["recording"].items() if name not in _PLACES}),
         "id": manifest["id"],
     }
 

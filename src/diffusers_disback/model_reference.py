@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from .autoencoder import autoencoder_folder, load_autoencoder, variant_of
 from .components import left_out, pipeline_class_of, without_parts
-from .files import inside, read_json, read_text, to_bytes
+from .files import inside, printable, read_json, read_text, to_bytes
 from .noise_schedule import scheduler_of, with_said_otherwise
 from .pipeline_folder import (
     INDEX,
@@ -37,6 +38,13 @@ from .weights import owned
 
 logger = logging.getLogger(__name__)
 _KEPT = (".json", ".txt", ".safetensors", ".model")
+
+
+CARD = "README.md"
+_LARGEST_CARD, _LARGEST_FRONT_MATTER, _LONGEST_NAME = 10_000_000, 256_000, 1000  # bytes, characters, characters
+_FRONT_MATTER = re.compile(r"\A\s*^---[ \t]*$(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
+_NOTHING = (None, "", "null", "~", [])
+_MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -238,11 +246,24 @@ class ModelReference:
         return left_out(index, source.name_or_path, source.revision, source.variant, cache_dir)
 
     def card(self, cache_dir: str | None = None) -> dict[str, Any]:
-        """The metadata of the model's card; empty if it has none."""
-        from huggingface_hub import metadata_load
-
-        file = inside(self.papers(cache_dir), "README.md", f"the model {self.name_or_path!r}")
-        return (metadata_load(file) or {}) if file.is_file() else {}
+        """What the model's card declares of its licence and its origin: `license`, `license_name`, `license_link` and
+        `base_model`, as far as these are names; empty if it has no card. One that cannot be read stops nothing: it is told
+        in a warning, and taken for empty."""
+        folder, owner = self.papers(cache_dir), printable(self.name_or_path)
+        if not (folder / CARD).exists():
+            return {}
+        try:
+            declared = _front_matter(inside(folder, CARD, f"The folder of {owner}"), f"The card ({CARD}) of {owner}")
+        except ValueError as error:
+            logger.warning(f"{error} No licence is taken over from it; look it up before you share what is made.")
+            return {}
+        known = {key: declared.get(key) for key in ("license", "license_name", "license_link", "base_model")}
+        wrong = [key for key, value in known.items() if value not in _NOTHING and not _is_name(key, value)]
+        if wrong:
+            logger.warning(
+                f"The card ({CARD}) of {owner} declares {' and '.join(wrong)} by something that is no name; it is left out."
+            )
+        return {key: value for key, value in known.items() if value not in _NOTHING and key not in wrong}
 
     def load_network(self, network_class: type[nn.Module], cache_dir: str | None = None) -> nn.Module:
         """The model's `unet` in float32.
@@ -300,6 +321,15 @@ class ModelReference:
             "start has to have weights without a variant."
         )
 
+    def whereabouts(self) -> str:
+        """Of a model that was not found, and whose name is no id on the Hub: a sentence on how to say where it lies."""
+        if repo_of(self.name_or_path) is not None:
+            return ""
+        return (
+            " If it is a folder or a file, say where it lies with --pretrained_model_name_or_path: a path or a card that was "
+            "published has its name alone."
+        )
+
     def skeleton(self, cache_dir: str | None = None) -> nn.Module:
         """The denoiser's architecture without weights, on the meta device.
 
@@ -346,8 +376,8 @@ def _downloaded(reference: ModelReference, cache_dir: str | None) -> Path:
             **reference.left_out(index, cache_dir),
         )
     except UNREADABLE as error:
-        variants = reference.other_variants()
-        raise ValueError(f"The model {reference.name_or_path!r} cannot be downloaded. {error}{variants}") from error
+        hints = f"{reference.other_variants()}{reference.whereabouts()}"
+        raise ValueError(f"The model {reference.name_or_path!r} cannot be downloaded. {error}{hints}") from error
     _papers(reference.name_or_path, reference.commit(cache_dir), cache_dir)
     return Path(folder)
 
@@ -424,6 +454,45 @@ def fill_adapter(network: nn.Module, weights: dict[str, torch.Tensor], adapter: 
 
     check_fit(get_peft_model_state_dict(network, adapter_name=adapter), weights, what)
     set_peft_model_state_dict(network, weights, adapter_name=adapter)
+
+
+def _front_matter(file: Path, what: str) -> dict[str, Any]:
+    """The YAML at the head of a card, in which every scalar is a text.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    import yaml
+
+    if not file.is_file():
+        raise ValueError(f"{what} is no regular file.")
+    if file.stat().st_size > _LARGEST_CARD:
+        raise ValueError(f"{what} is larger than {_LARGEST_CARD // 1_000_000} MB, and was not read.")
+    head = _FRONT_MATTER.match(read_text(file, what).removeprefix("\ufeff").replace("\r\n", "\n"))
+    if head is None:
+        return {}
+    if len(head[1]) > _LARGEST_FRONT_MATTER:
+        raise ValueError(f"{what} begins with more than {_LARGEST_FRONT_MATTER:,} characters of metadata.")
+    try:
+        # Neither tags nor merged mappings are followed, by which a few lines can become gigabytes.
+        declared = yaml.load(head[1], Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = getattr(error, "problem", None) or "it is nested too deeply"
+        raise ValueError(f"{what} begins with metadata that are no valid YAML ({printable(reason)}).") from error
+    if declared is not None and not isinstance(declared, dict):
+        raise ValueError(f"{what} begins with metadata that are a {type(declared).__name__}, no names and values.")
+    return declared or {}
+
+
+def _is_name(key: str, value: Any) -> bool:
+    """Whether a card's entry is what it has to be: a text, or of some several."""
+    values = value if isinstance(value, list) and key in ("license", "base_model") else [value]
+    return all(
+        isinstance(each, str)
+        and len(each) <= _LONGEST_NAME
+        and (key != "base_model" or _MODEL_ID.fullmatch(each) is not None)
+        for each in values
+    )
 
 
 def _own_files(

@@ -20,6 +20,7 @@ from .cards import path_card
 from .files import inside, to_bytes, write_json
 from .manifest import FORMAT_VERSION, MANIFEST, name_of, read_manifest
 from .model_reference import ModelReference, check_adapter_fit, check_fit, fill, fill_adapter
+from .published import clean_configs
 from .repository import Files, HubError, Repository, in_background, is_repo_id, sha256_of
 from .sharing import check_main, check_teacher_may_be_shared, push_nodes
 from .weights import check_finite, open_weights, read_weights, save_weights
@@ -210,6 +211,7 @@ class DegradationPath:
         shutil.rmtree(draft, ignore_errors=True)
         if adapter is None:
             network.save_pretrained(draft / "unet", safe_serialization=True)
+            clean_configs(draft / "unet")
         else:
             write_adapter(network, adapter, draft / "unet")
         files = sorted((draft / "unet").glob("*.safetensors"))

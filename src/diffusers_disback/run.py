@@ -34,6 +34,7 @@ from .lock import locked
 from .manifest import MANIFEST
 from .model_reference import ModelReference, fingerprint
 from .path import DegradationPath
+from .published import published, published_command
 from .repository import HubError
 from .run_folder import FREE_SETTINGS, RATES, RunFolder, flat
 from .signals import Interrupted
@@ -351,6 +352,7 @@ def write_results(
     configs: Configs,
     script: str,
     arguments: list[str],
+    teacher_card: dict[str, Any],
 ) -> str:
     """Writes report, pictures and model card. Returns a summary.
 
@@ -362,6 +364,7 @@ def write_results(
         configs (`Configs`): All settings.
         script (`str`): The training script.
         arguments (`list[str]`): Its command line.
+        teacher_card (`dict`): What the teacher's card declares, as it was read before training.
     """
     training, _, backtracking = configs
     folder, state = Path(training.output_dir), PartialState()
@@ -378,11 +381,8 @@ def write_results(
             if training.stage == "record":
                 with written_whole(path.folder / "path.png") as draft:
                     shutil.copyfile(folder / "path.png", draft)
-    card = family.reference.card(training.cache_dir)
     content = {
-        "teacher_card": {
-            key: card[key] for key in ("license", "license_name", "license_link", "base_model") if key in card
-        },
+        "teacher_card": teacher_card,
         "stages": stages,
         "path": None if path is None else _origin(path),
         "pipeline_class": type(family.pipeline).__name__,
@@ -390,7 +390,7 @@ def write_results(
         "seed": training.seed,
         "versions": versions(),
         "machine": {"device": device_name(state.device), "num_processes": state.num_processes},
-        "settings": flat(*configs),
+        "settings": published(flat(*configs)),
     }
     if trainer is not None:
         precision = trainer.accelerator.mixed_precision
@@ -405,7 +405,7 @@ def write_results(
         content["machine"]["mixed_precision"] = precision
         report.write_convergence(trainer.curve, trainer.switches, folder / "convergence.png")
         launch = ["accelerate", "launch", "--num_processes", str(state.num_processes), "--mixed_precision", precision]
-        content["command"] = shlex.join([*launch, script, *without_token(arguments)])
+        content["command"] = shlex.join([*launch, script, *published_command(without_token(arguments))])
     written = report.content(**content)
     if trainer is not None:
         write_model_card(folder, written)

@@ -4,9 +4,10 @@ import re
 from typing import Any
 
 from .branches import Nodes, node_files
-from .files import read_text, to_bytes
+from .files import printable, read_text, to_bytes
 from .manifest import MANIFEST, check_manifest, identity
 from .model_reference import ModelReference
+from .published import published_files, published_manifest
 from .repository import Files, HubError, Repository, is_file, is_licence
 from .single_file import repo_of
 
@@ -24,11 +25,13 @@ def push_nodes(
         claim (`bool`): Write to `main` whose it is, before anything else.
 
     Returns:
-        `dict`: The manifest, with the `branch` and `commit` of each node.
+        `dict`: The manifest as it is published, with the `branch` and `commit` of each node.
 
     Raises:
         HubError: If `main` or a branch of a node's name holds something else, or the Hub fails for good.
     """
+
+    manifest = published_manifest(manifest)
 
     def check(head: str) -> None:
         check_main(repository, head, manifest)
@@ -44,7 +47,8 @@ def push_nodes(
     for node in manifest["nodes"]:
         commit = branches.get(node["name"])
         if commit is None or not _is_whole(repository, node, commit):
-            commit = _push_node(repository, node, manifest["id"], {**teacher_files, **node_files(folders.fetch(node))})
+            files = published_files({**teacher_files, **node_files(folders.fetch(node))})
+            commit = _push_node(repository, node, manifest["id"], files)
         pushed.append({**node, "branch": node["name"], "commit": commit})
     return {**manifest, "nodes": pushed}
 
@@ -100,7 +104,10 @@ def check_main(repository: Repository, commit: str, manifest: dict[str, Any]) ->
     theirs, ours = identity(there), identity(manifest)
     changed = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
     if changed:
-        what = "; ".join(f"its {name} is {theirs.get(name)}, this one's is {ours.get(name)}" for name in changed)
+        what = "; ".join(
+            f"its {printable(name)} is {printable(theirs.get(name))}, this one's is {ours.get(name)}"
+            for name in changed
+        )
         raise HubError(
             f"{repository.repo_id} holds another degradation path: {what}. Nothing was overwritten: push to another "
             "repository."
@@ -137,7 +144,7 @@ def check_empty(repository: Repository, commit: str) -> None:
         foreign += ["README.md"] if re.sub(r"\A\s*---\n.*?\n---\s*", "", text, flags=re.DOTALL).strip() else []
     if foreign:
         raise HubError(
-            f"{repository.repo_id} holds {', '.join(foreign[:3])}, which this run did not put there. Nothing was "
+            f"{repository.repo_id} holds {', '.join(map(printable, foreign[:3]))}, which this run did not put there. Nothing was "
             "overwritten: push to another repository."
         )
 

@@ -54,7 +54,7 @@ def load_family(reference: ModelReference, cache_dir: str | None = None) -> Mode
     except HubError as error:
         raise ValueError(
             f"The teacher {name!r} cannot be loaded: it is neither a folder with a diffusers pipeline in safetensors "
-            f"nor such a model on the Hub (revision {reference.revision}). {error}"
+            f"nor such a model on the Hub (revision {reference.revision}). {error}{source.whereabouts()}"
         ) from error
     _family_class(str(index.get("_class_name")))  # before all of another family's weights are downloaded
     folder = reference.check_files(cache_dir)  # after which the Hub is not needed for the teacher's files any more
