@@ -123,7 +123,8 @@ def _told(file: Path, folder: Path) -> str:
 
 def _common(content: Any) -> Any:
     if isinstance(content, dict):
-        return {key: _common(value) for key, value in content.items() if key not in _OWN}
+        sizes = all(isinstance(value, int) for value in content.values())  # of files that have time and places in them
+        return {k: None if sizes and "." in k else _common(v) for k, v in content.items() if k not in _OWN}
     return [_common(value) for value in content] if isinstance(content, list) else content
 
 
