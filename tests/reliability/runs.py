@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -220,6 +221,9 @@ def sources_digest() -> str:
 def scratch(name: str) -> Iterator[Path]:
     """A folder for one measurement, deleted afterwards."""
     folder = WORK / name
+    for line in Path("/proc/mounts").read_text().splitlines():  # of a measurement that was killed
+        if Path(line.split()[1]).is_relative_to(folder):
+            subprocess.run(["umount", "-l", line.split()[1]], check=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     yield folder
