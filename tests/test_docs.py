@@ -68,7 +68,7 @@ def test_flags_in_the_docs_exist():
         for name in config.__dataclass_fields__
     }
     known |= cli_flags() | {option.lstrip("-") for option in maker()._option_string_actions}
-    for script in (ROOT / "benchmarks").glob("*.py"):
+    for script in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests" / "reliability").glob("*.py")]:
         known |= set(re.findall(r'add_argument\("--(\w+)"', script.read_text()))
     others = {
         "num_cpu_threads_per_process",

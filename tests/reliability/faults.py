@@ -188,8 +188,8 @@ def failing_operations(faults: Faults) -> None:
 
 
 def deleted_folder(faults: Faults) -> None:
-    """The output folder is deleted before a step; the run ends in a clear error, or as if nothing had been; the same command
-    makes it anew."""
+    """The output folder is deleted before a step: the run ends in a clear error, or as if nothing had been. What it has left
+    since is gone on with to an equal end, or refused in a clear error; without it the same command makes it anew."""
     for stage, step in (
         ("degradation", 0),
         ("degradation", 2),
@@ -204,7 +204,15 @@ def deleted_folder(faults: Faults) -> None:
             if ended.code == 0:
                 missing = differences(faults.whole, faults.output)
                 return [f"calls itself finished without {', '.join(missing)}"] if missing else []
-            return told(ended, str(faults.output)) + faults.goes_on()
+            problems = told(ended, str(faults.output))
+            again = faults.attempt(*LATEST)
+            if again.code:
+                problems += told(again, str(faults.output))
+                shutil.rmtree(faults.output)
+                again = faults.attempt(*LATEST)
+            return problems + (
+                [f"exit status {again.code}"] if again.code else differences(faults.whole, faults.output)
+            )
 
         faults.case(f"the folder deleted before step {step} of {stage}", try_it)
 

@@ -163,9 +163,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mode", choices=list(MODES), default="full")
-    parser.add_argument(
-        "--boundaries", action="store_true", help="at every operation on files, in place of random moments"
-    )
+    parser.add_argument("--boundaries", action="store_true", help="kill at every operation on files")
     parser.add_argument("--every", type=int, default=1, help="of the operations, try every so manieth")
     parsed = parser.parse_args(arguments)
     if parsed.boundaries:

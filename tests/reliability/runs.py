@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,7 +124,8 @@ def _told(file: Path, folder: Path) -> str:
 
 def _common(content: Any) -> Any:
     if isinstance(content, dict):
-        return {key: _common(value) for key, value in content.items() if key not in _OWN}
+        sizes = all(isinstance(value, int) for value in content.values())  # of files that have time and places in them
+        return {k: None if sizes and "." in k else _common(v) for k, v in content.items() if k not in _OWN}
     return [_common(value) for value in content] if isinstance(content, list) else content
 
 
@@ -219,6 +221,9 @@ def sources_digest() -> str:
 def scratch(name: str) -> Iterator[Path]:
     """A folder for one measurement, deleted afterwards."""
     folder = WORK / name
+    for line in Path("/proc/mounts").read_text().splitlines():  # of a measurement that was killed
+        if Path(line.split()[1]).is_relative_to(folder):
+            subprocess.run(["umount", "-l", line.split()[1]], check=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     yield folder

@@ -42,7 +42,9 @@ def measure(steps: int = 2000, mode: str = "full", settled: int = SETTLED) -> di
         if ended.code:
             raise RuntimeError(f"The run failed:\n{ended.output[-3000:]}")
         rows = [json.loads(line) for line in (folder / "memory.jsonl").read_text().splitlines()]
-    return notes.publish(mode=mode, steps=steps, **growth(rows, settled), seconds=round(time.monotonic() - started))
+    result = {"mode": mode, "steps": steps, **growth(rows, settled)}
+    notes.rows = [{"key": problem, "problems": [problem]} for problem in problems(result)]
+    return notes.publish(**result, seconds=round(time.monotonic() - started))
 
 
 def growth(rows: list[dict[str, Any]], settled: int) -> dict[str, Any]:
