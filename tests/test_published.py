@@ -286,3 +286,19 @@ def test_what_a_student_takes_over_is_looked_at_before_training(tmp_path, teache
     (teacher / "tokenizer" / "tokenizer_config.json").write_text("{} and more")
     with pytest.raises(ValueError, match="tokenizer/tokenizer_config.json is no valid JSON"):
         check_teacher_files(ModelReference(str(teacher)))
+
+
+def test_a_file_of_the_teacher_that_was_written_to_during_the_run_is_not_taken_over(tmp_path, teacher_folder):
+    teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    reference, pipe = ModelReference(str(teacher)), to_pipeline(tiny.unet(seed=1), 399, tiny.pipeline())
+    as_read, file = check_teacher_files(reference), teacher / "text_encoder" / "model.safetensors"
+    before = file.read_bytes()
+    with open(file, "r+b") as stream:
+        stream.seek(-8, os.SEEK_END)
+        stream.write(b"\x01" * 8)
+    with pytest.raises(ValueError, match="text_encoder/model.safetensors of .* was written to since the run began"):
+        save_student(pipe, reference, tmp_path / "student", as_read=as_read)
+    assert not (tmp_path / "student").exists()
+    file.write_bytes(before)
+    save_student(pipe, reference, tmp_path / "student", as_read=check_teacher_files(reference))
+    assert (tmp_path / "student" / "text_encoder" / "model.safetensors").read_bytes() == before

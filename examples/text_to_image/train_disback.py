@@ -110,7 +110,7 @@ def distil(configs: Configs, state: PartialState, arguments: list[str]) -> None:
     teacher.schedule.check_timestep(timestep)
     teacher_card: dict[str, Any] = {}
     if state.is_main_process:  # what the end of the run needs of the teacher's files is read before it begins
-        check_teacher_files(reference, training.cache_dir)
+        as_read = check_teacher_files(reference, training.cache_dir)
         teacher_card = reference.card(training.cache_dir)
     start = training.generator_model_name_or_path and ModelReference(
         training.generator_model_name_or_path, single_file_config=training.single_file_config
@@ -153,7 +153,7 @@ def distil(configs: Configs, state: PartialState, arguments: list[str]) -> None:
         student = trainer.train()
         if report:
             deployed = to_pipeline(student, timestep, teacher.pipeline)
-            save_student(deployed, reference, folder, training.cache_dir, trainer.student.lora)
+            save_student(deployed, reference, folder, training.cache_dir, trainer.student.lora, as_read)
             if trainer.student.lora is not None:  # was measured before it was fused, maybe on a base of few bits
                 with drawable(student, state.device, dtype) as network:
                     measure(network)

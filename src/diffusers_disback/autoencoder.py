@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
 
 from .files import inside, read_json
 from .pipeline_folder import UNREADABLE, files_of
 from .repository import HubError, Repository, sha256_of
 from .single_file import single_file_of
-from .weights import open_weights
+from .weights import open_weights, save_weights
 
 
 logger = logging.getLogger(__name__)
@@ -175,7 +174,7 @@ def _converted(name: str, config: Path, cache_dir: str | None) -> Path:
             halved = {
                 key: (tensor if dtype is None else tensor.to(dtype)).contiguous() for key, tensor in weights.items()
             }
-            save_file(halved, draft / f"{_STEM}.safetensors", metadata={"format": "pt"})
+            save_weights(halved, draft / f"{_STEM}.safetensors", {"format": "pt"})
             os.replace(draft, folder)
     return folder
 

@@ -10,13 +10,11 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from .files import inside, parse_json, read_text
-from .pipeline_folder import files_of
+from .pipeline_folder import WITHOUT_A_ROLE, files_of
 from .repository import Files
 
 
 logger = logging.getLogger(__name__)
-WITHOUT_A_ROLE = ("safety_checker", "feature_extractor", "image_encoder")
-"""What no network is asked by."""
 _WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
 _STEMS = ("diffusion_pytorch_model", "model")
 

@@ -24,6 +24,7 @@ from .sharing import check_empty, check_main, check_teacher_may_be_shared
 from .signals import signal_handler
 
 
+Stamps = dict[str, tuple[int, int, int]]  # of files, by name: size, time of change in nanoseconds, inode
 LORA = "lora"
 _PICTURES = ("samples.png", "convergence.png", "path.png")
 _CARD = "README.md"
@@ -33,13 +34,19 @@ _DRAFT = "student.draft"
 _OWN = ("path", "settings", "checkpoints", "logs", "conditions")
 
 
-def check_teacher_files(teacher: ModelReference, cache_dir: str | None = None) -> None:
-    """Sees, before anything is trained, that what a student or a node takes over of its teacher can be read.
+def check_teacher_files(teacher: ModelReference, cache_dir: str | None = None) -> Stamps:
+    """Checks, before anything is trained, that what a student or a node takes over of its teacher can be read.
+
+    Returns:
+        `dict`: Of each of these files, by its name in the student, what tells whether it is written to afterwards.
 
     Raises:
         ValueError: If a file of it is missing, or a config is no JSON.
     """
-    published_files(teacher.component_files("float32", cache_dir))
+    files = teacher.component_files("float32", cache_dir)
+    published_files(files)
+    stats = {name: file.stat() for name, file in files.items() if isinstance(file, Path)}
+    return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
 
 
 def save_student(
@@ -48,16 +55,28 @@ def save_student(
     folder: str | Path,
     cache_dir: str | None = None,
     lora: Lora | None = None,
+    as_read: Stamps | None = None,
 ) -> None:
     """Writes the student's pipeline into its folder, whole or not at all: `model_index.json` is there when all else is.
 
     Args:
         pipeline, teacher, folder, cache_dir, lora: As of `write_student`.
+        as_read (`dict`, *optional*): What `check_teacher_files` gave when the teacher was loaded.
 
     Raises:
         OSError: If it cannot be written, as on a full disk. What the folder held is as it was.
+        ValueError: If a file that is taken over of the teacher was written to since.
     """
     folder = Path(folder)
+    changed = (
+        sorted(dict((as_read or {}).items() ^ check_teacher_files(teacher, cache_dir).items())) if as_read else []
+    )
+    if changed:
+        raise ValueError(
+            f"{changed[0]} of {teacher.name_or_path} was written to since the run began, so the student would be put beside "
+            "another one than it was trained with. Its training is not lost: put the file back, and pass "
+            "--resume_from_checkpoint latest."
+        )
     draft = folder / _DRAFT
     shutil.rmtree(draft, ignore_errors=True)  # of a run that was cut off
     try:

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedType, ProjectConfiguration, broadcast
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, free_memory
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -343,7 +342,7 @@ class AdapterLearner(Learner):
 
     def load(self, folder: Path) -> None:
         file = folder / self.name / "adapter.safetensors"
-        self.shared.fill(self.adapter, load_file(file), str(file))
+        self.shared.fill(self.adapter, read_weights(file), str(file))
         super().load(folder)
 
 

@@ -39,11 +39,9 @@ _CLASSES = {
     "safety_checker": ({"stable_diffusion", "diffusers"}, r"StableDiffusionSafetyChecker"),
 }
 _CLASSES |= {f"{name}_2": _CLASSES[name] for name in ("text_encoder", "tokenizer")}
-_WITHOUT_ROLE = (
-    "safety_checker",
-    "feature_extractor",
-    "image_encoder",
-)  # in distillation: that they can be read is not asked
+WITHOUT_A_ROLE = ("safety_checker", "feature_extractor", "image_encoder")
+"""Components that distillation does not need: one that cannot be read is left out."""
+
 _READ = {
     *("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json"),
     *("vocab.json", "special_tokens_map.json", "added_tokens.json"),
@@ -180,7 +178,7 @@ def check_pipeline(folder: Path, index: dict[str, Any], variant: str | None, sou
     ).exists():  # which is the name that diffusers looks for when no custom pipeline is asked for
         raise ValueError(f"{source} holds None.py, which diffusers could take for a pipeline's code. Take it away.")
     for name, (library, _) in components_of(index).items():
-        if name in _CLASSES and name not in _WITHOUT_ROLE:
+        if name in _CLASSES and name not in WITHOUT_A_ROLE:
             check_component(folder, name, variant, source, library)
         elif inside(folder, name, source).is_dir():
             files_of(folder / name, source, folder)
