@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
-from faults import Fault, full, killed
 from huggingface_hub import HfApi
 from script import student
+from write_faults import Fault, full, killed
 
 from diffusers_disback.generator import to_pipeline
 from diffusers_disback.hub import save_student

@@ -12,10 +12,10 @@ import tiny
 import torch
 import train_disback
 from diffusers import DiffusionPipeline
-from faults import Fault, full
 from safetensors.torch import load_file
 from script import SCRIPT, arguments, student
 from stages import equal, interrupted_at
+from write_faults import Fault, full
 
 from diffusers_disback import DegradationPath, DisBackOneStepPipeline, TrainingConfig
 from diffusers_disback.command import run as command_line

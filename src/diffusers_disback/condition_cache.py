@@ -73,7 +73,7 @@ class ConditionCache:
             ValueError: If a condition has values beyond half precision, or nothing can be written there.
         """
         shards = list(self._shards())
-        if all(self._file(shard).exists() for shard, _ in shards):
+        if all(self._is_whole(shard) for shard, _ in shards):
             return  # it may lie where nothing can be written
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

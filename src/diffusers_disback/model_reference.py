@@ -130,7 +130,10 @@ class ModelReference:
         if os.path.isdir(source.name_or_path):
             root = Path(source.name_or_path)
         else:
-            file = Repository(source.name_or_path, patient=False).file(INDEX, source.revision, cache_dir)
+            try:
+                file = Repository(source.name_or_path, patient=False).file(INDEX, source.revision, cache_dir)
+            except HubError as error:
+                raise HubError(f"{error}{self.whereabouts()}", error.passes, error.wait, error.kind) from error
             if file is None:
                 raise ValueError(f"{what} has no {INDEX}: it is no diffusers pipeline.")
             root = file.parent
@@ -250,10 +253,11 @@ class ModelReference:
         `base_model`, as far as these are names; empty if it has no card. One that cannot be read stops nothing: it is told
         in a warning, and taken for empty."""
         folder, owner = self.papers(cache_dir), printable(self.name_or_path)
-        if not (folder / CARD).exists():
+        file = inside(folder, CARD, f"The folder of {owner}")
+        if not file.exists():
             return {}
         try:
-            declared = _front_matter(inside(folder, CARD, f"The folder of {owner}"), f"The card ({CARD}) of {owner}")
+            declared = _front_matter(file, f"The card ({CARD}) of {owner}")
         except ValueError as error:
             logger.warning(f"{error} No licence is taken over from it; look it up before you share what is made.")
             return {}
