@@ -310,3 +310,20 @@ def test_no_prompts_or_two_sources_are_refused():
         load_prompts(TrainingConfig())
     with pytest.raises(ValueError, match="--prompts_file and --dataset_name are given"):
         TrainingConfig(prompts_file="a", dataset_name="b")
+
+
+def test_captions_of_another_data_set_are_not_taken_for_those_of_this_one(tmp_path):
+    """As of a run that was broken off before it trained, and is begun again in the same folder with other flags."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(json.dumps({"text": f"a cat {name}", "other": "a dog"}) + "\n")
+    places = {"output_dir": str(tmp_path / "out"), "cache_dir": str(tmp_path / "cache"), "dataset_streaming": True}
+    for changes, expected in (
+        ({"dataset_name": str(tmp_path / "a")}, "a cat a"),
+        ({"dataset_name": str(tmp_path / "b")}, "a cat b"),
+        ({"dataset_name": str(tmp_path / "b"), "caption_column": "other"}, "a dog"),
+        ({"dataset_name": str(tmp_path / "a")}, "a cat a"),
+    ):
+        assert list(load_prompts(TrainingConfig(**places, **changes))) == [expected]
+    (tmp_path / "a" / "train.jsonl").write_text(json.dumps({"text": "changed meanwhile"}) + "\n")
+    assert list(load_prompts(TrainingConfig(dataset_name=str(tmp_path / "a"), **places))) == ["a cat a"], "as it was"

@@ -610,8 +610,8 @@ def test_zero_terminal_snr_can_be_said(without_a_word, tmp_path):
     assert path.manifest["teacher"]["rescale_betas_zero_snr"] is True
     assert DegradationPath.from_pretrained(tmp_path / "path").teacher == teacher
     for changes, message in [
-        ({"rescale_betas_zero_snr": False}, "with --rescale_betas_zero_snr True, but is to be gone along without"),
-        ({"prediction_type": None}, "with --prediction_type v_prediction, but is to be gone along without"),
+        ({"rescale_betas_zero_snr": False}, "with --rescale_betas_zero_snr True, but is to be replayed without"),
+        ({"prediction_type": None}, "with --prediction_type v_prediction, but is to be replayed without"),
     ]:
         other = DegradationPath.from_pretrained(tmp_path / "path", teacher=replace(teacher, **changes))
         with pytest.raises(ValueError, match=message):

@@ -88,3 +88,12 @@ def test_a_disk_that_takes_nothing_leaves_no_lock(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         taken(tmp_path / "run")
     assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_what_is_intact_is_noted_on_errors_of_this_folder(tmp_path):
+    from diffusers_disback.run import in_use
+
+    for place, noted in ((tmp_path / "out" / "x", True), (tmp_path / "teacher", False), (None, False)):
+        with pytest.raises(OSError, match="No space") as error, in_use(tmp_path / "out"):
+            raise OSError(28, "No space", place and str(place))
+        assert bool(getattr(error.value, "__notes__", [])) == noted, place

@@ -69,12 +69,15 @@ def test_the_same_signal_a_second_later_does_not_wait(name):
     assert done.returncode == -getattr(signal, name), "as if nothing had handled it"
 
 
-def test_an_error_after_a_signal_is_the_signals():
-    """Of another process's end by the same signal this one hears first."""
-    done = call(
-        "with signal_handler().held():\n  me(signal.SIGTERM)\n  raise RuntimeError('Connection closed by peer')"
-    )
+def test_an_error_after_a_signal_is_the_signals_if_another_process_has_left():
+    """Of another process's end by the same signal this one hears first. Any other error is told: a checkpoint that could not
+    be saved must not look like one that was."""
+    held = "with signal_handler().held():\n  me(signal.SIGTERM)\n  "
+    lost = "exec(compile('raise RuntimeError(1)', '/x/torch/distributed/x.py', 'exec'))"
+    done = call(held + lost)
     assert (done.returncode, done.stderr) == (143, "tool: ended by SIGTERM.\n")
+    done = call(held + "raise OSError(28, 'No space left on device', '/x/checkpoint')")
+    assert (done.returncode, done.stderr) == (2, "tool: /x/checkpoint: No space left on device.\n")
 
 
 def test_handlers_are_only_there_in_between_and_in_the_main_thread():

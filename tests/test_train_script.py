@@ -244,10 +244,12 @@ def test_a_run_is_finished_when_all_that_it_leaves_is_there(run, monkeypatch, qu
     assert report["files"]["unet/diffusion_pytorch_model.safetensors"] > 0
 
 
-def test_what_a_finished_run_lacks_is_made_anew(run, teacher_folder, prompts_file, quick_pictures, capsys):
+def test_what_a_finished_run_lacks_is_made_anew(run, teacher_folder, prompts_file, quick_pictures, capsys, caplog):
     import shutil
 
     from diffusers_disback.cli import main as command
+    from diffusers_disback.evaluation.report import read_report
+    from diffusers_disback.hub import check_student_is_whole
     from diffusers_disback.run import is_finished
 
     folder = run()
@@ -279,7 +281,11 @@ def test_what_a_finished_run_lacks_is_made_anew(run, teacher_folder, prompts_fil
     assert is_finished(configs) and equal(student(folder), before)
     shutil.rmtree(folder / "checkpoints")
     (folder / "samples.png").unlink()
-    assert is_finished(configs) and "has no samples.png: its last checkpoint is gone, too" in capsys.readouterr().err
+    assert (
+        is_finished(configs) and "The last checkpoint, from which it could be made, is gone" in capsys.readouterr().err
+    )
+    check_student_is_whole(folder, read_report(folder))
+    assert "has no samples.png: it is pushed without" in caplog.text, "and not refused for ever"
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     assert not is_finished(configs), "a student is trained again, if nothing else is left of it"
 
@@ -522,15 +528,16 @@ def test_validation_as_asked(run):
 
 
 def test_revision_and_cache_reach_the_library(run, monkeypatch, tmp_path):
-    calls, load = [], DiffusionPipeline.from_pretrained.__func__
+    """Both are looked up by `ModelReference`, which tests of sharing do on the Hub."""
+    calls, load = [], train_disback.load_family
 
-    def spy(cls, name, **arguments):
-        calls.append(arguments)
-        return load(cls, name, **arguments)
+    def spy(reference, cache_dir):
+        calls.append((reference.revision, cache_dir))
+        return load(reference, cache_dir)
 
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", classmethod(spy))
+    monkeypatch.setattr(train_disback, "load_family", spy)
     run(revision="v1", cache_dir=tmp_path / "cache")
-    assert calls[0]["revision"] == "v1" and calls[0]["cache_dir"] == str(tmp_path / "cache")
+    assert calls == [("v1", str(tmp_path / "cache"))]
 
 
 def test_the_report_says_how_it_was_run(run):

@@ -19,7 +19,7 @@ def test_prompts_that_are_cut_off_are_counted_and_no_batch_tells(kind, caplog, c
         monkeypatch.setattr(logging.getLogger(name.split(".")[0]), "propagate", True)
     prompts = [*tiny.PROMPTS, LONG, LONG + " again"]
     assert truncation(family.tokenizers, prompts) == (
-        "2 of 5 prompts are longer than the text encoder's 16 tokens; the rest of them is not seen"
+        "2 of 5 prompts are longer than the text encoder's 16 tokens: the rest is cut off."
     )
     assert truncation(family.tokenizers, [LONG], "validation prompts").startswith(
         "1 of 1 validation prompts is longer"
@@ -48,4 +48,6 @@ def test_other_warnings_are_not_hidden(caplog, monkeypatch):
 def test_of_many_prompts_some_from_all_over_are_looked_at(monkeypatch):
     monkeypatch.setattr(module, "LOOKED_AT", 10)
     tokenizers = family_of(tiny.pipeline()).tokenizers
-    assert truncation(tokenizers, ["a"] * 50 + [LONG] * 50).startswith("5 of 10 prompts looked at are longer")
+    assert truncation(tokenizers, ["a"] * 50 + [LONG] * 50).startswith(
+        "5 of 10 prompts that were looked at are longer"
+    )

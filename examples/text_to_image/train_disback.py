@@ -118,7 +118,7 @@ def distil(configs: Configs, state: PartialState, arguments: list[str]) -> None:
     generator = teacher.initial_generator(start, training.resolution, training.cache_dir, training.all_adapters)
     inputs = check_inputs(configs, teacher, generator, prompts)
     path = open_path(configs, teacher, generator, state, inputs)
-    data = prompt_data(training, teacher, prompts, state)
+    data = prompt_data(training, teacher, prompts, state, inputs["text_encoders"])
     upload = RunUpload(training) if training.push_to_hub and state.is_main_process else None
 
     def measure(network: torch.nn.Module, name: str = "student") -> dict[str, float]:

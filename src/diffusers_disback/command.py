@@ -41,7 +41,9 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str], name: str
         except KeyboardInterrupt as error:  # where signals are not handled, as in a thread
             return _end(error, 130, name, debug)
         except Exception as error:
-            if handler.received is not None:  # what it was waiting for has ended by the same signal
+            # What it was waiting for has ended by the same signal; any other error is told, or a checkpoint that could not be
+            # saved would look like one that was.
+            if handler.received is not None and _is_of_another_process(error):
                 return _end(Interrupted(handler.received), 128 + handler.received, name, debug)
             if isinstance(error, BrokenPipeError) and not _flush(sys.stdout):
                 return (

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from .batch import Batch, Condition, to_device
 from .condition_cache import ConditionCache
-from .files import parse_json, printable, written_whole
+from .files import parse_json, printable, read_json, write_json, written_whole
 from .signals import leave_signals_to_the_parent
 
 
@@ -312,7 +312,8 @@ def spool_captions(
 ) -> None:
     """Writes the captions of a data set that is streamed, and never stored, into a file with one a line.
 
-    The captions are those of `dataset_prompts`. The file is written whole or not at all, and left alone if it is there.
+    The captions are those of `dataset_prompts`. The file is written whole or not at all, and left alone if it is there and
+    is of the same data set: what it was made of is written beside it.
 
     Args:
         file (`Path`): To be written.
@@ -321,7 +322,10 @@ def spool_captions(
     Raises:
         ValueError: As of `dataset_prompts`.
     """
-    if file.exists():
+    origin = file.with_suffix(".json")
+    source = {"dataset": dataset_name or train_data_dir, "config": config_name, "split": split}
+    source |= {"column": caption_column, "max_samples": max_samples}
+    if file.exists() and origin.exists() and read_json(origin) == source:
         return
     rows = _load(dataset_name, train_data_dir, config_name, split, streaming=True)
     rows = rows.select_columns(caption_column) if rows.column_names and caption_column in rows.column_names else rows
@@ -332,9 +336,12 @@ def spool_captions(
             yield row[caption_column]
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(file) as draft, open(draft, "w", encoding="utf-8") as stream:
-        for _, caption in _captions(values(), caption_column):
-            stream.write(caption + "\n")
+    with written_whole(file) as draft:
+        with open(draft, "w", encoding="utf-8") as stream:
+            for _, caption in _captions(values(), caption_column):
+                stream.write(caption + "\n")
+        file.unlink(missing_ok=True)  # of another data set: it must never stand beside what this one says of itself
+        write_json(origin, source)
 
 
 def _load(dataset_name: str | None, train_data_dir: str | None, config_name: str | None, split: str, **arguments):

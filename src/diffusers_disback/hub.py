@@ -1,6 +1,7 @@
-"""What leaves the house: the student's folder in a form that others load, its card, and a run's repository on the Hub."""
+"""Saves a student in a form that others load, with its card, and pushes and pulls a run."""
 
 import glob
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +25,7 @@ from .sharing import check_empty, check_main, check_teacher_may_be_shared
 from .signals import signal_handler
 
 
+logger = logging.getLogger(__name__)
 Stamps = dict[str, tuple[int, int, int]]  # of files, by name: size, time of change in nanoseconds, inode
 LORA = "lora"
 _PICTURES = ("samples.png", "convergence.png", "path.png")
@@ -183,7 +185,8 @@ def missing_results(folder: Path, report: dict[str, Any]) -> list[str]:
 
 
 def check_student_is_whole(folder: Path, report: dict[str, Any]) -> None:
-    """Sees, before a run is pushed, that a student that was asked for is there, with all that belongs to it.
+    """Checks, before a run is pushed, that a student that was asked for is there, with all that belongs to it. A picture
+    that is missing is told, and pushed without.
 
     Raises:
         ValueError: With what is missing, and how to make it.
@@ -192,15 +195,19 @@ def check_student_is_whole(folder: Path, report: dict[str, Any]) -> None:
     if "student" not in report and settings.get("stage") not in ("all", "backtrack"):
         return
     remedy = (
-        "Nothing was pushed. Run the command that began the run, with --resume_from_checkpoint latest, and push again; or "
-        f"push the path alone: diffusers-disback push {folder / 'path'}."
+        "Nothing was pushed. Run the command that began the run, with --resume_from_checkpoint latest, and push again"
     )
+    has_path = (folder / "path" / MANIFEST).is_file()
+    remedy += f"; or push the path alone: diffusers-disback push {folder / 'path'}." if has_path else "."
     done = report.get("stages", {}).get("backtracking", {}).get("steps")
     if "student" not in report or done != settings.get("max_train_steps", done):
         raise ValueError(f"{folder} holds no finished student: its run was cut off. {remedy}")
     missing = missing_results(folder, report)
-    if missing:
+    without = [name for name in missing if name in _PICTURES]
+    if missing != without:
         raise ValueError(f"The student of {folder} is not whole: it has no {', '.join(missing)}. {remedy}")
+    if without:
+        logger.warning(f"{folder} has no {', '.join(without)}: it is pushed without.")
 
 
 def path_of_run(folder: str | Path, teacher: ModelReference | None = None) -> DegradationPath | None:

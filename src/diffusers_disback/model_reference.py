@@ -330,8 +330,8 @@ class ModelReference:
         if repo_of(self.name_or_path) is not None:
             return ""
         return (
-            " If it is a folder or a file, say where it lies with --pretrained_model_name_or_path: a path or a card that was "
-            "published has its name alone."
+            " If it is a folder or a file, say where it lies with --pretrained_model_name_or_path: what is published holds the "
+            "last part of its name only."
         )
 
     def skeleton(self, cache_dir: str | None = None) -> nn.Module:

@@ -387,7 +387,7 @@ class DegradationPath:
             if was != is_:
                 said = [f"with --{key} {value}" if value else f"without --{key}" for value in (was, is_)]
                 raise ValueError(
-                    f"The path in {self.where} was recorded {said[0]}, but is to be gone along {said[1]}: its nodes "
+                    f"The path in {self.where} was recorded {said[0]}, but is to be replayed {said[1]}: its nodes "
                     "belong to another schedule. Pass what it was recorded with, or record another path with stage 1."
                 )
 

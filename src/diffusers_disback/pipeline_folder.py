@@ -104,8 +104,8 @@ def check_classes(index: dict[str, Any], source: str) -> None:
         libraries, classes = _CLASSES.get(name, ({"diffusers", "transformers", "stable_diffusion"}, r"[A-Za-z]\w*"))
         if library not in libraries or not re.fullmatch(classes, kind or "", re.ASCII):
             raise ValueError(
-                f"{INDEX} of {source} asks for {library}.{kind} as its {name}, which is none that a pipeline of diffusers "
-                "has there. Nothing of it was loaded or run; do not use this model unless you know who made it."
+                f"{INDEX} of {source} asks for {library}.{kind} as its {name}, which is no class that diffusers "
+                "has for it. Nothing of it was loaded or run; do not use this model unless you know who made it."
             )
 
 

@@ -81,8 +81,8 @@ def check_settings(configs: Configs) -> None:
 
 @contextmanager
 def in_use(folder: Path) -> Iterator[None]:
-    """Keeps an output folder for this run, in all of its processes. What is intact is noted on an error of the disk, and on
-    a signal.
+    """Keeps an output folder for this run, in all of its processes. What is intact is noted on a signal, and on an error of
+    the disk that is of this folder.
 
     Raises:
         ValueError: If another run writes to it.
@@ -93,8 +93,14 @@ def in_use(folder: Path) -> Iterator[None]:
         try:
             yield
         except (OSError, Interrupted) as problem:
-            problem.add_note(RunFolder(folder).intact())
+            if isinstance(problem, Interrupted) or _is_in(folder, problem.filename):
+                problem.add_note(RunFolder(folder).intact())
             raise
+
+
+def _is_in(folder: Path, place: Any) -> bool:
+    """Whether what an error of the disk names lies in a folder."""
+    return isinstance(place, (str, Path)) and Path(place).resolve().is_relative_to(folder.resolve())
 
 
 def _stages(configs: Configs) -> dict[str, DegradationConfig | BacktrackingConfig]:
@@ -152,7 +158,12 @@ def is_finished(configs: Configs) -> bool:
         return done
     keeps = not remakes and not any(name == INDEX or name.endswith(".safetensors") for name in missing)
     what = f"{folder} has no {', '.join(missing)}"
-    state.print(f"{what}: {'its last checkpoint is gone, too' if keeps else 'made anew'}.", file=sys.stderr)
+    state.print(
+        f"{what}. The last checkpoint, from which it could be made, is gone, too; the student is whole."
+        if keeps
+        else f"{what}: made anew from the last checkpoint.",
+        file=sys.stderr,
+    )
     return keeps
 
 
@@ -263,7 +274,7 @@ def _same_recording(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def _open_shared(
     configs: Configs, teacher_sha256: str, start: dict[str, Any], reference: ModelReference, state: PartialState
 ) -> DegradationPath:
-    """A path on the Hub, to be gone along."""
+    """Opens a path on the Hub, to be replayed."""
     training, _, backtracking = configs
 
     def read(revision: str | None) -> DegradationPath:
@@ -312,12 +323,20 @@ def load_prompts(config: TrainingConfig) -> Sequence[str]:
 
 
 def prompt_data(
-    training: TrainingConfig, teacher: ModelFamily, prompts: Sequence[str], state: PartialState
+    training: TrainingConfig, teacher: ModelFamily, prompts: Sequence[str], state: PartialState, encoder_id: str
 ) -> PromptData:
-    """Prompts and the way to their conditions, as `--cache_conditions` says. Tells what was decided."""
+    """Prompts and the way to their conditions, as `--cache_conditions` says. Tells what was decided.
+
+    Args:
+        training (`TrainingConfig`): The settings.
+        teacher (`ModelFamily`): Encodes prompts.
+        prompts (`Sequence[str]`): All of the run's.
+        state (`PartialState`): This process among the others.
+        encoder_id (`str`): What conditions depend on, as `check_inputs` hashed it.
+    """
     encode = partial(teacher.encode, resolution=training.resolution)
     folder = Path(training.cache_dir or training.output_dir, "conditions")
-    cache = ConditionCache(folder, prompts, encode, partial(teacher.encoder_id, training.resolution))
+    cache = ConditionCache(folder, prompts, encode, lambda: encoder_id)
     on_disk, why = choose_cache(cache, training.cache_conditions, CAPACITY)
     state.print(why, file=sys.stderr)
     if state.is_main_process:

@@ -34,8 +34,8 @@ def truncation(tokenizers: Sequence[Any], prompts: Sequence[str], what: str = "p
     if not cut:
         return None
     return (
-        f"{cut:,} of {number:,} {what}{' looked at' if number < len(prompts) else ''} "
-        f"{'is' if cut == 1 else 'are'} longer than the text encoder's {min(lengths)} tokens; the rest of them is not seen"
+        f"{cut:,} of {number:,} {what}{' that were looked at' if number < len(prompts) else ''} "
+        f"{'is' if cut == 1 else 'are'} longer than the text encoder's {min(lengths)} tokens: the rest is cut off."
     )
 
 
