@@ -20,7 +20,7 @@ from diffusers_disback.cli import main as command
 from diffusers_disback.cli import parser, path_show
 from diffusers_disback.evaluation.report import read_report
 from diffusers_disback.families import load_family
-from diffusers_disback.hub import path_of_run
+from diffusers_disback.hub import path_of_run, push_run
 from diffusers_disback.manifest import check_manifest
 from diffusers_disback.model_reference import ModelReference
 from diffusers_disback.path import DegradationPath
@@ -181,6 +181,7 @@ def test_every_value_of_a_report_has_its_kind(tmp_path):
         "path": {"id": "a", "num_nodes": 1, "repo_id": "user/repo", "commit": "0" * 40},
         "stages": {"backtracking": {"steps": 1, "seconds": 1.0, "peak_memory_mb": 1.0}},
         "lora": {"rank": 2, "alpha": 2, "folder": "lora"},
+        "files": {"model_index.json": 2, "unet/config.json": 3},
     }
     assert "user/repo" in student_card(full, "title", "user/repo", path_picture=False)
     draw = random.Random(0)
@@ -197,6 +198,16 @@ def test_every_value_of_a_report_has_its_kind(tmp_path):
             if "student" in report:
                 with contextlib.suppress(ValueError):  # of the Hub's own tools, of a measure without a name
                     student_card(report, "title", "user/repo", path_picture=False)
+
+
+def test_a_reports_files_are_sizes_by_name(tmp_path):
+    for files in (["a"], "a", 3, None, {"a": "b"}, {"a": None}, {"a": -1}, {"a": True}):
+        for report in ({**REPORT, "files": files}, {"files": files}):
+            (tmp_path / "report.json").write_text(json.dumps(report))
+            with pytest.raises(ValueError, match=r"report\.json.*'files' cannot be"):
+                read_report(tmp_path)
+            with pytest.raises(ValueError, match=r"report\.json is damaged .*'files' cannot be"):
+                push_run(tmp_path, "user/repo")
 
 
 def test_what_an_adapter_says_of_itself_has_its_kind(tmp_path):

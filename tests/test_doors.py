@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from hub_server import Fault
 from safetensors.torch import load_file, save_file
 
 from diffusers_disback import hub as pushing
@@ -21,8 +22,10 @@ from diffusers_disback.generator import to_pipeline
 from diffusers_disback.hub import pull, push_run, save_student
 from diffusers_disback.model_reference import ModelReference
 from diffusers_disback.path import DegradationPath
+from diffusers_disback.plan import skeletons_beside
 from diffusers_disback.repository import Repository
 from diffusers_disback.single_file import _config_folder
+from diffusers_disback.teacher_lora import fuse_lora, lora_file
 
 
 SECRET = b"a token that is nobody's business"
@@ -45,7 +48,7 @@ class House:
     """A folder with a secret, somebody else's teacher, path and student beside it, and a place to write to."""
 
     def __init__(self, root: Path, teacher_folder: Path, repo: str):
-        self.root, self.repo = root, repo
+        self.root, self.repo, self.lora = root, repo, root / "lora"
         self.home, self.out = root / "home", root / "out"
         self.teacher, self.path, self.student = root / "teacher", root / "path", root / "student"
         root.mkdir()
@@ -323,6 +326,25 @@ LINKS = {
         lambda h: _config_folder(str(h.teacher), {}, None),
     ),
     "a teacher's file, pushed": ("teacher", "tokenizer/more.txt", "token.txt", lambda h: h.own.push_to_hub(h.repo)),
+    "a LoRA in a folder, fused": (
+        *("lora", "pytorch_lora_weights.safetensors", "w.safetensors"),
+        lambda h: fuse_lora(tiny.unet(), str(h.lora)),
+    ),
+    "a config of the UNet, planned": (
+        "teacher",
+        "unet/config.json",
+        "config.json",
+        lambda h: h.reference().skeleton(),
+    ),
+    "a UNet's folder, planned": ("teacher", "unet", None, lambda h: h.reference().skeleton()),
+    "a config of an autoencoder, planned": (
+        *("teacher", "vae/config.json", "config.json"),
+        lambda h: skeletons_beside(h.reference()),
+    ),
+    "a config of a text encoder, planned": (
+        *("teacher", "text_encoder/config.json", "config.json"),
+        lambda h: skeletons_beside(h.reference()),
+    ),
     "a path's node, copied": ("path", "degradation-000100", "", lambda h: h.read().save_pretrained(h.out)),
     "a path's node, read": ("path", "degradation-000100", None, lambda h: h.read().read(1)),
     "a path's manifest, read": ("path", "path.json", None, lambda h: h.read()),
@@ -463,6 +485,101 @@ def test_code_of_others_is_not_run(tmp_path, teacher_folder, change, files, word
     with pytest.raises(ValueError, match=words):
         load_family(ModelReference(str(folder)))
     assert not ran.exists()
+
+
+def test_no_other_weights_are_put_upon_a_component(tmp_path, teacher_folder):
+    """An adapter in its folder, which transformers loads unasked, or follows to the model that its config names."""
+    for place in ("text_encoder", "vae", "unet", "tokenizer"):
+        for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+            folder = shutil.copytree(teacher_folder, tmp_path / place / name)
+            (folder / place / name).write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "secret")}))
+            reference = ModelReference(str(folder))
+            doors = [lambda r=reference: load_family(r), lambda r=reference: r.component_files("float32")]
+            for go in doors[: 1 if place == "unet" else 2]:
+                with pytest.raises(ValueError, match=f"holds {place}/{name}, an adapter"):
+                    go()
+
+
+PARTS = {
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_no_part_is_not_left_out_but_refused(tmp_path, teacher_folder, alice, repo, part):
+    """Code of its own, an adapter, or a name that leads out, in a part that a broken file would leave out; on the Hub, too."""
+    from huggingface_hub import HfApi
+
+    folder = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, part: PARTS[part]}))
+    (folder / part).mkdir()
+    said = {"text_config": {"transformers_weights": "../../secret.safetensors"}}
+    for name, content in {
+        "adapter_config.json": "{}",
+        f"{PARTS[part][0]}.py": "",
+        "config.json": json.dumps(said),
+    }.items():
+        (folder / part / name).write_text(content)
+        for go in (
+            lambda: ModelReference(str(folder)).left_out(json.loads((folder / "model_index.json").read_text())),
+            lambda: ModelReference(str(folder)).check_files(),
+        ):
+            with pytest.raises(ValueError, match=rf"{part}/{name}"):
+                go()
+        if name == "adapter_config.json":
+            HfApi().create_repo(repo)
+            HfApi().upload_folder(repo_id=repo, folder_path=folder)
+            with pytest.raises(ValueError, match=rf"{part}/{name}"):
+                ModelReference(repo).left_out(json.loads((folder / "model_index.json").read_text()))
+        (folder / part / name).unlink()
+
+
+def test_a_config_names_no_file_elsewhere(tmp_path, teacher_folder):
+    """Versions of transformers take these names for paths."""
+    folder = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    outside = (str(tmp_path / "secret"), "../secret", "a\\b", "C:secret", "x\0y")
+    cases = [
+        *(
+            ("tokenizer/tokenizer_config.json", f"{key}_file", outside)
+            for key in ("merges", "vocab", "tokenizer", "any")
+        ),
+        ("text_encoder/config.json", "transformers_weights", outside),
+        ("text_encoder/config.json", "text_config", tuple({"transformers_weights": name} for name in outside)),
+        ("text_encoder/config.json", "more", tuple([{"x_file": name}] for name in outside)),
+        ("unet/config.json", "weights_file", outside[:1]),
+    ]
+    for name, key, values in cases:
+        own = (folder / name).read_text()
+        for value in values:
+            (folder / name).write_text(json.dumps({**json.loads(own), key: value}))
+            with pytest.raises(ValueError, match=f"{name} of the model .* no place inside"):
+                load_family(ModelReference(str(folder)))
+        (folder / name).write_text(own)
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    said = {"merges_file": None, "vocab_file": None, "special_tokens_map_file": "/home/them/.cache/map.json"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **said, "name_or_path": "/home/them/model"}))
+    load_family(ModelReference(str(folder)))
+
+
+def test_a_lora_of_the_cache_does_not_lead_out_of_it(tmp_path, alice, repo, impatient):
+    """Where the Hub cannot be asked, what lies in the cache is taken, links to its own blobs included."""
+    from huggingface_hub import HfApi
+
+    name = "pytorch_lora_weights.safetensors"
+    HfApi().create_repo(repo)
+    save_file({"x": torch.ones(1)}, tmp_path / name)
+    HfApi().upload_file(repo_id=repo, path_in_repo=name, path_or_fileobj=tmp_path / name)
+    cache = tmp_path / "cache"
+    cached = lora_file(repo, str(cache))
+    alice.fault = lambda request: Fault(status=503)
+    assert lora_file(repo, str(cache)) == cached
+    cached.unlink()
+    cached.symlink_to(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}.* leads out"):
+        lora_file(repo, str(cache))
 
 
 def test_a_shard_that_is_pickled_is_not_read(tmp_path, teacher_folder):

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from test_path import weights_equal
 
 from diffusers_disback import repository
+from diffusers_disback.hub import push_run
 from diffusers_disback.model_reference import ModelReference, fingerprint
 from diffusers_disback.path import DegradationPath
 from diffusers_disback.repository import HubError, Repository
@@ -124,12 +125,58 @@ def test_a_copy_of_a_shared_path_is_the_path(path, repo, tmp_path):
     content = json.loads(whole)
     content["teacher"]["name_or_path"] = path.teacher.name_or_path  # as somebody else may have written it
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="came from the Hub, and names .* on this machine as its teacher's"):
+    with pytest.raises(ValueError, match="names .* on this machine as its teacher's"):
         DegradationPath.from_pretrained(tmp_path / "copy").push_to_hub("alice/second-home")
     file.write_text(whole)
     told = DegradationPath.from_pretrained(tmp_path / "copy", teacher=path.teacher)
     told.push_to_hub("alice/second-home")  # and from there on
     assert len(DegradationPath.from_pretrained("alice/second-home")) == 2
+
+
+def test_a_path_of_others_publishes_no_files_of_this_machine(tmp_path, teacher_folder, hub, alice):
+    """A folder that came as an archive names whatever it likes: the user, or the settings of the run that recorded it, have
+    to say that it is the teacher."""
+    run, name = tmp_path / "run", str(teacher_folder)
+    said = {"pretrained_model_name_or_path": name, "seed": 7, "fake_score_learning_rate": 1e-4}
+    path = tiny.path(run / "path", teacher_folder, **said)
+
+    def refused(folder):
+        with pytest.raises(
+            ValueError, match=f"names {name!r} on this machine .* --pretrained_model_name_or_path {name}"
+        ):
+            push_run(folder, "alice/refused")
+        assert "alice/refused" not in hub.repos
+
+    with pytest.raises(ValueError, match=f"names {name!r} on this machine"):
+        DegradationPath.from_pretrained(run / "path").push_to_hub("alice/refused")
+    assert "alice/refused" not in hub.repos
+    settings = run / "settings" / "degradation.json"
+    settings.parent.mkdir()
+    for content in (
+        None,
+        {},
+        {**said, "seed": 8},
+        {**said, "pretrained_model_name_or_path": f"{name}-2"},
+        {**said, "pretrained_vae_model_name_or_path": name},
+    ):
+        settings.unlink(missing_ok=True)
+        if content is not None:
+            settings.write_text(json.dumps(content))
+        refused(run / "path")
+        refused(run)
+    settings.write_text(json.dumps({**said, "fake_score_learning_rate": 2e-4}))  # a run may be resumed at another rate
+    manifest = json.loads((run / "path" / "path.json").read_text())
+    other = {**manifest, "teacher": {**manifest["teacher"], "vae": name}}
+    (run / "path" / "path.json").write_text(json.dumps(other))
+    refused(run / "path")
+    (run / "path" / "path.json").write_text(json.dumps(manifest))
+    for number, folder in enumerate((run, run / "path")):
+        push_run(folder, f"alice/told-{number}")
+    shutil.copytree(run / "path", tmp_path / "theirs")
+    refused(tmp_path / "theirs")
+    push_run(tmp_path / "theirs", "alice/told-3", teacher=path.teacher)
+    for number in (0, 1, 3):
+        assert "text_encoder/model.safetensors" in hub.files(f"alice/told-{number}", "degradation-000200")
 
 
 def test_an_adapter_node(tmp_path, teacher_folder, repo):

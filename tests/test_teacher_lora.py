@@ -108,7 +108,7 @@ def test_ranks_and_alphas_of_single_layers(networks, tmp_path):
         "unet.r": RANK,
         "unet.lora_alpha": 6,
         "unet.rank_pattern": {"attn1.to_q": 2},
-        "unet.alpha_pattern": {"attn1.to_q": 1},
+        "unet.alpha_pattern": {f"^{name}": 1},  # as diffusers marks a whole name
     }
     for rslora, scales in ((False, (6 / RANK, 1 / 2)), (True, (6 / RANK**0.5, 1 / 2**0.5))):
         header = {"lora_adapter_metadata": json.dumps({**said, "unet.use_rslora": rslora})}
@@ -201,7 +201,8 @@ def test_every_tensor_is_used_or_named(networks, tmp_path):
         ({**tensors, f"{first}.lora_down.weight": torch.tensor(1.0)}, None, "belongs to another model"),
         (peft, header(**{"unet.r": 9}), "says rank 9 of .*, but its tensors have 3"),
         (peft, header(**{"unet.use_dora": True}), "more than a LoRA .use_dora"),
-        (peft, header(**{"unet.alpha_pattern": {"(": 1}}), "a pattern that is none"),
+        (peft, header(**{"unet.alpha_pattern": {"(": 1}}), r"has the alpha_pattern '\(', which is no layer's name"),
+        (peft, header(**{"unet.rank_pattern": {r"([\w.]*)*!": 1}}), "has the rank_pattern .* which is no layer's name"),
         (peft, header(**{"unet.lora_alpha": "4"}), "says lora_alpha='4', which cannot be"),
         (peft, {"lora_adapter_metadata": "{"}, "is no valid JSON"),
     ]  # fmt: skip

@@ -1,7 +1,6 @@
 """One frozen network for several roles: a LoRA for each role, of which one is active at a time."""
 
 import copy
-import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .files import parse_json
 from .model_reference import fill_adapter
 from .score_model import ScoreModel
-from .weights import adapter_text, open_weights, save_weights
+from .weights import adapter_text, are_layers, open_weights, save_weights
 
 
 if TYPE_CHECKING:
@@ -275,7 +274,6 @@ def config_of(file: Path) -> "LoraConfig":
 
 
 _SAID = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
-_LAYERS = re.compile(r"[A-Za-z0-9_.]{1,200}")
 
 
 def _check_adapter_config(said: dict[str, Any], largest: int, file: Path) -> None:
@@ -287,9 +285,6 @@ def _check_adapter_config(said: dict[str, Any], largest: int, file: Path) -> Non
 
     def is_rank(value: Any) -> bool:
         return type(value) is int and 0 < value <= largest
-
-    def are_layers(value: Any) -> bool:
-        return isinstance(value, list | dict) and all(isinstance(v, str) and _LAYERS.fullmatch(v) for v in value)
 
     checks = {
         "r": is_rank,

@@ -10,8 +10,8 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from .files import inside, parse_json, read_text
-from .pipeline_folder import WITHOUT_A_ROLE, files_of
-from .repository import Files
+from .pipeline_folder import WITHOUT_A_ROLE, check_own
+from .repository import Files, HubError, Repository
 
 
 logger = logging.getLogger(__name__)
@@ -37,15 +37,17 @@ def left_out(
     Returns:
         `dict`: For `DiffusionPipeline.from_pretrained`: `None` for each of these parts, and `requires_safety_checker`.
     """
-    there = tuple((name, str(index[name][1])) for name in WITHOUT_A_ROLE if _is_named(index, name))
+    there = tuple(
+        (name, str(index[name][0]), str(index[name][1])) for name in WITHOUT_A_ROLE if _is_named(index, name)
+    )
     folder = Path(name_or_path)
     if os.path.isdir(folder):  # what lies elsewhere is no broken part, but an attack
-        for name, _ in there:
+        for name, library, _ in there:
             if inside(folder, name, name_or_path).is_dir():
-                files_of(folder / name, f"the model {name_or_path!r}", folder)
+                check_own(folder, name, f"the model {name_or_path!r}", library)
     stamp = tuple(  # of a folder, which its owner may mend
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for name, _ in there
+        for name, _, _ in there
         for file in (sorted((folder / name).glob("*")) if os.path.isdir(folder / name) else ())
         if file.is_file()
     )
@@ -75,17 +77,31 @@ def _is_named(index: dict[str, Any], name: str) -> bool:
 
 @lru_cache(maxsize=64)
 def _broken(
-    there: tuple[tuple[str, str], ...],
+    there: tuple[tuple[str, str, str], ...],
     name_or_path: str,
     revision: str | None,
     variant: str | None,
     cache_dir: str | None,
     stamp: tuple,
 ) -> tuple[str, ...]:
-    """The parts that cannot be loaded, each after a word on why."""
+    """The parts that cannot be loaded, each after a word on why.
+
+    Raises:
+        ValueError: If one on the Hub is more than a part that cannot be loaded; see `check_own`.
+    """
     names = []
-    for name, class_name in there:
+    for name, library, class_name in there:
         try:
+            configs = None if os.path.isdir(name_or_path) else _configs(name, name_or_path, revision, cache_dir)
+        except HubError as error:
+            configs, problem = None, error
+        else:
+            problem = None
+        if configs is not None and (configs / name).is_dir():
+            check_own(configs, name, f"the model {name_or_path!r}", library)
+        try:
+            if problem is not None:
+                raise problem
             _load(name, class_name, name_or_path, revision, variant, cache_dir)
         except Exception as error:  # whatever is wrong with it is no reason to stop, and is told
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -94,10 +110,24 @@ def _broken(
                 f"student and its path will be without one. ({reason})"
             )
             names.append(name)
-    if "feature_extractor" in names and "safety_checker" in dict(there) and "safety_checker" not in names:
+    if (
+        "feature_extractor" in names
+        and "safety_checker" in {part[0] for part in there}
+        and "safety_checker" not in names
+    ):
         logger.warning(f"The safety_checker of {name_or_path} sees nothing without it, and is left out, too.")
         names.append("safety_checker")
     return tuple(names)
+
+
+def _configs(name: str, repo_id: str, revision: str | None, cache_dir: str | None) -> Path:
+    """The folder with what says how a part on the Hub is loaded; its weights are not downloaded.
+
+    Raises:
+        HubError: If the Hub does not give it.
+    """
+    patterns = [f"{name}/{pattern}" for pattern in ("*.json", "*.py")]
+    return Repository(repo_id, patient=False).download(patterns, revision, cache_dir)
 
 
 def _load(

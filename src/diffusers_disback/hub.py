@@ -20,7 +20,7 @@ from .pipeline import DisBackOneStepPipeline
 from .pipeline_folder import INDEX, components_of, files_of, licences_of, read_index
 from .published import clean_configs, published, published_files, published_report
 from .repository import Files, HubError, Repository, is_repo_id, write_files
-from .run_folder import FREE_SETTINGS, RunFolder
+from .run_folder import FREE_SETTINGS, RATES, RunFolder
 from .sharing import check_empty, check_main, check_teacher_may_be_shared
 from .signals import signal_handler
 
@@ -228,13 +228,22 @@ def path_of_run(folder: str | Path, teacher: ModelReference | None = None) -> De
         places.append(Path(elsewhere))
     found = [place for place in places if (place / MANIFEST).is_file()]
     if "student" not in report:
-        paths = (DegradationPath.from_pretrained(place, teacher=teacher) for place in found)
-        return next((path for path in paths if path.folder in places[:2] or _is_recorded_by(path, settings)), None)
+        for place in found:
+            path = DegradationPath.from_pretrained(place, teacher=teacher)
+            # The path's own folder may lie in the run's.
+            inner = place == folder and not settings
+            own = RunFolder(Path(os.path.abspath(folder)).parent).settings() if inner else settings
+            recorded = _is_recorded_by(path, own)
+            path.teacher_was_told |= recorded and _has_its_teacher(path, own)
+            if recorded or place in places[:2]:
+                return path
+        return None
     if report["path"] is None or "repo_id" in report["path"]:
         return None
     for place in found:
         path = DegradationPath.from_pretrained(place, teacher=teacher)
         if path.manifest["id"] == report["path"]["id"]:
+            path.teacher_was_told |= _has_its_teacher(path, settings)  # which it recorded, or went along
             return path
     raise ValueError(
         f"The path that the student of {folder} went along is not at {' or '.join(map(str, places[1:]))}. Push from the "
@@ -244,8 +253,15 @@ def path_of_run(folder: str | Path, teacher: ModelReference | None = None) -> De
 
 def _is_recorded_by(path: DegradationPath, settings: dict[str, Any]) -> bool:
     """Whether a path that lies elsewhere was recorded under a run's settings: else others could name it."""
-    recording = path.manifest["recording"]
+    recording = {name: value for name, value in path.manifest["recording"].items() if name not in RATES}
     return bool(recording) and all(name in settings and settings[name] == recording[name] for name in recording)
+
+
+def _has_its_teacher(path: DegradationPath, settings: dict[str, Any]) -> bool:
+    """Whether a run's settings name every place that a path's teacher is put together from."""
+    names = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "single_file_config")
+    teacher = path.teacher
+    return [settings.get(name) for name in names] == [teacher.name_or_path, teacher.vae, teacher.single_file_config]
 
 
 def push_run(
@@ -289,6 +305,8 @@ def push_run(
                 f"{folder} holds neither a finished student nor a degradation path: nothing can be pushed."
             )
         return path.push_to_hub(repo_id, private, create_pr, commit_message, token, cache_dir)
+    if path is not None:
+        path.check_teachers_place()
     repository = Repository(repo_id, token)
     repository.create(private)
 

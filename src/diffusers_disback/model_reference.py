@@ -23,6 +23,7 @@ from .pipeline_folder import (
     WEIGHTS,
     check_classes,
     check_component,
+    check_own,
     check_pipeline,
     components_of,
     files_of,
@@ -334,6 +335,26 @@ class ModelReference:
             "last part of its name only."
         )
 
+    def configs(self, components: dict[str, str], cache_dir: str | None = None) -> Path:
+        """The folder that holds the `config.json` of components; of a model on the Hub nothing else is downloaded.
+
+        Args:
+            components (`dict[str, str]`): Their names, and the library that the class of each is from.
+            cache_dir (`str`, *optional*): Where downloads are kept.
+
+        Raises:
+            ValueError: If one of them cannot be had, or is not its own; see `check_own`.
+        """
+        source, what = self.source(cache_dir), f"the model {self.name_or_path!r}"
+        root = Path(source.name_or_path)
+        if not root.is_dir():
+            patterns = [f"{name}/config.json" for name in components]
+            root = Repository(source.name_or_path, patient=False).download(patterns, source.revision, cache_dir)
+        for name, library in components.items():
+            check_own(root, name, what, library)
+            read_json(inside(root, f"{name}/config.json", what), f"{name}/config.json of {what}")
+        return root
+
     def skeleton(self, cache_dir: str | None = None) -> nn.Module:
         """The denoiser's architecture without weights, on the meta device.
 
@@ -342,11 +363,8 @@ class ModelReference:
         """
         from diffusers import UNet2DConditionModel
 
-        source = self.source(cache_dir)
         try:
-            config = UNet2DConditionModel.load_config(
-                source.name_or_path, subfolder="unet", revision=source.revision, cache_dir=cache_dir
-            )
+            config = UNet2DConditionModel.load_config(self.configs({"unet": "diffusers"}, cache_dir), subfolder="unet")
             with torch.device("meta"):
                 return UNet2DConditionModel.from_config(config)
         except UNREADABLE as error:

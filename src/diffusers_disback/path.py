@@ -49,7 +49,7 @@ class DegradationPath:
         self.manifest = manifest
         self.teacher = teacher
         self.cache_dir = cache_dir
-        self.teacher_was_told = True  # by the user, or by a recording on this machine
+        self.teacher_was_told = True  # by the user, or by a run's settings, and not by `path.json` alone
         self.seconds_waited = 0.0
         self._coming: dict[int, Future[list[Path]]] = {}
         self._sound: set[tuple[Path, int, int, str]] = set()  # files that were hashed: size, time of change, hash
@@ -149,7 +149,7 @@ class DegradationPath:
                 known.get("rescale_betas_zero_snr") is True,
             )
         path = cls(folders, manifest, teacher, cache_dir)
-        path.teacher_was_told = was_told or not any("commit" in node for node in manifest["nodes"])
+        path.teacher_was_told = was_told
         return path
 
     def __len__(self) -> int:
@@ -475,8 +475,10 @@ class DegradationPath:
             `str`: The repository's full id.
 
         Raises:
+            ValueError: See `check_teachers_place`.
             HubError: If the repository holds something else, or the Hub fails for good. Nothing is overwritten then.
         """
+        self.check_teachers_place()
         repository = Repository(repo_id, token)
         repository.create(private)
         manifest = self.push_nodes(repository, cache_dir, claim=not create_pr)
@@ -503,26 +505,30 @@ class DegradationPath:
             claim (`bool`): First write to `main` whose it is.
 
         Raises:
-            ValueError: If the path came from the Hub and names a place on this machine as its teacher's, and nobody else
-                said that it is there.
+            ValueError: See `check_teachers_place`.
             HubError: If the repository holds something else, or the Hub fails for good.
         """
-        self._check_teachers_place()
+        self.check_teachers_place()
         dtype = self.nodes[0]["dtype"] if self.kind == "full" else "float32"  # of the network beside the text encoder
         teacher_files = self.teacher.component_files(dtype, cache_dir)
         check_teacher_may_be_shared(self.teacher, repository)
         return push_nodes(self.manifest, self.folders, teacher_files, repository, claim)
 
-    def _check_teachers_place(self) -> None:
-        """Sees that files of this machine are not published because somebody else's `path.json` names them."""
+    def check_teachers_place(self) -> None:
+        """Sees that files of this machine are not published because somebody else's `path.json` names them.
+
+        Raises:
+            ValueError: If it names a place on this machine as the teacher's, and neither the user nor the settings of the
+                run that recorded it said so.
+        """
         if self.teacher_was_told:
             return
         for name in (self.teacher.name_or_path, self.teacher.vae, self.teacher.single_file_config):
             if name is not None and os.path.exists(name):
                 raise ValueError(
-                    f"{MANIFEST} of {self.where} came from the Hub, and names {name!r} on this machine as its teacher's, of "
-                    "which files would be published. If it is the teacher, say so: --pretrained_model_name_or_path "
-                    f"{self.teacher.name_or_path}."
+                    f"{MANIFEST} of {self.where} names {name!r} on this machine as its teacher's, of which files would be "
+                    "published, and it lies in no folder of a run whose settings say so. If it is the teacher, say so: "
+                    f"--pretrained_model_name_or_path {self.teacher.name_or_path}."
                 )
 
 

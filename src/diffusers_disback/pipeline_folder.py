@@ -42,6 +42,11 @@ _CLASSES |= {f"{name}_2": _CLASSES[name] for name in ("text_encoder", "tokenizer
 WITHOUT_A_ROLE = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that distillation does not need: one that cannot be read is left out."""
 
+# transformers reads the weights of the model that the one names, and puts the other upon the component's own, without a word.
+_ADAPTER = re.compile(r"adapter_config\.json|adapter_model\..+")
+_NAMES_A_FILE = re.compile(r"\w*_file|transformers_weights")
+_NOT_READ = ("special_tokens_map_file",)  # where its author had it; the one in the folder is read
+
 _READ = {
     *("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json"),
     *("vocab.json", "special_tokens_map.json", "added_tokens.json"),
@@ -132,6 +137,11 @@ def files_of(folder: Path, source: str, root: Path | None = None) -> list[Path]:
             continue
         if not file.is_file():
             raise ValueError(f"{source} holds {entry.relative_to(root)}, which is no file, or a link to none.")
+        if _ADAPTER.fullmatch(file.name):
+            raise ValueError(
+                f"{source} holds {entry.relative_to(root)}, an adapter, for which other weights would be loaded than the "
+                "component's own. Nothing of it was read; take it away, or merge the adapter into the weights."
+            )
         if _SHARDS.fullmatch(file.name):
             check_shards(file, f"{file.relative_to(root)} of {source}")
         files.append(file)
@@ -181,7 +191,7 @@ def check_pipeline(folder: Path, index: dict[str, Any], variant: str | None, sou
         if name in _CLASSES and name not in WITHOUT_A_ROLE:
             check_component(folder, name, variant, source, library)
         elif inside(folder, name, source).is_dir():
-            files_of(folder / name, source, folder)
+            check_own(folder, name, source, library)
 
 
 def check_component(root: Path, name: str, variant: str | None, source: str, library: str | None = None) -> None:
@@ -197,10 +207,7 @@ def check_component(root: Path, name: str, variant: str | None, source: str, lib
     Raises:
         ValueError: With the file, and what to do.
     """
-    files = files_of(root / name, source, root)
-    if any(file.name == f"{library}.py" for file in files):
-        raise ValueError(f"{source} holds {name}/{library}.py, code of its own in place of {library}. It is not run.")
-    for file in of_variant(files, variant):
+    for file in of_variant(check_own(root, name, source, library), variant):
         what = f"{name}/{file.name} of {source}"
         if file.name in _READ:
             read_json(file, what)
@@ -209,6 +216,50 @@ def check_component(root: Path, name: str, variant: str | None, source: str, lib
                 pass
         elif file.suffix in (".json", ".txt"):
             check_no_pointer(file, what)
+
+
+def check_own(root: Path, name: str, source: str, library: str | None = None) -> list[Path]:
+    """Sees that nothing but a component's own files is read or run when it is loaded: no code, no adapter, and no file that
+    its configs name elsewhere. Whether it can be read is not looked at.
+
+    Args:
+        root, name, source, library: As of `check_component`.
+
+    Returns:
+        `list[Path]`: `files_of` the component.
+
+    Raises:
+        ValueError: With the file, and what to do.
+    """
+    files = files_of(root / name, source, root)
+    if any(file.name == f"{library}.py" for file in files):
+        raise ValueError(f"{source} holds {name}/{library}.py, code of its own in place of {library}. It is not run.")
+    for file in files:
+        if file.name.endswith("config.json"):
+            for value in _named_files(_content(file)):
+                inside(root / name, value, f"{name}/{file.name} of {source}")
+    return files
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """Of a config; empty if nobody can read it, which is told when it is loaded."""
+    try:
+        return read_json(file)
+    except ValueError:
+        return {}
+
+
+def _named_files(content: dict[str, Any]) -> list[str]:
+    """What a config says in places where file names stand, at any depth."""
+    named, left = [], [content]
+    while left:
+        inner = left.pop()
+        for key, value in inner.items() if isinstance(inner, dict) else enumerate(inner):
+            if isinstance(value, dict | list):
+                left.append(value)
+            elif value and isinstance(value, str) and _NAMES_A_FILE.fullmatch(str(key)) and key not in _NOT_READ:
+                named.append(value)
+    return named
 
 
 def of_variant(files: list[Path], variant: str | None) -> list[Path]:

@@ -303,19 +303,19 @@ def skeletons_beside(teacher: ModelReference, cache_dir: str | None = None) -> d
     import transformers
     from diffusers import AutoencoderKL
 
-    source = teacher.source(cache_dir)
-    name_or_path, where = source.name_or_path, {"revision": source.revision, "cache_dir": cache_dir}
     made = {}
     try:
         index = teacher.index(cache_dir)
         check_classes(index, f"the model {teacher.name_or_path!r}")
-        for name in ("text_encoder", "text_encoder_2"):
-            if name in components_of(index):
-                network_class = getattr(transformers, index[name][1])
-                config = network_class.config_class.from_pretrained(name_or_path, subfolder=name, **where)
-                with torch.device("meta"):
-                    made[name] = network_class(config)
-        config = AutoencoderKL.load_config(name_or_path, subfolder="vae", **where)
+        encoders = [name for name in ("text_encoder", "text_encoder_2") if name in components_of(index)]
+        libraries = {name: index[name][0] for name in encoders}
+        root = teacher.configs({**libraries, "vae": "diffusers"}, cache_dir)
+        for name in encoders:
+            network_class = getattr(transformers, index[name][1])
+            config = network_class.config_class.from_pretrained(root, subfolder=name)
+            with torch.device("meta"):
+                made[name] = network_class(config)
+        config = AutoencoderKL.load_config(root, subfolder="vae")
         with torch.device("meta"):
             return {**made, "vae": AutoencoderKL.from_config(config)}
     except UNREADABLE as error:

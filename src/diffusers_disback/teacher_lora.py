@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import parse_json
+from .files import inside, parse_json
 from .repository import HubError, Repository, is_repo_id
 from .single_file import single_file_of
-from .weights import metadata_of, read_weights
+from .weights import are_layers, metadata_of, read_weights
 
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def lora_file(lora: str, cache_dir: str | None = None) -> Path:
     if os.path.isdir(lora):
         folder = Path(lora)
         names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-        return folder / _the_one(names, lora)
+        return inside(folder, _the_one(names, lora), f"The folder of the LoRA {lora!r}")
     if not is_repo_id(lora):
         raise ValueError(f"The LoRA {lora!r} cannot be read: it is no file, no folder, and no name of a repository.")
     repository = Repository(lora, patient=False)
@@ -118,7 +118,7 @@ def lora_file(lora: str, cache_dir: str | None = None) -> Path:
         names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
         name = _the_one(names, lora)
         logger.warning(f"{error} The LoRA {lora} is taken from the cache: {name}.")
-        return folder / name
+        return inside(folder, name, f"The repository of the LoRA {lora!r}")
     return repository.file(_the_one(names, lora), None, cache_dir)
 
 
@@ -304,6 +304,11 @@ def _adapter_config(header: dict[str, str], lora: str) -> dict[str, Any]:
     for name, kind in (("rank_pattern", dict), ("alpha_pattern", dict), ("r", int), ("lora_alpha", (int, float))):
         if own.get(name) is not None and not isinstance(own[name], kind):
             raise ValueError(f"The header of the LoRA {lora!r} says {name}={own[name]!r}, which cannot be.")
+        if kind is dict and not are_layers(own.get(name) or {}):
+            shown = next(key for key in own[name] if not are_layers([key]))
+            raise ValueError(
+                f"The header of the LoRA {lora!r} has the {name} {shown[:100]!r}, which is no layer's name."
+            )
     return own
 
 
@@ -332,11 +337,8 @@ def _scale(name: str, layer: _Layer, config: dict[str, Any], lora: str) -> float
 
 
 def _of_pattern(patterns: dict[str, Any], name: str, otherwise: Any, lora: str) -> float:
-    """What peft's patterns say of a layer: keys are its name, the end of it, or a regular expression for either."""
-    try:
-        value = next((v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", name)), otherwise)
-    except re.error as error:
-        raise ValueError(f"The header of the LoRA {lora!r} has a pattern that is none ({error}).") from error
+    """What peft's patterns say of a layer: keys are its name, or the end of it, and peft takes them for regular expressions."""
+    value = next((v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", name)), otherwise)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"The header of the LoRA {lora!r} says {value!r} of {name}, which is no number.")
     return value

@@ -117,7 +117,7 @@ class RunUpload:
     def _push_path(self) -> None:
         training = self.training
         self._create()
-        path = DegradationPath.from_pretrained(training.path_folder)
+        path = DegradationPath.from_pretrained(training.path_folder, teacher=training.teacher)
         if path.complete:
             path.push_to_hub(self.repository.repo_id, token=training.hub_token, cache_dir=training.cache_dir)
         else:

@@ -2,6 +2,7 @@
 weights are equal files."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,15 @@ def save_weights(weights: dict[str, Tensor], file: str | Path, metadata: dict[st
         written = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         stream.seek(8)
         stream.write(written.ljust(size))
+
+
+_LAYER = re.compile(r"\^?[A-Za-z0-9_.]{1,200}")
+
+
+def are_layers(value: Any) -> bool:
+    """Whether a list's entries, or a dictionary's keys, are plain names of layers: peft takes them for regular expressions,
+    which somebody else could write so that they never end. diffusers marks the beginning of a whole name with `^`."""
+    return isinstance(value, list | dict) and all(isinstance(v, str) and _LAYER.fullmatch(v) for v in value)
 
 
 def adapter_text(config: dict[str, Any]) -> str:

@@ -259,6 +259,7 @@ def check_report(report: dict[str, Any], what: str) -> None:
     Raises:
         ValueError: With the first that is missing or wrong.
     """
+    check_fields(report, {"files?": _are_counts}, what)
     measures = {name: report[name] for name in ("floor", "teacher", "initial", "student") if name in report}
     for name, values in [*measures.items(), *_records(report, "stages", what).items()]:
         if not is_record(values) or not all(type(v) is float or is_number(v) for v in values.values()):
@@ -300,6 +301,10 @@ _OF_SETTINGS = {
         is_text_or_none,
     ),
 }
+
+
+def _are_counts(value: Any) -> bool:
+    return is_record(value) and all(map(is_count, value.values()))
 
 
 def _records(report: dict[str, Any], name: str, what: str) -> dict[str, Any]:
