@@ -11,11 +11,13 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from diffusers_disback import components
 from diffusers_disback.components import check_whole
 from diffusers_disback.families import load_family
 from diffusers_disback.generator import to_pipeline
 from diffusers_disback.hub import save_student
 from diffusers_disback.model_reference import ModelReference
+from diffusers_disback.repository import HubError
 
 
 SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -160,3 +162,87 @@ def test_a_folder_that_is_not_whole_is_told(teacher_folder, tmp_path):
     (broken / "text_encoder" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="is not whole: its text_encoder is without weights"):
         save_student(student, ModelReference(str(broken)), tmp_path / "student")
+
+
+def upload(folder, repo):
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(repo, exist_ok=True)
+    return HfApi().upload_folder(repo_id=repo, folder_path=folder).oid
+
+
+def test_a_part_that_the_hub_fails_to_serve_is_not_taken_for_broken(with_all_parts, hub, repo, impatient, tmp_path):
+    """Else a safety checker would be lacking in what is published, for a minute's outage."""
+    from hub_server import Fault
+
+    upload(with_all_parts, repo)
+    hub.fault = lambda request: Fault(status=503) if "safety_checker" in request.path else None
+    reference, cache = ModelReference(repo), str(tmp_path / "cache")
+    with pytest.raises(HubError, match="The Hub cannot be reached for") as caught:
+        reference.component_files("float32", cache)
+    assert caught.value.passes
+    hub.fault = None
+    assert "safety_checker/model.safetensors" in reference.component_files("float32", cache)
+
+
+def test_what_a_hub_model_has_not_is_known_when_the_hub_is_down(with_all_parts, hub, repo, impatient, tmp_path):
+    from hub_server import Fault
+
+    folder = shutil.copytree(with_all_parts, tmp_path / "teacher")
+    pickled(folder, "safety_checker")
+    shutil.rmtree(folder / "image_encoder")
+    upload(folder, repo)
+    parts, cache = ("safety_checker", "feature_extractor", "image_encoder"), str(tmp_path / "cache")
+    root = components._fetched(parts, repo, None, "fp16", cache)
+    components._fetched.cache_clear()  # as in the next process
+    hub.fault = lambda request: Fault(status=503)
+    assert components._fetched(parts, repo, None, "fp16", cache) == root
+    found = sorted(file.relative_to(root).as_posix() for part in parts for file in (root / part).glob("*"))
+    assert found == ["feature_extractor/preprocessor_config.json", "safety_checker/config.json"]
+
+
+def test_a_part_of_a_variant_is_taken_as_it_is_there(with_all_parts, repo, tmp_path):
+    """In shards, and of the variant or without one."""
+    folder = shutil.copytree(with_all_parts, tmp_path / "teacher")
+    checker = StableDiffusionSafetyChecker.from_pretrained(folder / "safety_checker")
+    (folder / "safety_checker" / "model.safetensors").unlink()
+    checker.save_pretrained(folder / "safety_checker", variant="fp16", max_shard_size="2KB")
+    names = {file.name for file in (folder / "safety_checker").iterdir()}
+    assert "model.safetensors.index.fp16.json" in names and len(names) > 3
+    upload(folder, repo)
+    parts, cache = ("safety_checker", "feature_extractor", "image_encoder"), str(tmp_path / "cache")
+    root = components._fetched(parts, repo, None, "fp16", cache)
+    assert {file.name for file in (root / "safety_checker").iterdir()} == names
+    index = json.loads((folder / "model_index.json").read_text())
+    assert components.left_out(index, str(folder), None, "fp16", None) == {}
+    assert components.left_out(index, repo, None, "fp16", cache) == {}
+
+
+def test_parts_are_judged_without_reading_their_numbers(with_all_parts, monkeypatch):
+    """Which for a safety checker is 1.2 GB; and what is no fault of the files stops the run."""
+    devices = []
+
+    def watched(whole):
+        def load(*arguments, **options):
+            loaded = whole(*arguments, **options)
+            devices.extend({tensor.device.type for tensor in loaded[0].parameters()})
+            return loaded
+
+        return load
+
+    index = json.loads((with_all_parts / "model_index.json").read_text())
+    with monkeypatch.context() as context:
+        for kind in (StableDiffusionSafetyChecker, CLIPVisionModelWithProjection):
+            context.setattr(kind, "from_pretrained", watched(kind.from_pretrained))
+        components._broken.cache_clear()
+        assert components.left_out(index, str(with_all_parts), None, None, None) == {}
+    assert devices == ["meta", "meta"]
+
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(StableDiffusionSafetyChecker, "from_pretrained", full)
+    components._broken.cache_clear()
+    with pytest.raises(MemoryError):
+        components.left_out(index, str(with_all_parts), None, None, None)
+    components._broken.cache_clear()

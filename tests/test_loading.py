@@ -47,6 +47,25 @@ def test_nothing_that_is_loaded_changes_with_its_file(tmp_path):
     assert not equal(changed, dict(before[0])), "the file is another one now"
 
 
+def test_a_node_is_in_memory_once_and_its_own(teacher_folder, tmp_path, monkeypatch):
+    """It goes from its file into the network without a copy in between, and stays as it was when the file is overwritten."""
+    path = tiny.path(tmp_path / "path", teacher_folder)
+    monkeypatch.setattr("diffusers_disback.path.read_weights", None)
+    copies = []
+    clone = torch.Tensor.clone
+    with monkeypatch.context() as context:
+        context.setattr(torch.Tensor, "clone", lambda tensor, **_: copies.append(tensor) or clone(tensor))
+        network = tiny.unet(seed=7)
+        copies.clear()
+        path.load(1, network)
+        path.verify_node(2, network)
+        assert not copies
+        read = path.read(1)
+        assert len(copies) == len(read)
+    overwrite(next((path.node_folder(1) / "unet").glob("*.safetensors")))
+    assert equal(weights(network), weights(tiny.unet(seed=1))) and equal(read, dict(weights(tiny.unet(seed=1))))
+
+
 def test_tensors_that_are_shared_stay_shared():
     network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     network[1].weight = network[0].weight

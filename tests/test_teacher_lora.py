@@ -6,7 +6,7 @@ import original_layout
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from stages import equal, weights
 
 from diffusers_disback.adapters import lora_config, write_adapter
@@ -258,3 +258,32 @@ def test_a_folder_or_repository_of_several_says_so(alice, repo, tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message):
             lora_file(where)
+
+
+def test_what_the_hub_gave_is_asked_for_once(hub, repo, impatient, tmp_path):
+    """A LoRA, by its repository or its file, and a denoiser: the same for the whole run, though the Hub is down."""
+    from hub_server import Fault
+    from huggingface_hub import HfApi
+
+    from diffusers_disback.model_reference import ModelReference, _denoiser_folder
+    from diffusers_disback.teacher_lora import lora_file
+
+    api, cache = HfApi(), str(tmp_path / "cache")
+    api.create_repo(repo)
+    tiny.unet().save_pretrained(tmp_path / "files" / "unet")
+    for value in (0.0, 1.0):
+        save_file({"x": torch.full((2,), value)}, tmp_path / "files" / "a.safetensors")
+        api.upload_folder(repo_id=repo, folder_path=tmp_path / "files")
+        found = [
+            lora_file(repo, cache),
+            lora_file(f"{repo}/a.safetensors", cache),
+            _denoiser_folder(ModelReference(repo), cache) / "a.safetensors",
+        ]
+        assert len({file.parent for file in found}) == 1, "all of the commit that was seen first"
+        assert load_file(found[0])["x"].tolist() == [0.0, 0.0]
+        if value == 0.0:
+            first = found
+    hub.fault = lambda request: Fault(status=503)
+    requests = len(hub.requests)
+    assert found == first == [lora_file(repo, cache), lora_file(f"{repo}/a.safetensors", cache), first[2]]
+    assert len(hub.requests) == requests

@@ -1,35 +1,32 @@
 """An autoencoder from elsewhere: a folder, a repository or one file, held to what a teacher is held to."""
 
-import hashlib
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 
-from .files import inside, read_json
-from .pipeline_folder import UNREADABLE, files_of
-from .repository import HubError, Repository, sha256_of
-from .single_file import single_file_of
-from .weights import open_weights, save_weights
+from .files import read_json
+from .pipeline_folder import UNREADABLE, check_shards, files_of, of_variants, variant_taken
+from .repository import HubError, Repository, downloaded, known_sha256, sha256_of
+from .single_file import made_once, single_file_of
+from .weights import HALVES, open_weights, save_weights
 
 
 logger = logging.getLogger(__name__)
 _STEM = "diffusion_pytorch_model"
-_WEIGHTS = re.compile(rf"{_STEM}(?:\.([\w-]+))?\.safetensors|{_STEM}\.safetensors\.index(?:\.([\w-]+))?\.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _OWN = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _PREFIXES = ("first_stage_model.", "vae.", "")  # of its names in one file
-_HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 # In one file, beside an autoencoder's own weights in the original layout: those of its training.
 _OF_TRAINING = ("loss.", "model_ema.")
 
 
 def autoencoder_folder(name: str, variant: str | None, config: Path, cache_dir: str | None = None) -> Path:
-    """Where an autoencoder's `config.json` and weights lie on this machine, after a download or a conversion.
+    """Where an autoencoder's `config.json` and weights lie on this machine, after a download or a conversion. The Hub is asked
+    once in a process.
 
     Args:
         name (`str`): A folder or a repository, in which it is at the root or in `vae/`; or a `.safetensors` file.
@@ -45,7 +42,7 @@ def autoencoder_folder(name: str, variant: str | None, config: Path, cache_dir: 
     root = Path(name)
     if not root.is_dir():
         patterns = ["config.json", f"{_STEM}*.safetensors", f"{_STEM}*.json"]
-        root = Repository(name).download([*patterns, *(f"vae/{pattern}" for pattern in patterns)], None, cache_dir)
+        root = downloaded(name, (*patterns, *(f"vae/{pattern}" for pattern in patterns)), None, cache_dir)
     for folder in (root, root / "vae"):
         if (folder / "config.json").is_file():
             what = f"the autoencoder {name!r}"
@@ -60,7 +57,7 @@ def autoencoder_folder(name: str, variant: str | None, config: Path, cache_dir: 
 
 def variant_of(folder: Path, variant: str | None) -> str | None:
     """The variant that is taken of the weights in a folder: the one that is asked for, if it is there."""
-    return variant if variant in _variants(folder) else None
+    return variant_taken(_weights(folder), variant)
 
 
 def load_autoencoder(folder: Path, variant: str | None, name: str) -> AutoencoderKL:
@@ -85,22 +82,19 @@ def load_autoencoder(folder: Path, variant: str | None, name: str) -> Autoencode
     return vae
 
 
-def _variants(folder: Path) -> dict[str | None, str]:
-    """Of the weights in a folder, whole or in shards, and the file of each; `None` stands for those without a variant."""
-    matches = [match for file in sorted(folder.iterdir()) if (match := _WEIGHTS.fullmatch(file.name))]
-    return {match[1] or match[2]: match[0] for match in matches}
+def _weights(folder: Path) -> list[Path]:
+    """The files in a folder that are named as an autoencoder's weights are."""
+    return [file for file in sorted(folder.iterdir()) if file.name.startswith(_STEM)]
 
 
 def _check_weights(name: str, folder: Path, variant: str | None) -> None:
     """Raises a `ValueError` unless there are weights of the variant, or without one."""
-    there = _variants(folder)
+    there = {kind: files[-1].name for kind, files in of_variants(_weights(folder)).items()}  # of shards, their index
     if variant in there or None in there:
         file = folder / there[variant if variant in there else None]
         if file.suffix == ".json":  # it names shards
-            what = f"{file.name} of the autoencoder {name}"
-            shards = read_json(file, what).get("weight_map")
-            names = set(map(str, shards.values())) if isinstance(shards, dict) else set()
-            missing = sorted(shard for shard in names if not inside(folder, shard, what).is_file())
+            names = set(check_shards(file, f"{file.name} of the autoencoder {name}")["weight_map"].values())
+            missing = sorted(shard for shard in names if not (folder / shard).is_file())
             if missing or not names:
                 raise ValueError(f"The autoencoder {name} is not whole: there is no {(missing or ['shard'])[0]}.")
         return
@@ -133,9 +127,6 @@ def _pickles(name: str, folder: Path) -> list[str]:
 
 def _converted(name: str, config: Path, cache_dir: str | None) -> Path:
     """One file as a folder, made once: it is named by the file's and the config's content."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import WeakFileLock
-
     file = single_file_of(name).fetch(None, cache_dir)
     if file.suffix.lower() != ".safetensors":
         raise ValueError(
@@ -156,27 +147,17 @@ def _converted(name: str, config: Path, cache_dir: str | None) -> Path:
             f"{name} is no autoencoder ({(foreign or ['it is empty'])[0]}). In one file an autoencoder is its weights alone, in "
             "diffusers' layout or the original one; of a whole pipeline's folder its vae/ is taken."
         )
-    key = hashlib.sha256(f"autoencoder {sha256_of(file)} {sha256_of(config / 'config.json')}".encode()).hexdigest()[
-        :16
-    ]
-    folder = Path(cache_dir or constants.HF_HOME, "single_files", key)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(folder.with_suffix(".lock")):  # of several processes, one converts
-        if not folder.exists():
-            weights = _convert(file, config, own, name)
-            dtype = (
-                _HALVES.get(next(iter(dtypes))) if len(dtypes) == 1 else None
-            )  # the folder is no larger than the file
-            draft = folder.with_suffix(".draft")
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir()
-            shutil.copyfile(config / "config.json", draft / "config.json")
-            halved = {
-                key: (tensor if dtype is None else tensor.to(dtype)).contiguous() for key, tensor in weights.items()
-            }
-            save_weights(halved, draft / f"{_STEM}.safetensors", {"format": "pt"})
-            os.replace(draft, folder)
-    return folder
+
+    def write(draft: Path) -> None:
+        weights = _convert(file, config, own, name)
+        dtype = HALVES.get(next(iter(dtypes))) if len(dtypes) == 1 else None  # the folder is no larger than the file
+        draft.mkdir()
+        shutil.copyfile(config / "config.json", draft / "config.json")
+        halved = {k: (tensor if dtype is None else tensor.to(dtype)).contiguous() for k, tensor in weights.items()}
+        save_weights(halved, draft / f"{_STEM}.safetensors", {"format": "pt"})
+
+    content = f"autoencoder {known_sha256(file)} {sha256_of(config / 'config.json')}"
+    return made_once(content, name, write, cache_dir)
 
 
 def _convert(file: Path, config: Path, shapes: dict[str, torch.Size], name: str) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from .files import inside, parse_json, read_text
-from .pipeline_folder import WITHOUT_A_ROLE, check_own
+from .pipeline_folder import INDEX, UNREADABLE, WITHOUT_A_ROLE, check_own, check_shards, components_of, variant_taken
 from .repository import Files, HubError, Repository
 
 
@@ -25,7 +25,7 @@ def left_out(
     """What a pipeline is loaded with, so that parts without a role that cannot be loaded do not stand in its way.
 
     A safety checker, its feature extractor or an image encoder that is pickled, missing or broken is told once, and is left
-    out of all that is made of the pipeline.
+    out of all that is made of the pipeline. That is judged by files on this machine, after a download if need be.
 
     Args:
         index (`dict`): The content of its `model_index.json`.
@@ -36,22 +36,27 @@ def left_out(
 
     Returns:
         `dict`: For `DiffusionPipeline.from_pretrained`: `None` for each of these parts, and `requires_safety_checker`.
+
+    Raises:
+        ValueError: If a file of theirs lies elsewhere.
+        HubError: If the Hub does not give them; what it only fails to serve now is not left out.
     """
-    there = tuple(
-        (name, str(index[name][0]), str(index[name][1])) for name in WITHOUT_A_ROLE if _is_named(index, name)
-    )
-    folder = Path(name_or_path)
-    if os.path.isdir(folder):  # what lies elsewhere is no broken part, but an attack
-        for name, library, _ in there:
-            if inside(folder, name, name_or_path).is_dir():
-                check_own(folder, name, f"the model {name_or_path!r}", library)
-    stamp = tuple(  # of a folder, which its owner may mend
+    components = components_of(index)
+    there = tuple((name, str(components[name][1])) for name in WITHOUT_A_ROLE if name in components)
+    if os.path.isdir(name_or_path):
+        root = Path(name_or_path)
+    else:
+        root = _fetched(tuple(name for name, _ in there), name_or_path, revision, variant, cache_dir)
+    for name, _ in there:  # what lies elsewhere, or is code, is no broken part, but an attack
+        if inside(root, name, name_or_path).is_dir():
+            check_own(root, name, f"the model {name_or_path!r}", str(components[name][0]))
+    stamp = tuple(  # of files, which their owner may mend
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for name, _, _ in there
-        for file in (sorted((folder / name).glob("*")) if os.path.isdir(folder / name) else ())
+        for name, _ in there
+        for file in sorted((root / name).glob("*"))
         if file.is_file()
     )
-    names = _broken(there, name_or_path, revision, variant, cache_dir, stamp)
+    names = _broken(there, name_or_path, root, variant, stamp)
     without: dict[str, Any] = dict.fromkeys(names)
     if "safety_checker" in without:
         without["requires_safety_checker"] = False
@@ -70,40 +75,61 @@ def without_parts(index: dict[str, Any], without: dict[str, Any]) -> dict[str, A
     return {**index, **{name: [None, None] if value is None else value for name, value in without.items()}}
 
 
-def _is_named(index: dict[str, Any], name: str) -> bool:
-    kind = index.get(name)
-    return isinstance(kind, list) and len(kind) == 2 and kind[0] is not None
+@cache
+def _fetched(
+    names: tuple[str, ...], repo_id: str, revision: str | None, variant: str | None, cache_dir: str | None
+) -> Path:
+    """The folder of a model on the Hub, after its parts without a role were downloaded, as far as it has them in safetensors.
+    Where the user forbids to ask the Hub, what is not on this machine counts as not there.
+
+    Raises:
+        HubError: If the Hub cannot say whether it has them, and has not said so before: then nothing is known of them.
+    """
+    repository = Repository(repo_id, patient=False)
+    index = repository.file(INDEX, revision, cache_dir)
+    if index is None:
+        raise ValueError(f"The model {repo_id!r} has no {INDEX}: it is no diffusers pipeline.")
+    root, commit = index.parent, index.parent.name
+
+    def fetch(path: str) -> Path | None:
+        try:
+            return repository.file(path, commit, cache_dir)
+        except HubError as error:
+            if error.kind != "offline":
+                raise
+            return None
+
+    for name in names:
+        if name in _WITHOUT_WEIGHTS:
+            fetch(f"{name}/preprocessor_config.json")
+            continue
+        if fetch(f"{name}/config.json") is None:
+            continue
+        for kind in dict.fromkeys((variant, None)):
+            dot = "" if kind is None else f".{kind}"
+            if fetch(f"{name}/model{dot}.safetensors") is not None:
+                break
+            path = f"{name}/model.safetensors.index{dot}.json"
+            shards = fetch(path)
+            if shards is not None:
+                inside(root, path, repo_id)
+                named = check_shards(shards, f"{path} of the model {repo_id!r}")["weight_map"]
+                for shard in sorted(set(named.values())):
+                    fetch(f"{name}/{shard}")
+                break
+    return root
 
 
 @lru_cache(maxsize=64)
 def _broken(
-    there: tuple[tuple[str, str, str], ...],
-    name_or_path: str,
-    revision: str | None,
-    variant: str | None,
-    cache_dir: str | None,
-    stamp: tuple,
+    there: tuple[tuple[str, str], ...], name_or_path: str, root: Path, variant: str | None, stamp: tuple
 ) -> tuple[str, ...]:
-    """The parts that cannot be loaded, each after a word on why.
-
-    Raises:
-        ValueError: If one on the Hub is more than a part that cannot be loaded; see `check_own`.
-    """
+    """The parts that cannot be loaded from their files on this machine, each after a word on why."""
     names = []
-    for name, library, class_name in there:
+    for name, class_name in there:
         try:
-            configs = None if os.path.isdir(name_or_path) else _configs(name, name_or_path, revision, cache_dir)
-        except HubError as error:
-            configs, problem = None, error
-        else:
-            problem = None
-        if configs is not None and (configs / name).is_dir():
-            check_own(configs, name, f"the model {name_or_path!r}", library)
-        try:
-            if problem is not None:
-                raise problem
-            _load(name, class_name, name_or_path, revision, variant, cache_dir)
-        except Exception as error:  # whatever is wrong with it is no reason to stop, and is told
+            _try_to_load(name, class_name, root, variant)
+        except UNREADABLE as error:  # the files are wrong, which is no reason to stop, and is told
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             logger.warning(
                 f"The {name} of {name_or_path} cannot be loaded, and is left out: distillation does not need it, and the "
@@ -120,23 +146,12 @@ def _broken(
     return tuple(names)
 
 
-def _configs(name: str, repo_id: str, revision: str | None, cache_dir: str | None) -> Path:
-    """The folder with what says how a part on the Hub is loaded; its weights are not downloaded.
+def _try_to_load(name: str, class_name: str, root: Path, variant: str | None) -> None:
+    """Loads a part as its pipeline would, exactly and in safetensors, but onto no device: of its weights, names and shapes
+    are read, no numbers.
 
     Raises:
-        HubError: If the Hub does not give it.
-    """
-    patterns = [f"{name}/{pattern}" for pattern in ("*.json", "*.py")]
-    return Repository(repo_id, patient=False).download(patterns, revision, cache_dir)
-
-
-def _load(
-    name: str, class_name: str, name_or_path: str, revision: str | None, variant: str | None, cache_dir: str | None
-) -> None:
-    """Loads a part as its pipeline would: exactly, in safetensors.
-
-    Raises:
-        Exception: Of any kind, if it cannot be loaded.
+        Exception: Of those in `UNREADABLE`, if it cannot be loaded.
     """
     import transformers
     from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
@@ -145,17 +160,15 @@ def _load(
     model = known.get(class_name) or getattr(transformers, class_name, None)
     if model is None:
         raise ValueError(f"it is a {class_name}, which is not known")
-    where = {"subfolder": name, "revision": revision or "main", "cache_dir": cache_dir}
-    if name == "feature_extractor":
-        model.from_pretrained(name_or_path, **where)
+    if not (root / name).is_dir():
+        raise ValueError("there is nothing of it")
+    where = {"subfolder": name, "local_files_only": True}
+    if name in _WITHOUT_WEIGHTS:
+        model.from_pretrained(root, **where)
         return
-    exact = {"use_safetensors": True, "output_loading_info": True}
-    try:
-        _, info = model.from_pretrained(name_or_path, **where, **exact, variant=variant)
-    except OSError:
-        if variant is None:
-            raise
-        _, info = model.from_pretrained(name_or_path, **where, **exact)  # of a part that has no variant
+    exact = {"use_safetensors": True, "output_loading_info": True, "device_map": "meta"}
+    kind = variant_taken((root / name).iterdir(), variant)
+    _, info = model.from_pretrained(root, **where, **exact, variant=kind)
     if info["missing_keys"]:
         raise ValueError(f"its weights lack {len(info['missing_keys'])} tensors")
 
@@ -168,13 +181,12 @@ def check_whole(files: Files, what: str, besides: tuple[str, ...] = ()) -> None:
         what (`str`): Whose they are, at the beginning of a sentence.
         besides (`tuple[str, ...]`): Components that come from elsewhere.
     """
-    index = parse_json(_text(files["model_index.json"]), f"model_index.json of {what}")
-    for name in index:
-        if not _is_named(index, name) or name in besides:
+    for name in components_of(parse_json(_text(files[INDEX]), f"{INDEX} of {what}")):
+        if name in besides:
             continue
         own = {path.removeprefix(f"{name}/") for path in files if path.startswith(f"{name}/")}
         if not own:
-            raise ValueError(f"{what} is not whole: model_index.json names {name}, but there is nothing of it.")
+            raise ValueError(f"{what} is not whole: {INDEX} names {name}, but there is nothing of it.")
         if name in _WITHOUT_WEIGHTS:
             continue
         wanted = _weights(name, files)

@@ -31,7 +31,7 @@ from .pipeline_folder import (
     of_variant,
     read_index,
 )
-from .repository import Files, HubError, Repository
+from .repository import Files, HubError, Repository, downloaded
 from .single_file import repo_of, single_file_of, to_folder
 from .teacher_lora import fuse_lora
 from .weights import owned
@@ -107,7 +107,7 @@ class ModelReference:
             return single.commit(self.revision, cache_dir)
         if os.path.isdir(self.name_or_path):
             return None
-        file = try_to_load_from_cache(self.name_or_path, "model_index.json", cache_dir, self.revision or "main")
+        file = try_to_load_from_cache(self.name_or_path, INDEX, cache_dir, self.revision or "main")
         return Path(file).parent.name if isinstance(file, str) else None
 
     def folder(self, cache_dir: str | None = None) -> Path:
@@ -388,6 +388,7 @@ def _downloaded(reference: ModelReference, cache_dir: str | None) -> Path:
     """A pipeline's files, and with them its card and the text of its licence, if the Hub gives these."""
     index = reference.index(cache_dir)
     check_classes(index, f"the model {reference.name_or_path!r}")  # before diffusers goes by it
+    without = reference.left_out(index, cache_dir)
     try:
         folder = pipeline_class_of(index).download(
             reference.name_or_path,
@@ -395,7 +396,7 @@ def _downloaded(reference: ModelReference, cache_dir: str | None) -> Path:
             variant=reference.variant,
             cache_dir=cache_dir,
             use_safetensors=True,
-            **reference.left_out(index, cache_dir),
+            **without,
         )
     except UNREADABLE as error:
         hints = f"{reference.other_variants()}{reference.whereabouts()}"
@@ -416,7 +417,7 @@ def _denoiser_folder(source: ModelReference, cache_dir: str | None) -> Path:
         dot = "" if source.variant is None else f".{source.variant}"
         patterns = [f"{stem}{dot}.safetensors", f"{stem}{dot}-*.safetensors", f"{stem}-*{dot}.safetensors"]
         patterns += [f"{stem}.safetensors.index{dot}.json", "unet/config.json"]
-        root = Repository(source.name_or_path, patient=False).download(patterns, source.revision, cache_dir)
+        root = downloaded(source.name_or_path, tuple(patterns), source.revision, cache_dir)
     if (root / "unet").is_dir():  # if it is not, that is told with what is there
         check_component(root, "unet", source.variant, f"the model {source.name_or_path!r}", "diffusers")
     return root

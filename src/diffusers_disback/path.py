@@ -23,7 +23,7 @@ from .model_reference import ModelReference, check_adapter_fit, check_fit, fill,
 from .published import clean_configs
 from .repository import Files, HubError, Repository, in_background, is_repo_id, sha256_of
 from .sharing import check_main, check_teacher_may_be_shared, push_nodes
-from .weights import check_finite, open_weights, read_weights, save_weights
+from .weights import check_finite, mapped_weights, open_weights, read_weights, save_weights
 
 
 logger = logging.getLogger(__name__)
@@ -294,17 +294,21 @@ class DegradationPath:
             raise ValueError(
                 f"node {index} of {self.where} is of kind {kind!r}, but adapter={adapter!r} is to be filled."
             )
-        weights, what = self.read(index), f"node {index} of {self.where}"
+        weights, what = self._mapped(index), f"node {index} of {self.where}"
         if adapter is None:
             fill(into, weights, what)
         else:
             fill_adapter(into, weights, adapter, what)
 
     def read(self, index: int) -> dict[str, torch.Tensor]:
-        """The weights of node 1..N, as stored, after a check of every file's hash.
+        """The weights of node 1..N, as stored and in memory of their own, after a check of every file's hash.
 
         `seconds_waited` is then how long the node's files had to be waited for.
         """
+        return {key: tensor.clone() for key, tensor in self._mapped(index).items()}
+
+    def _mapped(self, index: int) -> dict[str, torch.Tensor]:
+        """The same, mapped to the files: for what copies them into a network, which has them in memory once already."""
         started = time.monotonic()
         coming = self._coming.pop(index, None)
         try:
@@ -317,7 +321,7 @@ class DegradationPath:
         self.seconds_waited = time.monotonic() - started
         weights: dict[str, torch.Tensor] = {}
         for file in files:
-            weights.update(read_weights(file))
+            weights.update(mapped_weights(file))
         dtype = self.nodes[index - 1]["dtype"]
         others = sorted(key for key, tensor in weights.items() if str(tensor.dtype) != f"torch.{dtype}")
         if others:
@@ -356,7 +360,7 @@ class DegradationPath:
 
     def verify_node(self, index: int, network: nn.Module) -> int:
         """Reads one node, and sees that it fits the teacher's architecture in everything. Returns its tensors' number."""
-        weights, what = self.read(index), f"node {index} of {self.where}"
+        weights, what = self._mapped(index), f"node {index} of {self.where}"
         if self._node(index)["kind"] == "full":
             check_fit(network.state_dict(), weights, what)
         else:

@@ -1,6 +1,7 @@
 """A pipeline in somebody else's folder: the names, classes and files of its components, checked before anything reads them."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ UNREADABLE = (
 
 _STEM = "(?:diffusion_pytorch_)?model"
 WEIGHTS = re.compile(
-    rf"{_STEM}(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors|{_STEM}\.safetensors\.index(?:\.(\w+))?\.json"
+    rf"{_STEM}(?:\.([\w-]+?))?(?:-\d+-of-\d+)?\.safetensors|{_STEM}\.safetensors\.index(?:\.([\w-]+))?\.json"
 )
 """The names of files of weights; groups 1 and 2 are the variant. What is named otherwise is another program's copy."""
 
-_SHARDS = re.compile(r".+\.safetensors\.index(\.\w+)?\.json")
+_SHARDS = re.compile(r".+\.safetensors\.index(\.[\w-]+)?\.json")
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 # What diffusers may load as a component: others could be pipelines or programs of their own, with files of their own.
 _CLASSES = {
@@ -264,7 +265,21 @@ def _named_files(content: dict[str, Any]) -> list[str]:
 
 def of_variant(files: list[Path], variant: str | None) -> list[Path]:
     """A component's files without the weights of other variants than the one that is loaded: the wanted one if it is there."""
-    matches = {file: WEIGHTS.fullmatch(file.name) for file in files}
-    variants = {file: match.group(1) or match.group(2) for file, match in matches.items() if match}
-    wanted = variant if variant in variants.values() else None
-    return [file for file in files if variants.get(file, wanted) == wanted]
+    wanted, kinds = variant_taken(files, variant), of_variants(files)
+    others = {file for kind, own in kinds.items() if kind != wanted for file in own}
+    return [file for file in files if file not in others]
+
+
+def variant_taken(files: Iterable[Path], variant: str | None) -> str | None:
+    """The variant that is taken of a component's weights: the one that is asked for, if it is there."""
+    return variant if variant in of_variants(files) else None
+
+
+def of_variants(files: Iterable[Path]) -> dict[str | None, list[Path]]:
+    """The files of weights among a component's by their variant, in their order; `None` stands for those without one."""
+    found: dict[str | None, list[Path]] = {}
+    for file in files:
+        match = WEIGHTS.fullmatch(file.name)
+        if match:
+            found.setdefault(match.group(1) or match.group(2), []).append(file)
+    return found

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ Files = dict[str, Path | bytes]  # path in the repository -> file on disk, or co
 
 # Seconds before each new attempt at what failed for a reason that may pass. The client's own retries come on top.
 WAITS = (2, 10, 60, 300)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -161,7 +162,7 @@ class Repository:
 
         Its folder's name is the commit.
         """
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
         def attempt() -> Path | None:
@@ -176,6 +177,10 @@ class Repository:
             return self._try(attempt)
         except HubError as error:
             cached = try_to_load_from_cache(self.repo_id, path, cache_dir, revision)
+            if cached is _CACHED_NO_EXIST and _COMMIT.fullmatch(
+                revision or ""
+            ):  # as the Hub said before, and for good
+                return None
             if not (error.passes or error.kind == "cache") or not isinstance(cached, str):
                 raise
             logger.warning(f"{error} {path} is taken from the cache.")
@@ -319,6 +324,31 @@ class Repository:
         raise AssertionError("the last attempt returns or raises")
 
 
+@cache
+def downloaded(repo_id: str, patterns: tuple[str, ...], revision: str | None, cache_dir: str | None) -> Path:
+    """What `Repository.download` gives, asked for once in a process: what a run began with is what it ends with, whatever
+    is committed in between, and the Hub is not needed a second time.
+
+    Raises:
+        HubError: If the Hub does not give it; then it is asked again the next time.
+    """
+    return Repository(repo_id, patient=False).download(list(patterns), revision, cache_dir)
+
+
+@cache
+def downloaded_file(repo_id: str, path: str, revision: str | None, cache_dir: str | None) -> Path:
+    """One file, asked for once in a process; see `downloaded`.
+
+    Raises:
+        ValueError: If there is none.
+        HubError: If the Hub does not give it.
+    """
+    file = Repository(repo_id, patient=False).file(path, revision, cache_dir)
+    if file is None:
+        raise ValueError(f"{repo_id} has no file {path} at {revision or 'main'}.")
+    return file
+
+
 def explain(error: Exception, repo_id: str) -> HubError:
     """An error of the Hub's client in words that tell what to do."""
     from huggingface_hub import constants, errors
@@ -328,7 +358,8 @@ def explain(error: Exception, repo_id: str) -> HubError:
     error = error.__cause__ if uploading and isinstance(error.__cause__, Exception) else error
     said = _own_words(error)
     if isinstance(error, errors.OfflineModeIsEnabled) or isinstance(error.__cause__, errors.OfflineModeIsEnabled):
-        return HubError(f"What is asked of {repo_id} is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub.")
+        message = f"What is asked of {repo_id} is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub."
+        return HubError(message, kind="offline")
     if isinstance(error, errors.GatedRepoError):
         return HubError(
             f"{repo_id} is gated: accept its conditions at {constants.ENDPOINT}/{repo_id}, and log in with `hf auth "
@@ -392,6 +423,12 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def known_sha256(file: Path) -> str:
+    """Of a file's content, which is read once in a process, and again only if its size or time of change is another."""
+    stat = file.stat()
+    return _known_sha256(file.resolve(), stat.st_mtime_ns, stat.st_size)
+
+
 @lru_cache(maxsize=512)
 def _known_sha256(file: Path, mtime_ns: int, size: int) -> str:
     return sha256_of(file)
@@ -407,7 +444,7 @@ def _is_same(entry: Any, content: Path | bytes) -> bool:
     if isinstance(content, Path):
         stat = content.stat()
         if entry.size == stat.st_size and entry.lfs is not None:
-            return _known_sha256(content.resolve(), stat.st_mtime_ns, stat.st_size) == entry.lfs.sha256
+            return known_sha256(content) == entry.lfs.sha256
         if entry.size != stat.st_size:
             return False
         content = content.read_bytes()

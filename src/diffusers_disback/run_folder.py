@@ -10,6 +10,7 @@ from typing import Any
 
 from .checkpoint import damage, is_sealed, seal
 from .files import read_json, write_json
+from .pipeline_folder import INDEX
 
 
 # A resumed run may change these and still be the same run.
@@ -33,7 +34,7 @@ INPUTS = {
     "start": "the student's start",
 }
 _INPUTS = "inputs"  # among the settings that are written down: hashes of what they name
-_RESULTS = {"degradation": ("path/path.json",), "backtracking": ("model_index.json", "README.md")}
+_RESULTS = {"degradation": ("path/path.json",), "backtracking": (INDEX, "README.md")}
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{6,})")
 _LEFTOVER = re.compile(r"(draft|discarded)-[0-9]{6,}")
 

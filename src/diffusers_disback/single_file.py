@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -16,9 +17,9 @@ from torch import nn
 
 from .files import inside, read_json, write_json
 from .noise_schedule import with_said_otherwise
-from .pipeline_folder import UNREADABLE, check_classes, components_of, files_of, read_index
-from .repository import HubError, Repository, is_repo_id, sha256_of
-from .weights import open_weights, save_weights
+from .pipeline_folder import INDEX, UNREADABLE, check_classes, components_of, files_of, read_index
+from .repository import HubError, Repository, downloaded_file, is_repo_id, known_sha256, sha256_of
+from .weights import HALVES, open_weights, save_weights
 
 
 if TYPE_CHECKING:
@@ -52,7 +53,6 @@ _ADDRESS = re.compile(
 _IN_REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/(.+)")
 _SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf")
 _CONFIGS = (".json", ".txt", ".model")
-_HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _EIGHTHS = ("F8_E4M3", "F8_E5M2")  # float16 has every one of their values
 _QUANTISED = (
     ".scale_weight",
@@ -132,7 +132,7 @@ class SingleFile:
     revision: str | None = None
 
     def fetch(self, revision: str | None = None, cache_dir: str | None = None) -> Path:
-        """The file on this machine, after a download if need be.
+        """The file on this machine, after a download if need be. The Hub is asked once in a process.
 
         Raises:
             ValueError: If there is none.
@@ -144,11 +144,7 @@ class SingleFile:
                     "by its address."
                 )
             return Path(self.path)
-        revision = revision or self.revision
-        file = Repository(self.repo_id, patient=False).file(self.path, revision, cache_dir)
-        if file is None:
-            raise ValueError(f"{self.repo_id} has no file {self.path} at {revision or 'main'}.")
-        return file
+        return downloaded_file(self.repo_id, self.path, revision or self.revision, cache_dir)
 
     def commit(self, revision: str | None = None, cache_dir: str | None = None) -> str | None:
         """The commit that a downloaded file is of; `None` for one of this machine's, or if it was not downloaded."""
@@ -198,9 +194,6 @@ def to_folder(name: str, config: str | None, revision: str | None, cache_dir: st
     Raises:
         ValueError: If it is no checkpoint of a supported model, is pickled, or does not fit the config in anything.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import WeakFileLock
-
     file = single_file_of(name).fetch(revision, cache_dir)
     shapes, dtypes = _read_header(file, name)
     kind = _kind(shapes, name)
@@ -211,30 +204,56 @@ def to_folder(name: str, config: str | None, revision: str | None, cache_dir: st
             f"{name} is a checkpoint of a {SUPPORTED[kind]}, but the config {config!r} is of a {declared}. Pass the folder "
             "or Hub id of a pipeline of its kind with --single_file_config."
         )
-    sha256, said = sha256_of(file), _said_otherwise(_said(file, kind, name), configs, name)
+    sha256, said = known_sha256(file), _said_otherwise(_said(file, kind, name), configs, name)
     content = f"{sha256} {_digest(configs)}" + (f" {sorted(said.items())}" if said else "")
+
+    def write(draft: Path) -> None:
+        plain = draft.with_suffix(".plain.safetensors")
+        try:
+            pipeline = _convert(_plain(file, plain, name), kind, configs, shapes, dtypes, name)
+            pipeline.scheduler = with_said_otherwise(
+                pipeline.scheduler, said.get("prediction_type"), said.get("rescale_betas_zero_snr", False)
+            )
+            save_portable(pipeline, draft)
+        finally:
+            plain.unlink(missing_ok=True)
+        note = {"file": os.path.basename(file), "sha256": sha256, "kind": kind, "said": said}
+        write_json(draft / "single_file.json", note)
+
+    return made_once(content, name, write, cache_dir)
+
+
+def made_once(content: str, name: str, write: Callable[[Path], None], cache_dir: str | None = None) -> Path:
+    """A folder that is made of a file once, whole or not at all; one that is there is taken, from a cache that cannot be
+    written to, too.
+
+    Args:
+        content (`str`): What the folder is made of, as text: it is named by that.
+        name (`str`): Of the file, for messages.
+        write (`Callable[[Path], None]`): Makes the folder, at the place that it is given, and fills it.
+        cache_dir (`str`, *optional*): Where the folder is kept; by default where the Hub's client keeps its own.
+
+    Raises:
+        ValueError: If it cannot be written.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import WeakFileLock
+
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     folder = Path(cache_dir or constants.HF_HOME, "single_files", key)
-    if folder.exists():  # it was put there whole; the cache may be one that cannot be written to
+    if folder.exists():  # it was put there whole
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(folder.with_suffix(".lock")):  # of several processes, one converts
+        with WeakFileLock(folder.with_suffix(".lock")):  # of several processes, one makes it
             if not folder.exists():
-                draft, plain = folder.with_suffix(".draft"), folder.with_suffix(".plain.safetensors")
-                shutil.rmtree(draft, ignore_errors=True)
+                draft = folder.with_suffix(".draft")
+                shutil.rmtree(draft, ignore_errors=True)  # of one that was cut off
                 try:
-                    source = _plain(file, plain, name)
-                    pipeline = _convert(source, kind, configs, shapes, dtypes, name)
-                    pipeline.scheduler = with_said_otherwise(
-                        pipeline.scheduler, said.get("prediction_type"), said.get("rescale_betas_zero_snr", False)
-                    )
-                    save_portable(pipeline, draft)
+                    write(draft)
+                    os.replace(draft, folder)
                 finally:
-                    plain.unlink(missing_ok=True)
-                note = {"file": os.path.basename(file), "sha256": sha256, "kind": kind, "said": said}
-                write_json(draft / "single_file.json", note)
-                os.replace(draft, folder)
+                    shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
         raise ValueError(
             f"{name} is made into a folder once, and that cannot be written to {folder.parent} "
@@ -283,7 +302,7 @@ def _read_header(file: Path, name: str) -> tuple[dict[str, torch.Size], dict[str
         shapes = {_plain_name(key): torch.Size(part.get_shape()) for key, part in slices.items()}
         dtypes = {_plain_name(key): part.get_dtype() for key, part in slices.items()}
     quantised = [key for key in shapes if key.endswith(_QUANTISED) or key == "scaled_fp8"]
-    known = ("F64", "F32", *_HALVES, *_EIGHTHS)
+    known = ("F64", "F32", *HALVES, *_EIGHTHS)
     foreign = [k for k, dtype in dtypes.items() if dtype not in known and _part_of(k) and not _BUFFER.search(k)]
     if quantised or foreign:
         what = (
@@ -481,7 +500,7 @@ def _config_folder(config: str | None, shapes: dict[str, torch.Size], cache_dir:
 def _digest(configs: Path) -> str:
     """A SHA-256 of the configs in a folder."""
     content = hashlib.sha256()
-    for file in [configs / "model_index.json", *sorted(configs.glob("*/*"))]:
+    for file in [configs / INDEX, *sorted(configs.glob("*/*"))]:
         if file.suffix in _CONFIGS and not file.name.endswith(".index.json"):
             content.update(f"{file.relative_to(configs)} {sha256_of(file)}\n".encode())
     return content.hexdigest()
@@ -535,10 +554,10 @@ def _convert(
                 module, {k: s for k, s in shapes.items() if k.startswith(prefixes)}, component, what, advice
             )
         kinds = {dtype for key, dtype in dtypes.items() if _belongs(key, part) and not _BUFFER.search(key)}
-        if len(kinds) == 1 and kinds <= _HALVES.keys():  # then the folder is no larger than the file
+        if len(kinds) == 1 and kinds <= HALVES.keys():  # then the folder is no larger than the file
             for tensor in (*module.parameters(), *module.buffers()):
                 if tensor.is_floating_point():
-                    tensor.data = tensor.data.to(_HALVES[next(iter(kinds))])
+                    tensor.data = tensor.data.to(HALVES[next(iter(kinds))])
     return pipeline
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,12 @@ def lora_file(lora: str, cache_dir: str | None = None) -> Path:
         return inside(folder, _the_one(names, lora), f"The folder of the LoRA {lora!r}")
     if not is_repo_id(lora):
         raise ValueError(f"The LoRA {lora!r} cannot be read: it is no file, no folder, and no name of a repository.")
+    return _file_on_the_hub(lora, cache_dir)
+
+
+@cache
+def _file_on_the_hub(lora: str, cache_dir: str | None) -> Path:
+    """The file of a repository. The Hub is asked once in a process: what a run began with is what it ends with."""
     repository = Repository(lora, patient=False)
     try:
         names = list(repository.tree(repository.head()))

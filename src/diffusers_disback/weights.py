@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from .files import FETCH, POINTER
 
 
+HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
+"""The half precisions, by their names in a file's header."""
+
+
 def open_weights(file: str | Path) -> Any:
     """A file of weights as `safetensors.safe_open` gives it, for PyTorch. Tensors of it stay mapped to the file.
 
@@ -34,9 +38,19 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: If there is no such file, or it is no safetensors file.
     """
+    return {key: tensor.clone() for key, tensor in mapped_weights(file).items()}
+
+
+def mapped_weights(file: str | Path) -> dict[str, Tensor]:
+    """All tensors of a file, mapped to it: for what copies or looks at them and lets go of them, without a second copy in
+    memory. Whatever keeps them takes `read_weights`.
+
+    Raises:
+        ValueError: If there is no such file, or it is no safetensors file.
+    """
     with open_weights(file) as stream:
         try:
-            return {key: stream.get_tensor(key).clone() for key in stream.keys()}  # noqa: SIM118, it is no dictionary
+            return {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118, it is no dictionary
         except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
             raise ValueError(f"{file} cannot be read: {_reason(Path(file), error)}") from error
 
