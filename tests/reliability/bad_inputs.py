@@ -225,7 +225,7 @@ FILES = [
     BadInput("no prompts", {"prompts_file": None}, ["prompts"]),
     BadInput("a prompts file that is missing", {"prompts_file": "nowhere.txt"}, ["nowhere.txt"]),
     BadInput("an empty prompts file", {}, ["empty.txt"], prepare=text("empty.txt", b"\n \n")),
-    BadInput("prompts in UTF-16", {}, ["wide.txt"], prepare=text("wide.txt", "a cat\n".encode("utf-16"))),
+    BadInput("prompts in UTF-16", {}, ["wide.txt"], prepare=text("wide.txt", "a cat\n".encode("utf-16-le"))),
     BadInput("prompts with NUL bytes", {}, ["nul.txt"], prepare=text("nul.txt", b"a cat\0\na dog\n")),
     BadInput("a folder as prompts file", {"prompts_file": "."}, ["."]),
     BadInput("a FIFO as prompts file", {}, ["pipe.txt"], prepare=fifo),

@@ -252,7 +252,7 @@ def damaged_checkpoints(faults: Faults) -> None:
                     return problems + (["files changed"] if after != before else [])
 
                 faults.case(f"{stage}: {name} {damage}", falls_back)
-                if damage in ("flipped", "missing"):
+                if damage == "flipped":
                     faults.case(f"{stage}: {name} {damage}, by name", is_refused)
 
         def all_damaged(stage: str = stage) -> list[str]:

@@ -3,7 +3,7 @@
 As a module it is the client, `ForkServer`; as a program it is the server, which reads requests as lines of JSON. A child is a
 group of processes of its own and runs the real entry point, `examples/text_to_image/train_disback.py` or
 `python -m diffusers_disback.cli`, as `__main__`, with its output in a file. Nothing is patched in it but two sizes (the
-teacher draws in two steps, mismatch is measured on 16 samples), as in all tests, and what an attempt asks for (`hooks.py`).
+teacher draws in two steps, mismatch is measured on 8 samples), as in all tests, and what an attempt asks for (`hooks.py`).
 """
 
 import atexit
@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SCRIPT = ROOT / "examples" / "text_to_image" / "train_disback.py"
 SOURCES = [ROOT / "src", SCRIPT.parent, HERE.parent, HERE]
-DRAWN_IN, SAMPLES = 2, 16
+DRAWN_IN, SAMPLES = 2, 8
 sys.path[:0] = [path for path in map(str, SOURCES) if path not in sys.path]  # of `python tests/reliability/x.py`
 
 

@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any
 
 
-_CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
+# Events of changes -> which of its arguments is the folder that a name is relative to, if any may be.
+_CHANGES = {
+    "os.rename": 2,
+    "os.remove": 1,
+    "os.rmdir": 1,
+    "os.mkdir": 2,
+    "os.link": 2,
+    "os.symlink": 2,
+    "os.truncate": 0,
+}
 _FAULTS = {"full": errno.ENOSPC, "read-only": errno.EROFS, "forbidden": errno.EACCES, "broken": errno.EIO}
 
 
@@ -59,9 +68,10 @@ def before_each_change(folder: Path, act: Callable[[str, Path, bool], None]) -> 
             if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR):
                 told("open", file, writes=True)
         elif event in _CHANGES:
-            for file in arguments[:2] if event == "os.rename" else arguments[:1]:
-                told(event, file)
-                break
+            file, parent = arguments[0], arguments[_CHANGES[event]] if _CHANGES[event] else -1
+            if parent != -1 and isinstance(file, (str, bytes)):  # as `shutil.rmtree` names what it removes
+                file = os.path.join(os.readlink(f"/proc/self/fd/{parent}"), os.fsdecode(file))
+            told(event, file)
 
     def wrapped(function: Callable[..., Any], place: int, name: str) -> Callable[..., Any]:
         def called(*arguments: Any, **named: Any) -> Any:
