@@ -99,6 +99,14 @@ def _fetched(
                 raise
             return None
 
+    # Whatever says how a part is loaded: more than a config is an attack, and has to be seen here to be refused.
+    patterns = [f"{name}/*{suffix}" for name in names for suffix in (".json", ".py")]
+    try:
+        if names:
+            repository.download(patterns, commit, cache_dir)
+    except HubError as error:
+        if error.kind != "offline":
+            raise
     for name in names:
         if name in _WITHOUT_WEIGHTS:
             fetch(f"{name}/preprocessor_config.json")
