@@ -103,7 +103,24 @@ def prompts_file(tmp_path_factory):
 
 
 @pytest.fixture
-def run(tmp_path, teacher_folder, prompts_file):
+def small_pictures(monkeypatch):
+    """A run's pictures are of two pixels each: drawing and plotting them was half of a tiny run. Runs in processes of their
+    own draw real ones."""
+    from PIL import Image
+
+    from diffusers_disback.evaluation.report import Report
+    from diffusers_disback.files import written_whole
+
+    def written(report, *arguments):
+        with written_whole(arguments[-1]) as draft:
+            Image.new("RGB", (2, 2)).save(draft)
+
+    for name in ("write_samples", "write_path", "write_convergence"):
+        monkeypatch.setattr(Report, name, written)
+
+
+@pytest.fixture
+def run(tmp_path, teacher_folder, prompts_file, small_pictures):
     """Runs the training script; returns the output folder."""
     import train_disback
     from script import arguments

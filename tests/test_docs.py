@@ -94,6 +94,7 @@ def test_the_table_of_teachers_is_that_of_its_report():
         assert f"| {name} | {' | '.join(cells)} |" in page and factor >= 2
 
 
+@pytest.mark.slow
 def test_the_toy_finds_its_way_back(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["disback_2d.py", "--output", str(tmp_path / "toy.png")])
     runpy.run_path(str(ROOT / "examples" / "toy" / "disback_2d.py"), run_name="__main__")

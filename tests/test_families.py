@@ -734,7 +734,8 @@ def test_another_autoencoder(run, tmp_path, repo, hub):
         run("c", pretrained_vae_model_name_or_path=tmp_path / "inside" / "unet")
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion", pytest.param("stable_diffusion_xl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl"])
 def test_a_lora_is_fused_into_the_teacher(run, tmp_path, name):
     """The run is that of a teacher that was saved with the LoRA fused by diffusers."""
     from test_export import changed

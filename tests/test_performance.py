@@ -20,6 +20,7 @@ def run(script: str, *line: str, output: Path | None = None) -> list[dict]:
 STEP = ["--factor", "0.1", "--latents", "8", "--rounds", "1", "--fake_score_updates", "1", "--lora_rank", "2"]
 
 
+@pytest.mark.slow
 def test_the_step_is_measured_against_the_baseline(tmp_path):
     line = [*STEP, "--models", "sd15", "--stages", "2", "--only", "ours"]
     (stage_2,) = run("bench_step.py", *line, output=tmp_path / "step.json")

@@ -199,18 +199,7 @@ def test_a_run_that_ended_before_its_report_measures_its_student(run):
     assert [row["step"] for row in again["curve"]] == [0, 4]
 
 
-@pytest.fixture
-def quick_pictures(monkeypatch):
-    """What nodes draw is none of a test's matter, and its longest part."""
-    from diffusers_disback.evaluation.pictures import picture_grid
-
-    def drawn(path, teacher, evaluation, scales, steps, file, *_):
-        picture_grid({"": [torch.zeros(3, 2, 2, dtype=torch.uint8)]}, [""], file)
-
-    monkeypatch.setattr("diffusers_disback.evaluation.report.draw_path", drawn)
-
-
-def test_a_run_is_finished_when_all_that_it_leaves_is_there(run, monkeypatch, quick_pictures):
+def test_a_run_is_finished_when_all_that_it_leaves_is_there(run, monkeypatch):
     """The disk fills up in each of the results in turn; what is there is whole, and the run goes on to write the rest."""
     from PIL import Image
 
@@ -244,7 +233,7 @@ def test_a_run_is_finished_when_all_that_it_leaves_is_there(run, monkeypatch, qu
     assert report["files"]["unet/diffusion_pytorch_model.safetensors"] > 0
 
 
-def test_what_a_finished_run_lacks_is_made_anew(run, teacher_folder, prompts_file, quick_pictures, capsys, caplog):
+def test_what_a_finished_run_lacks_is_made_anew(run, teacher_folder, prompts_file, capsys, caplog):
     import shutil
 
     from diffusers_disback.cli import main as command
@@ -768,6 +757,7 @@ def test_two_processes_train_both_stages_and_agree(tmp_path, teacher_folder, pro
     assert equal(student(tmp_path / "two"), two)
 
 
+@pytest.mark.slow
 def test_two_processes_train_adapters_and_agree(tmp_path, teacher_folder, prompts_file):
     """Each role's gradients are averaged over the processes: after five steps its adapter is the same on both."""
     flags = {"lora_rank": 4, "train_batch_size": 1, "max_train_steps": 5, "use_ema": True, "fake_score_updates": 2}

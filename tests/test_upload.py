@@ -251,7 +251,7 @@ def test_the_teachers_licence_is_taken_over(run, repo, hub, tmp_path, teacher_fo
 
 @pytest.mark.parametrize("seconds", [3.0, pytest.param(30.0, marks=pytest.mark.slow)])
 def test_no_step_waits_for_a_hub_that_stalls(run, repo, hub, monkeypatch, seconds):
-    """Each request takes seconds; steps do not. What was recorded arrives in the end."""
+    """Each request takes seconds; no step does. What was recorded arrives in the end."""
     times, step = [], DegradationRecorder.train_step
 
     def timed(self, *arguments):
@@ -267,7 +267,7 @@ def test_no_step_waits_for_a_hub_that_stalls(run, repo, hub, monkeypatch, second
     monkeypatch.setattr(DegradationRecorder, "train_step", timed)
     hub.fault = stalls
     run(stage="record", push_to_hub=True, hub_model_id=repo, num_path_nodes=4)
-    assert stalled and times[-1] - times[0] < 2.0
+    assert stalled and max(after - before for before, after in zip(times[:-1], times[1:], strict=True)) < 2.0
     assert len(DegradationPath.from_pretrained(repo)) == 4
 
 
