@@ -32,7 +32,7 @@ MEASUREMENTS = {
     "fuzz": ["fuzz.py", "--cases", "10000", "--seed", "0"],
     "soak-full": ["soak.py", "--steps", "2000"],
     "boundaries-adapter": ["kills.py", "--boundaries", "--mode", "adapter", "--every", "8"],
-    "faults-adapter": ["faults.py", "--mode", "adapter", "--every", "10"],
+    "faults-adapter": ["faults.py", "--mode", "adapter", "--every", "11"],
 }
 _KINDS = {
     "full_disks": "disk full, at ten sizes",
