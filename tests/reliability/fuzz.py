@@ -438,16 +438,17 @@ class Targets:
             raise problems[0]
 
     def node_json(self, content: bytes) -> None:
-        """A node's description on the Hub, beside a path that is pushed there again."""
-        from huggingface_hub import HfApi
+        """A node's description on the Hub, beside weights that are not this path's, which is pushed there again."""
+        from huggingface_hub import CommitOperationAdd, HfApi
 
-        repo_id = "alice/fuzzed"
+        repo_id, node = "alice/fuzzed", self.full.nodes[0]
         if not hasattr(self, "pushed"):
             self.full.push_to_hub(repo_id)
             self.pushed = True
-        HfApi().upload_file(
-            path_or_fileobj=content, path_in_repo="node.json", repo_id=repo_id, revision=self.full.nodes[0]["name"]
-        )
+        (weights,) = node["files"]
+        files = {"node.json": content, f"unet/{weights}": b"other weights"}
+        operations = [CommitOperationAdd(path, others) for path, others in files.items()]
+        HfApi().create_commit(repo_id, operations, commit_message="Change it", revision=node["name"])
         self.full.push_to_hub(repo_id)
 
 
