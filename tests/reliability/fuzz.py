@@ -317,6 +317,7 @@ class Targets:
         weights = self.weights_of(self.full).read_bytes()
         adapter = self.weights_of(self.adapter).read_bytes()
         model_index = json.loads((self.teacher / "model_index.json").read_text())
+        node = json.loads((self.full.folder / self.full.nodes[0]["name"] / "node.json").read_text())
         return {
             "path.json": (json_mutations(manifest(self.full)), self.path_json, 26),
             "path.json of an adapter": (json_mutations(manifest(self.adapter)), self.path_json_of_an_adapter, 8),
@@ -326,7 +327,7 @@ class Targets:
             "prompts": (flips(self.prompts.read_bytes()), self.prompts_file, 18),
             "model_index.json": (json_mutations(model_index), self.model_index, 5),
             "weights index": (json_mutations(json.loads(self.index.read_text())), self.weights_index, 6),
-            "node.json": (json_mutations(self.full.nodes[0]), self.node_json, 1),
+            "node.json": (json_mutations(node), self.node_json, 1),
         }
 
     def weights_of(self, path: DegradationPath) -> Path:
@@ -437,16 +438,17 @@ class Targets:
             raise problems[0]
 
     def node_json(self, content: bytes) -> None:
-        """A node's description on the Hub, beside a path that is pushed there again."""
-        from huggingface_hub import HfApi
+        """A node's description on the Hub, beside weights that are not this path's, which is pushed there again."""
+        from huggingface_hub import CommitOperationAdd, HfApi
 
-        repo_id = "alice/fuzzed"
+        repo_id, node = "alice/fuzzed", self.full.nodes[0]
         if not hasattr(self, "pushed"):
             self.full.push_to_hub(repo_id)
             self.pushed = True
-        HfApi().upload_file(
-            path_or_fileobj=content, path_in_repo="node.json", repo_id=repo_id, revision=self.full.nodes[0]["name"]
-        )
+        (weights,) = node["files"]
+        files = {"node.json": content, f"unet/{weights}": b"other weights"}
+        operations = [CommitOperationAdd(path, others) for path, others in files.items()]
+        HfApi().create_commit(repo_id, operations, commit_message="Change it", revision=node["name"])
         self.full.push_to_hub(repo_id)
 
 

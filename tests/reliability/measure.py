@@ -26,13 +26,13 @@ PAGE = ROOT / "docs" / "reliability.md"
 MEASUREMENTS = {
     "bad-inputs": ["bad_inputs.py"],
     "kills-adapter-0": ["kills.py", "--kills", "100", "--seed", "0", "--mode", "adapter"],
-    "faults-full": ["faults.py", "--mode", "full"],
+    "faults-full": ["machine_faults.py", "--mode", "full"],
     "kills-full-0": ["kills.py", "--kills", "100", "--seed", "0", "--mode", "full"],
     "boundaries-full": ["kills.py", "--boundaries", "--mode", "full", "--every", "3"],
     "fuzz": ["fuzz.py", "--cases", "10000", "--seed", "0"],
     "soak-full": ["soak.py", "--steps", "2000"],
     "boundaries-adapter": ["kills.py", "--boundaries", "--mode", "adapter", "--every", "8"],
-    "faults-adapter": ["faults.py", "--mode", "adapter", "--every", "10"],
+    "faults-adapter": ["machine_faults.py", "--mode", "adapter", "--every", "11"],
 }
 _KINDS = {
     "full_disks": "disk full, at ten sizes",

@@ -22,3 +22,14 @@ def test_the_watch_sees_native_code(tmp_path):
     assert "secret.safetensors" in targets.watch.seen()
     (tmp_path / "beside").write_text("x")
     assert "beside" in targets.watch.seen()
+
+
+def test_a_partial_load_is_seen(tmp_path, monkeypatch):
+    def by_half(network, weights, what):
+        network.conv_in.weight.data.zero_()
+        raise ValueError(what)
+
+    targets = fuzz.Targets(tmp_path)
+    monkeypatch.setattr("diffusers_disback.path.fill", by_half)
+    with pytest.raises(fuzz.PartialLoad):
+        targets.path_json((targets.full.folder / "path.json").read_bytes())

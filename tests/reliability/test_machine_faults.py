@@ -1,6 +1,6 @@
-"""Faults of the machine end in a clear error, and the run goes on from there; a sample of `faults.py`."""
+"""Faults of the machine end in a clear error, and the run goes on from there; a sample of `machine_faults.py`."""
 
-import faults
+import machine_faults
 import pytest
 import runs
 
@@ -18,8 +18,8 @@ def notebooks(tmp_path, monkeypatch):
     "kind, every", [("disk", 3), ("operations", 6), ("deleted", 2), ("damage", 19), ("signals", 2), ("processes", 1)]
 )
 def test_a_fault_is_told_and_the_run_goes_on(kind, every):
-    if kind == "disk" and not faults.can_mount():
+    if kind == "disk" and not machine_faults.can_mount():
         pytest.skip("this process may not mount disks")
-    result = faults.measure("full", every, [kind])
+    result = machine_faults.measure("full", every, [kind])
     assert not result["wrong"]
     assert sum(count["cases"] for count in result["counts"].values()) > 0

@@ -1,7 +1,7 @@
 """Faults of the machine under the training script: a full disk, a read-only one, a folder deleted, checkpoints damaged,
 signals, and two processes on one folder. Each has to end in a clear error, and the run to be gone on with to an equal end.
 
-    python tests/reliability/faults.py [--mode adapter] [--every 5] [--only disk damage ...]
+    python tests/reliability/machine_faults.py [--mode adapter] [--every 5] [--only disk damage ...]
 
 Full and read-only disks are real ones, in memory (`mount -t tmpfs`, which takes root's rights), and failures of the
 operation with a number, which need no rights.
