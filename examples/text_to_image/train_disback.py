@@ -107,7 +107,7 @@ def distil(configs: Configs, state: PartialState, arguments: list[str]) -> None:
     teacher = load_family(reference, training.cache_dir).to(state.device)
     if state.is_main_process and (doubt := teacher.doubt()):
         print(doubt, file=sys.stderr)
-    teacher.schedule.check_timestep(timestep)
+    teacher.schedule.check_timestep(timestep, "conditioning_timestep")
     teacher_card: dict[str, Any] = {}
     if state.is_main_process:  # what the end of the run needs of the teacher's files is read before it begins
         as_read = check_teacher_files(reference, training.cache_dir)

@@ -49,20 +49,20 @@ class NoiseSchedule:
     def num_timesteps(self) -> int:
         return len(self.alpha)
 
-    def check_timestep(self, timestep: int) -> None:
-        """Raises a `ValueError` if the timestep is outside the schedule, or x0 cannot be had there."""
+    def check_timestep(self, timestep: int, name: str = "timestep") -> None:
+        """Raises a `ValueError`, with the name of the setting, if a timestep is outside the schedule, or has no x0."""
         try:
             operator.index(timestep)
         except TypeError:
             raise ValueError(f"timestep={timestep!r} is no whole number; SDXL recipes use 399.") from None
         if not 0 <= timestep < self.num_timesteps:
             raise ValueError(
-                f"timestep={timestep} is outside the teacher's schedule (0..{self.num_timesteps - 1}); SDXL recipes "
+                f"{name}={timestep} is outside the teacher's schedule (0..{self.num_timesteps - 1}); SDXL recipes "
                 "use 399."
             )
         if self.prediction_type == "epsilon" and self.alpha[timestep] == 0:
             raise ValueError(
-                f"timestep={timestep} has zero signal, and from a prediction of the noise there x0 cannot be had. "
+                f"{name}={timestep} has zero signal, and from a prediction of the noise there x0 cannot be had. "
                 f"Use a smaller timestep, such as {timestep - 1}."
             )
 

@@ -199,10 +199,14 @@ class Stage(ABC):
 
     def run(self) -> None:
         """All steps, from the start or from a checkpoint."""
-        if self.accelerator.is_main_process:
+        resumes = self.checkpoint is not None  # of which a refusal changes nothing in the folder
+        if self.accelerator.is_main_process and not resumes:
             self.folder.claim(self.name, self.settings, self.inputs)
-            self.folder.clear_drafts(self.name)
         first = self.resume()
+        if self.accelerator.is_main_process:
+            if resumes:
+                self.folder.claim(self.name, self.settings, self.inputs)
+            self.folder.clear_drafts(self.name)
         tracked = {k: v for k, v in self.settings.items() if isinstance(v, (int, float, str, bool))}
         self.accelerator.init_trackers(self.config.tracker_project_name, tracked)
         if self.accelerator.device.type == "cuda":
