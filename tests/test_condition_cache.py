@@ -63,7 +63,7 @@ def test_killed_at_ten_points_it_is_whole_in_the_end(tmp_path):
     family = family_of(tiny.pipeline())
     cache = make(tmp_path, family, MANY, shard_size=100)
     generator, seen = random.Random(0), []
-    for _ in range(10):
+    while len(seen) < 10 or (len(seen) < 100 and not seen[-1]):  # a busy machine may not come to the first shard in ten
         child = os.fork()
         if child == 0:
             cache.build(show_progress=False)
