@@ -4,7 +4,16 @@ import os
 
 import pytest
 
-from diffusers_disback.files import inside, parse_json, printable, read_json, read_text, write_json, written_whole
+from diffusers_disback.files import (
+    inside,
+    parse_json,
+    printable,
+    read_json,
+    read_text,
+    write_json,
+    writing,
+    written_whole,
+)
 
 
 @pytest.fixture
@@ -116,3 +125,12 @@ def test_drafts_keep_their_suffix(tmp_path):
 def test_control_characters_are_shown_as_escapes():
     assert printable("a\x1b[31m\n\u202eb ä 猫") == "a\\x1b[31m\\n\\u202eb ä 猫"
     assert printable("\ud800") == "\\ud800"
+
+
+@pytest.mark.parametrize("said", ["basic_ios::clear: iostream error", "[enforce fail at inline_container.cc:858]"])
+def test_what_torch_says_of_a_full_disk_is_an_error_of_the_disk(tmp_path, said):
+    with pytest.raises(OSError) as error, writing(tmp_path / "new" / "optimizer.bin"):
+        raise RuntimeError(said)
+    assert error.value.filename == str(tmp_path / "new" / "optimizer.bin")
+    with pytest.raises(RuntimeError, match="another"), writing(tmp_path):
+        raise RuntimeError("another")

@@ -151,6 +151,9 @@ def written_whole(file: Path) -> Iterator[Path]:
         raise
 
 
+_FULL_DISK_OF_TORCH = "inline_container|PytorchStreamWriter|basic_ios"  # as `torch.save` tells that it cannot write
+
+
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
     """What the writers of weights raise when a file cannot be written becomes what Python raises: an `OSError` that says
@@ -168,7 +171,7 @@ def writing(place: Path) -> Iterator[None]:
         number = re.search(r"\(os error (\d+)\)|\bcode: (\d+), kind", str(error))
         if number is not None and type(error).__name__ == "SafetensorError":
             code = int(number[1] or number[2])
-        elif isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", str(error)):
+        elif isinstance(error, RuntimeError) and re.search(_FULL_DISK_OF_TORCH, str(error)):
             code = errno.ENOSPC if shutil.disk_usage(_existing(place)).free < 2**24 else errno.EIO
         else:
             raise
