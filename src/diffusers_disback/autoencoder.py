@@ -12,7 +12,7 @@ from .files import read_json
 from .pipeline_folder import UNREADABLE, check_shards, files_of, of_variants, variant_taken
 from .repository import HubError, Repository, downloaded, known_sha256, sha256_of
 from .single_file import made_once, single_file_of
-from .weights import HALVES, open_weights, save_weights
+from .weights import HALVES, layout_of, save_weights
 
 
 logger = logging.getLogger(__name__)
@@ -133,10 +133,8 @@ def _converted(name: str, config: Path, cache_dir: str | None) -> Path:
             f"The autoencoder {name} is no .safetensors file. Pickles can run code when they are read, and are not; find or "
             "make a safetensors version of it."
         )
-    with open_weights(file) as stream:
-        slices = {key: stream.get_slice(key) for key in stream.keys()}  # noqa: SIM118, it is no dictionary
-        shapes = {key: torch.Size(part.get_shape()) for key, part in slices.items()}
-        dtypes = {part.get_dtype() for part in slices.values()}
+    shapes, types = layout_of(file)
+    dtypes = set(types.values())
     prefix = next(prefix for prefix in _PREFIXES if not prefix or any(key.startswith(prefix) for key in shapes))
     own = {key: shape for key, shape in shapes.items() if key.startswith(tuple(prefix + part for part in _OWN))}
     foreign = sorted(

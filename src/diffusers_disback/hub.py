@@ -70,9 +70,7 @@ def save_student(
         ValueError: If a file that is taken over of the teacher was written to since.
     """
     folder = Path(folder)
-    changed = (
-        sorted(dict((as_read or {}).items() ^ check_teacher_files(teacher, cache_dir).items())) if as_read else []
-    )
+    changed = sorted(dict(as_read.items() ^ check_teacher_files(teacher, cache_dir).items())) if as_read else []
     if changed:
         raise ValueError(
             f"{changed[0]} of {teacher.name_or_path} was written to since the run began, so the student would be put beside "

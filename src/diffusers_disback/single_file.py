@@ -19,7 +19,7 @@ from .files import inside, read_json, write_json
 from .noise_schedule import with_said_otherwise
 from .pipeline_folder import INDEX, UNREADABLE, check_classes, components_of, files_of, read_index
 from .repository import HubError, Repository, downloaded_file, is_repo_id, known_sha256, sha256_of
-from .weights import HALVES, open_weights, save_weights
+from .weights import HALVES, layout_of, open_weights, save_weights
 
 
 if TYPE_CHECKING:
@@ -297,10 +297,7 @@ def _read_header(file: Path, name: str) -> tuple[dict[str, torch.Size], dict[str
             f"{name} is no .safetensors file. Pickled checkpoints (.ckpt, .bin, .pt) can run code when they are read, and "
             "are not; find or make a safetensors version of it."
         )
-    with open_weights(file) as stream:
-        slices = {key: stream.get_slice(key) for key in stream.keys()}  # noqa: SIM118, it is no dictionary
-        shapes = {_plain_name(key): torch.Size(part.get_shape()) for key, part in slices.items()}
-        dtypes = {_plain_name(key): part.get_dtype() for key, part in slices.items()}
+    shapes, dtypes = ({_plain_name(key): one for key, one in part.items()} for part in layout_of(file))
     quantised = [key for key in shapes if key.endswith(_QUANTISED) or key == "scaled_fp8"]
     known = ("F64", "F32", *HALVES, *_EIGHTHS)
     foreign = [k for k, dtype in dtypes.items() if dtype not in known and _part_of(k) and not _BUFFER.search(k)]

@@ -55,6 +55,18 @@ def mapped_weights(file: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{file} cannot be read: {_reason(Path(file), error)}") from error
 
 
+def layout_of(file: str | Path) -> tuple[dict[str, torch.Size], dict[str, str]]:
+    """Reads the shape and the type of every tensor in a file of weights, and nothing else of it.
+
+    Raises:
+        ValueError: If there is no such file, or it is no safetensors file.
+    """
+    with open_weights(file) as stream:
+        slices = {key: stream.get_slice(key) for key in stream.keys()}  # noqa: SIM118, it is no dictionary
+        shapes = {key: torch.Size(part.get_shape()) for key, part in slices.items()}
+        return shapes, {key: part.get_dtype() for key, part in slices.items()}
+
+
 def metadata_of(file: str | Path) -> dict[str, str]:
     """The texts in the header of a file of weights.
 
