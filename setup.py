@@ -48,7 +48,7 @@ setup(
         "tqdm",
     ],
     extras_require=extras,
-    entry_points={"console_scripts": ["diffusers-disback=diffusers_disback.cli:main"]},
+    entry_points={"console_scripts": ["diffusers-disback=diffusers_disback.commands.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

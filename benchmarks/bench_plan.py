@@ -20,9 +20,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from configurations import UNETS, machine, unet_config
-from diffusers_disback.adapters import SharedNetwork, lora_config
-from diffusers_disback.allocations import Allocations, checkpointed, pass_memory
-from diffusers_disback.plan import Planner, Setup, fits
+from diffusers_disback.models.adapters import SharedNetwork, lora_config
+from diffusers_disback.planning.allocations import Allocations, checkpointed, pass_memory
+from diffusers_disback.planning.plan import Planner, Setup, fits
 
 
 SMALL = {"sd15": (0.2, 48), "sd21": (0.2, 48), "sdxl": (0.1, 64)}

@@ -22,16 +22,16 @@ import torch
 
 from baseline import Baseline, Wastes
 from configurations import UNETS, machine, parameters, random_pipeline, text_share
-from diffusers_disback.adapters import SharedNetwork
 from diffusers_disback.backtracking import BacktrackingConfig, BacktrackingTrainer
-from diffusers_disback.config import TrainingConfig
-from diffusers_disback.data import PromptData
+from diffusers_disback.data.prompts import PromptData
 from diffusers_disback.degradation import DegradationConfig, DegradationRecorder
 from diffusers_disback.families import family_of
-from diffusers_disback.learner import add_adapter
-from diffusers_disback.model_reference import ModelReference
-from diffusers_disback.path import DegradationPath
-from diffusers_disback.trainer import Stage, peak_memory_mb
+from diffusers_disback.models.adapters import SharedNetwork
+from diffusers_disback.models.reference import ModelReference
+from diffusers_disback.path.path import DegradationPath
+from diffusers_disback.training.config import TrainingConfig
+from diffusers_disback.training.learner import add_adapter
+from diffusers_disback.training.stage import Stage, peak_memory_mb
 
 
 IMPORTED_MB = psutil.Process().memory_info().rss / 1e6

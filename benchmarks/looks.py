@@ -15,8 +15,8 @@ from convergence import cost
 from scripts import set_threads
 from toy_world import REGIMES, SCHEDULES, Arm, Run, teacher
 
-from diffusers_disback.node_spacing import footprints
-from diffusers_disback.target_schedule import AdaptiveSchedule
+from diffusers_disback.path.node_spacing import footprints
+from diffusers_disback.path.target_schedule import AdaptiveSchedule
 
 
 SEEDS = [100, 101, 102, 103]

@@ -32,8 +32,8 @@ from diffusers_disback import (  # noqa: E402
 )
 from diffusers_disback.backtracking import target_schedule  # noqa: E402
 from diffusers_disback.evaluation.report import unadorned  # noqa: E402
-from diffusers_disback.generator import to_pipeline  # noqa: E402
-from diffusers_disback.model_reference import fingerprint  # noqa: E402
+from diffusers_disback.models.generator import to_pipeline  # noqa: E402
+from diffusers_disback.models.reference import fingerprint  # noqa: E402
 from shapes.evaluator import NUM_PICTURES, shapes_evaluation, shapes_prompts  # noqa: E402
 
 

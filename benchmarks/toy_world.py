@@ -19,8 +19,8 @@ from torch import Tensor
 from worlds import Draws, Weights
 
 from diffusers_disback import DegradationConfig
-from diffusers_disback.node_spacing import earliest_end, evenly_spaced, footprints, is_flat
-from diffusers_disback.target_schedule import AdaptiveSchedule, FixedSchedule, GeometricSchedule, Measure
+from diffusers_disback.path.node_spacing import earliest_end, evenly_spaced, footprints, is_flat
+from diffusers_disback.path.target_schedule import AdaptiveSchedule, FixedSchedule, GeometricSchedule, Measure
 
 
 @dataclass(frozen=True)

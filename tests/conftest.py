@@ -55,7 +55,7 @@ def teachers_that_draw_in_two_steps(monkeypatch):
 def mismatch_is_measured_on_few_samples(monkeypatch, request):
     """On four a band: batches of two made measuring the longest part of a tiny stage."""
     if not request.module.__name__.endswith("test_mismatch"):
-        monkeypatch.setattr("diffusers_disback.mismatch.SAMPLES", 16)
+        monkeypatch.setattr("diffusers_disback.training.probe.SAMPLES", 16)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def impatient(monkeypatch):
     """The client's and our own waits cost nothing."""
     import huggingface_hub.utils._http as http
 
-    from diffusers_disback import repository
+    from diffusers_disback.hub import repository
 
     clock = SimpleNamespace(monotonic=time.monotonic, time=time.time, sleep=lambda seconds: None)
     monkeypatch.setattr(http, "time", clock)
@@ -109,7 +109,7 @@ def small_pictures(monkeypatch):
     from PIL import Image
 
     from diffusers_disback.evaluation.report import Report
-    from diffusers_disback.files import written_whole
+    from diffusers_disback.hub.files import written_whole
 
     def written(report, *arguments):
         with written_whole(arguments[-1]) as draft:

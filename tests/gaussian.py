@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from diffusers_disback.batch import Batch
-from diffusers_disback.noise_schedule import NoiseSchedule
-from diffusers_disback.score_model import ScoreModel
+from diffusers_disback.models.batch import Batch
+from diffusers_disback.models.noise_schedule import NoiseSchedule
+from diffusers_disback.models.score_model import ScoreModel
 
 
 class GaussianDenoiser(nn.Module):

@@ -6,12 +6,12 @@ import tiny
 import torch
 
 from diffusers_disback.backtracking import BacktrackingConfig, BacktrackingTrainer
-from diffusers_disback.config import TrainingConfig
-from diffusers_disback.data import PromptData
+from diffusers_disback.data.prompts import PromptData
 from diffusers_disback.degradation import DegradationConfig, DegradationRecorder
 from diffusers_disback.families import family_of
-from diffusers_disback.model_reference import ModelReference, fingerprint
-from diffusers_disback.path import DegradationPath
+from diffusers_disback.models.reference import ModelReference, fingerprint
+from diffusers_disback.path.path import DegradationPath
+from diffusers_disback.training.config import TrainingConfig
 
 
 def training(output_dir: Path, **changes) -> TrainingConfig:

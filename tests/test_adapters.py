@@ -13,9 +13,9 @@ from stages import close, equal, interrupted_at, record, recorder, trainer, trai
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_disback import DegradationPath, DisBackOneStepPipeline
-from diffusers_disback.adapters import SharedNetwork, base_of, fused, lora_config
 from diffusers_disback.families import family_of
-from diffusers_disback.model_reference import fill_adapter
+from diffusers_disback.models.adapters import SharedNetwork, base_of, fused, lora_config
+from diffusers_disback.models.reference import fill_adapter
 
 
 ROLES = ("generator", "fake_score", "target")
@@ -445,7 +445,7 @@ def test_one_bad_gradient_among_several_updates_stops_the_run(tmp_path, path, lo
 
 def test_an_overflow_under_loss_scaling_is_skipped_and_seen(tmp_path):
     """As on a GPU in fp16: accelerate has to see that the scaler skipped, which a fused optimiser hides from it."""
-    from diffusers_disback.learner import optimizer_of
+    from diffusers_disback.training.learner import optimizer_of
 
     config = training(tmp_path)
     network = torch.nn.Linear(2, 1)
@@ -560,7 +560,7 @@ def test_compiled_blocks_compute_the_same(run):
 def test_nodes_that_are_more_than_a_plain_lora_are_refused(tmp_path, path):
     from safetensors.torch import save_file
 
-    from diffusers_disback.adapters import config_of
+    from diffusers_disback.models.adapters import config_of
 
     file = tmp_path / "node.safetensors"
     for said, message in [
@@ -607,8 +607,8 @@ def test_the_lora_loads_in_the_stock_pipeline(run, tmp_path, name, alpha):
 
 def test_the_lora_draws_what_was_trained(tmp_path, path, teacher_folder):
     """Before it is fused: to rounding, the picture of the network that was trained."""
-    from diffusers_disback.adapters import save_lora
-    from diffusers_disback.generator import one_step_scheduler, to_pipeline
+    from diffusers_disback.models.adapters import save_lora
+    from diffusers_disback.models.generator import one_step_scheduler, to_pipeline
 
     stage = trainer(adapted(tmp_path), path)
     stage.run()

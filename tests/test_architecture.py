@@ -11,44 +11,54 @@ import diffusers_disback
 
 
 SOURCE = Path(diffusers_disback.__file__).parent
-LAYERS = [
-    {
-        *("files", "ranges", "signals", "truncation", "denoiser", "noise_schedule", "pipeline", "batch"),
-        *("target_schedule", "node_spacing"),
-    },
-    {"weights", "published", "markdown", "lock", "command"},
-    {"repository", "manifest"},
-    {"pipeline_folder", "checkpoint"},
-    {"single_file", "components"},
-    {"autoencoder", "teacher_lora"},
-    {"score_model", "model_reference", "cards", "condition_cache", "allocations"},
-    {"adapters"},
-    {"branches"},
-    {"sharing"},
-    {"generator", "path", "data"},
-    {"families", "objectives"},
-    {"config"},
-    {"run_folder", "learner", "mismatch"},
-    {"trainer"},
-    {"degradation", "backtracking", "evaluation", "export"},
-    {"hub", "plan"},
-    {"upload"},
-    {"run"},
-    {"cli"},
+FLOORS = [
+    {"hub", "pipelines", "training.signals"},
+    {"models"},
+    {"data", "objectives", "hub.cards"},
+    {"families", "path"},
+    {"training", "evaluation"},
+    {"hub.publish", "degradation", "backtracking"},
+    {"session", "planning"},
+    {"commands"},
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+# Within a room, from the bottom up.
+ORDER = {
+    "hub": [{"files"}, {"markdown", "published"}, {"repository"}],
+    "models": [
+        {"batch", "denoiser", "noise_schedule"},
+        {"weights", "score_model"},
+        {"pipeline_folder", "generator"},
+        {"single_file", "components"},
+        {"autoencoder", "teacher_lora"},
+        {"reference"},
+        {"adapters"},
+    ],
+    "data": [{"truncation", "cache"}, {"prompts"}],
+    "path": [{"manifest", "node_spacing", "target_schedule"}, {"storage"}, {"sharing"}, {"path"}],
+    "families": [{"stable_diffusion"}, {"stable_diffusion_xl"}, {"__init__"}],
+    "training": [{"ranges", "lock", "checkpoint"}, {"config"}, {"run_folder", "learner", "probe"}, {"stage"}],
+    "objectives": [{"base"}, {"variational"}, {"__init__"}],
+    "evaluation": [{"distance", "drift", "pictures"}, {"__init__"}, {"report"}, {"sweep"}],
+    "hub.publish": [{"export", "run"}, {"background"}],
+    "planning": [{"allocations"}, {"plan"}],
+    "commands": [{"command_line"}, {"cli"}],
+}
 DOORS = {
-    "accelerate": {"learner.py", "trainer.py", "run.py", "evaluation/report.py"},
+    "accelerate": {"training/learner.py", "training/stage.py", "session.py", "evaluation/report.py"},
     "torchmetrics": {"evaluation/distance.py"},
     "matplotlib": {"evaluation/pictures.py"},
     "huggingface_hub": {
-        *("repository.py", "branches.py", "pipeline_folder.py", "single_file.py", "autoencoder.py"),
-        *("model_reference.py", "cards.py", "hub.py"),
+        *("hub/repository.py", "hub/cards.py", "hub/publish/run.py", "path/storage.py"),
+        *("models/pipeline_folder.py", "models/single_file.py", "models/autoencoder.py", "models/reference.py"),
     },
-    "datasets": {"data.py"},
-    "transformers": {"pipeline.py", "components.py", "evaluation/report.py", "plan.py", "cli.py"},
-    "peft": {"model_reference.py", "adapters.py"},
-    "bitsandbytes": {"learner.py"},
+    "datasets": {"data/prompts.py"},
+    "transformers": {
+        *("pipelines/one_step.py", "models/components.py", "evaluation/report.py", "planning/plan.py"),
+        "commands/cli.py",
+    },
+    "peft": {"models/reference.py", "models/adapters.py"},
+    "bitsandbytes": {"training/learner.py"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 
@@ -67,22 +77,47 @@ def imports(file: Path) -> list[str]:
     return names
 
 
-def unit(module: str) -> str | None:
-    """The file or folder of the package that a module belongs to; `None` for other libraries and the package itself."""
-    parts = module.split(".")
-    return parts[1] if parts[0] == "diffusers_disback" and len(parts) > 1 and parts[1] in LEVEL else None
+def place(module: str) -> tuple[str, str] | None:
+    """The room of a module and its name in that room; `None` for other libraries and the package itself."""
+    package, *parts = module.split(".")
+    if package != "diffusers_disback" or not parts:
+        return None
+    known = [n for n in range(1, len(parts) + 1) if ".".join(parts[:n]) in FLOOR]
+    return (".".join(parts[: known[-1]]), (parts[known[-1] :] or ["__init__"])[0]) if known else None
+
+
+def room(module: str) -> str | None:
+    """The room of a module."""
+    found = place(module)
+    return found and found[0]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
 def test_imports_go_downwards(file):
     relative = file.relative_to(SOURCE)
-    own = relative.parts[0].removesuffix(".py")
-    if own == "__init__":
+    own = place(".".join(["diffusers_disback", *relative.with_suffix("").parts]).removesuffix(".__init__"))
+    if str(relative) == "__init__.py":
         return
+    assert own is not None, f"{relative} has no floor"
+    order = {name: level for level, names in enumerate(ORDER.get(own[0], [])) for name in names}
+    assert own[1] in order or own[0] not in ORDER or not ast.parse(file.read_text()).body[1:], (
+        f"{relative} has no order"
+    )
     for module in imports(file):
-        used = unit(module)
-        if used is not None and used != own:
-            assert LEVEL[used] < LEVEL[own], f"{relative} imports {module}, which does not lie below it"
+        used = place(module)
+        if used is None or used == own:
+            continue
+        if used[0] == own[0]:
+            below = order.get(used[1], order.get("__init__"))  # a name that the room itself defines
+            assert below < order[own[1]], f"{relative} imports {module}, which does not lie below it"
+        else:
+            assert FLOOR[used[0]] < FLOOR[own[0]], f"{relative} imports {module}, which does not lie below it"
+
+
+def test_there_are_few_rooms_and_floors():
+    entries = [entry for entry in SOURCE.iterdir() if entry.name != "__pycache__"]
+    assert len(entries) <= 16
+    assert len(FLOORS) <= 8
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
@@ -95,23 +130,21 @@ def test_libraries_enter_by_their_doors(file):
 
 def test_the_travelling_file_stands_alone():
     allowed = {"torch", "diffusers", "transformers", *sys.stdlib_module_names}
-    assert {module.split(".")[0] for module in imports(SOURCE / "pipeline.py")} <= allowed
+    assert {module.split(".")[0] for module in imports(SOURCE / "pipelines/one_step.py")} <= allowed
 
 
 def test_objectives_know_only_score_models():
     for file in (SOURCE / "objectives").glob("*.py"):
-        own = {unit(module) for module in imports(file)} - {None, "objectives"}
-        assert own <= {"batch", "score_model"}
+        own = [place(module) for module in imports(file) if place(module) is not None]
+        assert set(own) <= {("models", "batch"), ("models", "score_model")} | {p for p in own if p[0] == "objectives"}
 
 
 def test_evaluation_and_hub_see_no_trainer():
-    for file in [SOURCE / "hub.py", *(SOURCE / "evaluation").glob("*.py")]:
-        assert not {unit(module) for module in imports(file)} & {
-            "trainer",
-            "degradation",
-            "backtracking",
-            "objectives",
-        }
+    for folder in ("evaluation", "hub"):
+        for file in (SOURCE / folder).rglob("*.py"):
+            used = {place(module) for module in imports(file)} - {None}
+            assert not {room for room, _ in used} & {"degradation", "backtracking", "objectives"}
+            assert ("training", "stage") not in used
 
 
 def test_nothing_is_loaded_leniently_or_unpickled():

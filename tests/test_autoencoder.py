@@ -13,12 +13,12 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from stages import equal, weights
 
-from diffusers_disback.components import check_whole
 from diffusers_disback.families import load_family
-from diffusers_disback.generator import to_pipeline
-from diffusers_disback.hub import save_student
-from diffusers_disback.model_reference import ModelReference
-from diffusers_disback.pipeline_folder import files_of, variant_taken
+from diffusers_disback.hub.publish.run import save_student
+from diffusers_disback.models.components import check_whole
+from diffusers_disback.models.generator import to_pipeline
+from diffusers_disback.models.pipeline_folder import files_of, variant_taken
+from diffusers_disback.models.reference import ModelReference
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -216,13 +216,13 @@ def test_a_conversion_is_read_where_nothing_can_be_written(other, teacher_folder
     with monkeypatch.context() as context:
         context.setattr("huggingface_hub.utils.WeakFileLock", refuse)
         context.setattr(Path, "mkdir", refuse)
-        context.setattr("diffusers_disback.repository.sha256_of", lambda file: hashed.append(file) or 64 * "0")
+        context.setattr("diffusers_disback.hub.repository.sha256_of", lambda file: hashed.append(file) or 64 * "0")
         assert reference.vae_folder(cache) == folder
         assert not hashed, "a large file is hashed once in a process"
         with pytest.raises(ValueError, match="cannot be written to .*single_files .Read-only .*--cache_dir"):
             reference.vae_folder(str(tmp_path / "another"))
     with monkeypatch.context() as context:
-        context.setattr("diffusers_disback.autoencoder.save_weights", refuse)  # as on a disk that is full
+        context.setattr("diffusers_disback.models.autoencoder.save_weights", refuse)  # as on a disk that is full
         with pytest.raises(ValueError, match="cannot be written to .*--cache_dir"):
             reference.vae_folder(str(tmp_path / "full"))
     assert [file.suffix for file in (tmp_path / "full" / "single_files").iterdir()] == [".lock"]

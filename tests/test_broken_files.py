@@ -14,16 +14,16 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from test_doors import REPORT
 
-from diffusers_disback.adapters import config_of
-from diffusers_disback.cards import path_card, student_card
-from diffusers_disback.cli import main as command
-from diffusers_disback.cli import parser, path_show
+from diffusers_disback.commands.cli import main as command
+from diffusers_disback.commands.cli import parser, path_show
 from diffusers_disback.evaluation.report import read_report
 from diffusers_disback.families import load_family
-from diffusers_disback.hub import path_of_run, push_run
-from diffusers_disback.manifest import check_manifest
-from diffusers_disback.model_reference import ModelReference
-from diffusers_disback.path import DegradationPath
+from diffusers_disback.hub.cards import path_card, student_card
+from diffusers_disback.hub.publish.run import path_of_run, push_run
+from diffusers_disback.models.adapters import config_of
+from diffusers_disback.models.reference import ModelReference
+from diffusers_disback.path.manifest import check_manifest
+from diffusers_disback.path.path import DegradationPath
 
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 492265168\n".encode()

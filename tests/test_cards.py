@@ -11,10 +11,10 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from diffusers_disback.cards import path_card, student_card
-from diffusers_disback.files import printable
-from diffusers_disback.markdown import LONGEST, address, fenced, inline_code, link, python, shell, table, text
-from diffusers_disback.published import published
+from diffusers_disback.hub.cards import path_card, student_card
+from diffusers_disback.hub.files import printable
+from diffusers_disback.hub.markdown import LONGEST, address, fenced, inline_code, link, python, shell, table, text
+from diffusers_disback.hub.published import published
 
 
 REPORT = json.loads((Path(__file__).parents[1] / "docs" / "quickstart_report.json").read_text())

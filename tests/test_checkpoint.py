@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from diffusers_disback.checkpoint import damage
-from diffusers_disback.run_folder import RunFolder
+from diffusers_disback.training.checkpoint import damage
+from diffusers_disback.training.run_folder import RunFolder
 
 
 STAGE = "backtracking"
@@ -108,7 +108,9 @@ def test_only_whole_checkpoints_count_for_the_limit_and_the_last_whole_one_stays
 
 def test_what_is_written_wrong_costs_no_other_checkpoint(folder, monkeypatch):
     save(folder, 2)
-    monkeypatch.setattr("diffusers_disback.run_folder.damage", lambda *_, **__: "model.safetensors has 3 bytes")
+    monkeypatch.setattr(
+        "diffusers_disback.training.run_folder.damage", lambda *_, **__: "model.safetensors has 3 bytes"
+    )
     with pytest.raises(OSError, match="The checkpoint was written, but model.safetensors has 3 bytes"):
         save(folder, 4, limit=1)
     assert "checkpoint-000002" in names(folder)

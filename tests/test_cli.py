@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from diffusers_disback import __version__
-from diffusers_disback.cli import main
+from diffusers_disback.commands.cli import main
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_path_of_another_architecture_does_not_verify(path, capsys, tmp_path):
 
 
 def test_names_of_others_do_not_command_the_terminal(path, capsys, hub, repo):
-    from diffusers_disback.path import DegradationPath
+    from diffusers_disback.path.path import DegradationPath
 
     file = path.folder / "path.json"
     manifest = json.loads(file.read_text())
@@ -61,8 +61,9 @@ def test_names_of_others_do_not_command_the_terminal(path, capsys, hub, repo):
 
 def test_a_teacher_that_moved_is_asked_as_the_path_says(tmp_path, monkeypatch, hub, repo):
     """Its prediction type, which its files do not say, stays that of the recording: in pictures and in branches."""
-    from diffusers_disback import ModelReference, cli
-    from diffusers_disback.path import DegradationPath
+    from diffusers_disback import ModelReference
+    from diffusers_disback.commands import cli
+    from diffusers_disback.path.path import DegradationPath
 
     tiny.pipeline("epsilon").save_pretrained(tmp_path / "was")
     teacher = ModelReference(str(tmp_path / "was"), prediction_type="v_prediction", rescale_betas_zero_snr=True)

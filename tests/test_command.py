@@ -6,10 +6,10 @@ import traceback
 import pytest
 from test_signals import call
 
-from diffusers_disback.command import OURS, THEIRS, message
+from diffusers_disback.commands.command_line import OURS, THEIRS, message
 
 
-OWN = "from diffusers_disback.files import read_json, inside; from pathlib import Path\n"
+OWN = "from diffusers_disback.hub.files import read_json, inside; from pathlib import Path\n"
 
 
 @pytest.mark.parametrize(

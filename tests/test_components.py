@@ -11,13 +11,13 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from diffusers_disback import components
-from diffusers_disback.components import check_whole
 from diffusers_disback.families import load_family
-from diffusers_disback.generator import to_pipeline
-from diffusers_disback.hub import save_student
-from diffusers_disback.model_reference import ModelReference
-from diffusers_disback.repository import HubError
+from diffusers_disback.hub.publish.run import save_student
+from diffusers_disback.hub.repository import HubError
+from diffusers_disback.models import components
+from diffusers_disback.models.components import check_whole
+from diffusers_disback.models.generator import to_pipeline
+from diffusers_disback.models.reference import ModelReference
 
 
 SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}

@@ -9,9 +9,9 @@ import pytest
 import tiny
 import torch
 
-from diffusers_disback import condition_cache
-from diffusers_disback.condition_cache import ConditionCache, choose_cache
-from diffusers_disback.data import PromptBatches, PromptData, PromptFile
+from diffusers_disback.data import cache as condition_cache
+from diffusers_disback.data.cache import ConditionCache, choose_cache
+from diffusers_disback.data.prompts import PromptBatches, PromptData, PromptFile
 from diffusers_disback.families import family_of
 
 
@@ -63,7 +63,9 @@ def test_killed_at_ten_points_it_is_whole_in_the_end(tmp_path):
     family = family_of(tiny.pipeline())
     cache = make(tmp_path, family, MANY, shard_size=100)
     generator, seen = random.Random(0), []
-    while len(seen) < 10 or (len(seen) < 100 and not seen[-1]):  # a busy machine may not come to the first shard in ten
+    while len(seen) < 10 or (
+        len(seen) < 100 and not seen[-1]
+    ):  # a busy machine may not come to the first shard in ten
         child = os.fork()
         if child == 0:
             cache.build(show_progress=False)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_disback.condition_cache import digest
-from diffusers_disback.config import TrainingConfig
-from diffusers_disback.data import PromptBatches, PromptData, PromptFile
-from diffusers_disback.run import load_prompts
+from diffusers_disback.data.cache import digest
+from diffusers_disback.data.prompts import PromptBatches, PromptData, PromptFile
+from diffusers_disback.session import load_prompts
+from diffusers_disback.training.config import TrainingConfig
 
 
 PROMPTS = [f"prompt {i}" for i in range(50)]

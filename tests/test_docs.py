@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import diffusers_disback
-from diffusers_disback.cli import parser as cli_parser
+from diffusers_disback.commands.cli import parser as cli_parser
 from diffusers_disback.evaluation import EVALUATORS
 from diffusers_disback.families import FAMILIES
 from diffusers_disback.objectives import OBJECTIVES

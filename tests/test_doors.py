@@ -15,17 +15,17 @@ import torch
 from hub_server import Fault
 from safetensors.torch import load_file, save_file
 
-from diffusers_disback import hub as pushing
-from diffusers_disback.export import add_half_variant
 from diffusers_disback.families import load_family
-from diffusers_disback.generator import to_pipeline
-from diffusers_disback.hub import pull, push_run, save_student
-from diffusers_disback.model_reference import ModelReference
-from diffusers_disback.path import DegradationPath
-from diffusers_disback.plan import skeletons_beside
-from diffusers_disback.repository import Repository
-from diffusers_disback.single_file import _config_folder
-from diffusers_disback.teacher_lora import _file_on_the_hub, fuse_lora, lora_file
+from diffusers_disback.hub.publish import run as pushing
+from diffusers_disback.hub.publish.export import add_half_variant
+from diffusers_disback.hub.publish.run import pull, push_run, save_student
+from diffusers_disback.hub.repository import Repository
+from diffusers_disback.models.generator import to_pipeline
+from diffusers_disback.models.reference import ModelReference
+from diffusers_disback.models.single_file import _config_folder
+from diffusers_disback.models.teacher_lora import _file_on_the_hub, fuse_lora, lora_file
+from diffusers_disback.path.path import DegradationPath
+from diffusers_disback.planning.plan import skeletons_beside
 
 
 SECRET = b"a token that is nobody's business"

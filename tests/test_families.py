@@ -23,8 +23,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from diffusers_disback import DisBackOneStepPipeline
 from diffusers_disback.families import FAMILIES, family_of
-from diffusers_disback.generator import OneStepGenerator, to_pipeline
-from diffusers_disback.noise_schedule import NoiseSchedule
+from diffusers_disback.models.generator import OneStepGenerator, to_pipeline
+from diffusers_disback.models.noise_schedule import NoiseSchedule
 from diffusers_disback.objectives import OBJECTIVES
 
 
@@ -271,7 +271,7 @@ ASKING = [
 def test_a_network_that_asks_for_more_is_refused(name, tmp_path):
     """As a teacher, as a student's start, as a student, and in a plan."""
     from diffusers_disback import ModelReference
-    from diffusers_disback.plan import Planner
+    from diffusers_disback.planning.plan import Planner
 
     plain = tiny.PIPELINES[name]()
     family = family_of(plain)
@@ -515,7 +515,7 @@ def test_a_narrow_sdxl_with_the_true_blocks_goes_every_way(run, tmp_path, capsys
     from safetensors.torch import load_file
 
     from diffusers_disback import DegradationPath
-    from diffusers_disback.cli import main as command
+    from diffusers_disback.commands.cli import main as command
 
     pipe = with_parts(tiny.pipeline_xl(), unet=UNet2DConditionModel(**NARROW).eval())
     pipe.save_pretrained(tmp_path / "teacher")
@@ -741,7 +741,7 @@ def test_a_lora_is_fused_into_the_teacher(run, tmp_path, name):
     from test_export import changed
 
     from diffusers_disback import DegradationPath
-    from diffusers_disback.export import extract_lora, save_lora
+    from diffusers_disback.hub.publish.export import extract_lora, save_lora
 
     plain = tiny.PIPELINES[name]()
     plain.save_pretrained(tmp_path / "plain")
@@ -767,7 +767,7 @@ def test_loras_that_cannot_be_fused(run, tmp_path):
     from safetensors.torch import load_file
     from test_export import changed
 
-    from diffusers_disback.export import extract_lora, save_lora
+    from diffusers_disback.hub.publish.export import extract_lora, save_lora
 
     plain = tiny.pipeline()
     file = save_lora(extract_lora(changed(plain.unet, rank=2), plain.unet, 2)[0], 2, tmp_path / "lora")[0]

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from diffusers_disback.files import (
+from diffusers_disback.hub.files import (
     inside,
     parse_json,
     printable,

@@ -4,8 +4,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffusers_disback.families import family_of
-from diffusers_disback.generator import OneStepGenerator, one_step_scheduler, to_pipeline
-from diffusers_disback.noise_schedule import PREDICTION_TYPES
+from diffusers_disback.models.generator import OneStepGenerator, one_step_scheduler, to_pipeline
+from diffusers_disback.models.noise_schedule import PREDICTION_TYPES
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])

@@ -12,11 +12,11 @@ from huggingface_hub import HfApi
 from script import student
 from write_faults import Fault, full, killed
 
-from diffusers_disback.generator import to_pipeline
-from diffusers_disback.hub import save_student
-from diffusers_disback.model_reference import ModelReference
-from diffusers_disback.pipeline import DisBackOneStepPipeline
-from diffusers_disback.repository import HubError, Repository
+from diffusers_disback.hub.publish.run import save_student
+from diffusers_disback.hub.repository import HubError, Repository
+from diffusers_disback.models.generator import to_pipeline
+from diffusers_disback.models.reference import ModelReference
+from diffusers_disback.pipelines.one_step import DisBackOneStepPipeline
 
 
 def test_the_teachers_files_are_copied_as_they_are(tmp_path, teacher_folder):
@@ -135,7 +135,7 @@ def test_writers_of_weights_tell_of_a_full_disk_as_python_does(tmp_path):
 import resource, signal, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from diffusers_disback.files import writing
+from diffusers_disback.hub.files import writing
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 for write in (save_file, torch.save):

@@ -11,9 +11,9 @@ from diffusers_disback import TrainingConfig
 from diffusers_disback.backtracking import BacktrackingConfig
 from diffusers_disback.degradation import DegradationConfig
 from diffusers_disback.families import family_of
-from diffusers_disback.learner import accelerator_of
-from diffusers_disback.run import check_inputs, check_settings
-from diffusers_disback.run_folder import INPUTS, RunFolder
+from diffusers_disback.session import check_inputs, check_settings
+from diffusers_disback.training.learner import accelerator_of
+from diffusers_disback.training.run_folder import INPUTS, RunFolder
 
 
 # The same when a run is resumed --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from stages import equal, weights
 
 from diffusers_disback import ModelReference, load_family
-from diffusers_disback.weights import check_finite, owned
+from diffusers_disback.models.weights import check_finite, owned
 
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -50,7 +50,7 @@ def test_nothing_that_is_loaded_changes_with_its_file(tmp_path):
 def test_a_node_is_in_memory_once_and_its_own(teacher_folder, tmp_path, monkeypatch):
     """It goes from its file into the network without a copy in between, and stays as it was when the file is overwritten."""
     path = tiny.path(tmp_path / "path", teacher_folder)
-    monkeypatch.setattr("diffusers_disback.path.read_weights", None)
+    monkeypatch.setattr("diffusers_disback.path.path.read_weights", None)
     copies = []
     clone = torch.Tensor.clone
     with monkeypatch.context() as context:

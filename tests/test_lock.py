@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from diffusers_disback.lock import LOCK, locked
+from diffusers_disback.training.lock import LOCK, locked
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_what_is_stale_is_taken_over(tmp_path, other):
 
 
 def test_another_machine_and_an_unreadable_file_are_refused_with_a_remedy(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusers_disback.lock._PATIENCE", 0.1)
+    monkeypatch.setattr("diffusers_disback.training.lock._PATIENCE", 0.1)
     write(tmp_path, host="else\x1b[31mwhere")
     with pytest.raises(
         ValueError, match=r"else\\x1b\[31mwhere.* another machine .* remove .*run.lock, and start again"
@@ -91,7 +91,7 @@ def test_a_disk_that_takes_nothing_leaves_no_lock(tmp_path, monkeypatch):
 
 
 def test_what_is_intact_is_noted_on_errors_of_this_folder(tmp_path):
-    from diffusers_disback.run import in_use
+    from diffusers_disback.session import in_use
 
     for place, noted in ((tmp_path / "out" / "x", True), (tmp_path / "teacher", False), (None, False)):
         with pytest.raises(OSError, match="No space") as error, in_use(tmp_path / "out"):

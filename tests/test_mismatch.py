@@ -5,10 +5,10 @@ import tiny
 import torch
 from stages import training
 
-from diffusers_disback.data import PromptData
+from diffusers_disback.data.prompts import PromptData
 from diffusers_disback.families import family_of
-from diffusers_disback.generator import OneStepGenerator
-from diffusers_disback.mismatch import (
+from diffusers_disback.models.generator import OneStepGenerator
+from diffusers_disback.training.probe import (
     BANDS,
     SAMPLES,
     MismatchProbe,

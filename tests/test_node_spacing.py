@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusers_disback.node_spacing import evenly_spaced, footprints, is_flat
+from diffusers_disback.path.node_spacing import evenly_spaced, footprints, is_flat
 
 
 def test_footprints_are_dense_at_first_and_end_with_the_last():

@@ -15,8 +15,8 @@ from diffusers import (
 
 from diffusers_disback.evaluation.report import many_step_pipeline
 from diffusers_disback.families import family_of
-from diffusers_disback.generator import one_step_scheduler, to_pipeline
-from diffusers_disback.noise_schedule import (
+from diffusers_disback.models.generator import one_step_scheduler, to_pipeline
+from diffusers_disback.models.noise_schedule import (
     PREDICTION_TYPES,
     NoiseSchedule,
     ddpm_scheduler,

@@ -5,7 +5,7 @@ import tiny
 import torch
 from gaussian import batch, gaussian
 
-from diffusers_disback.noise_schedule import PREDICTION_TYPES, NoiseSchedule
+from diffusers_disback.models.noise_schedule import PREDICTION_TYPES, NoiseSchedule
 from diffusers_disback.objectives import OBJECTIVES
 
 

@@ -9,14 +9,14 @@ from diffusers import UNet2DConditionModel
 from stages import record, trainer, training
 from test_families import SIZES
 
-from diffusers_disback.adapters import SharedNetwork, lora_config
-from diffusers_disback.allocations import Allocations, checkpointed, evaluation_memory, pass_memory, size
 from diffusers_disback.backtracking import BacktrackingConfig
-from diffusers_disback.cli import main
+from diffusers_disback.commands.cli import main
 from diffusers_disback.families import family_of
-from diffusers_disback.learner import AdapterLearner, Learner
-from diffusers_disback.model_reference import ModelReference
-from diffusers_disback.plan import Planner, Setup, adam_state, base_bytes, fits, table
+from diffusers_disback.models.adapters import SharedNetwork, lora_config
+from diffusers_disback.models.reference import ModelReference
+from diffusers_disback.planning.allocations import Allocations, checkpointed, evaluation_memory, pass_memory, size
+from diffusers_disback.planning.plan import Planner, Setup, adam_state, base_bytes, fits, table
+from diffusers_disback.training.learner import AdapterLearner, Learner
 
 
 def skeleton(name: str) -> UNet2DConditionModel:

@@ -14,11 +14,17 @@ import tiny
 
 from diffusers_disback import DegradationPath
 from diffusers_disback.backtracking import BacktrackingTrainer
-from diffusers_disback.generator import to_pipeline
-from diffusers_disback.hub import check_teacher_files, save_student
-from diffusers_disback.manifest import identity
-from diffusers_disback.model_reference import ModelReference
-from diffusers_disback.published import clean_configs, published, published_command, published_files, published_report
+from diffusers_disback.hub.publish.run import check_teacher_files, save_student
+from diffusers_disback.hub.published import (
+    clean_configs,
+    published,
+    published_command,
+    published_files,
+    published_report,
+)
+from diffusers_disback.models.generator import to_pipeline
+from diffusers_disback.models.reference import ModelReference
+from diffusers_disback.path.manifest import identity
 
 
 def test_a_place_on_this_machine_is_its_own_name(monkeypatch, tmp_path):
@@ -168,7 +174,7 @@ def test_what_a_run_with_absolute_flags_publishes_names_nothing_of_the_machine(
     run, repo, hub, tmp_path, teacher_folder, prompts_file, monkeypatch
 ):
     """In adapter mode, which writes most; no file of any branch, and none that a later push by hand sends."""
-    from diffusers_disback.cli import main as command
+    from diffusers_disback.commands.cli import main as command
 
     secret = tmp_path / "users" / "robertina" / "work"
     secret.mkdir(parents=True)

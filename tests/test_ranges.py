@@ -8,10 +8,10 @@ import typing
 import pytest
 
 from diffusers_disback.backtracking import BacktrackingConfig
-from diffusers_disback.config import TrainingConfig
 from diffusers_disback.degradation import DegradationConfig
-from diffusers_disback.ranges import LARGEST, Range, number
-from diffusers_disback.target_schedule import GeometricSchedule
+from diffusers_disback.path.target_schedule import GeometricSchedule
+from diffusers_disback.training.config import TrainingConfig
+from diffusers_disback.training.ranges import LARGEST, Range, number
 
 
 CONFIGS = (TrainingConfig, DegradationConfig, BacktrackingConfig)
@@ -120,7 +120,7 @@ def test_flags_of_commands_take_the_numbers_of_a_range():
 
 
 def test_commands_refuse_numbers_before_they_look_for_a_model(capsys):
-    from diffusers_disback.cli import main
+    from diffusers_disback.commands.cli import main
 
     for line, flag in (
         (["timestep-sweep", "nowhere", "--batch_size", "0"], "--batch_size"),

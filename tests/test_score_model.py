@@ -3,8 +3,8 @@ import tiny
 import torch
 from gaussian import gaussian
 
-from diffusers_disback.noise_schedule import PREDICTION_TYPES, NoiseSchedule
-from diffusers_disback.score_model import ScoreModel
+from diffusers_disback.models.noise_schedule import PREDICTION_TYPES, NoiseSchedule
+from diffusers_disback.models.score_model import ScoreModel
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

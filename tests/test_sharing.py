@@ -16,11 +16,11 @@ from hub_server import Fault
 from peft import LoraConfig
 from test_path import weights_equal
 
-from diffusers_disback import repository
-from diffusers_disback.hub import push_run
-from diffusers_disback.model_reference import ModelReference, fingerprint
-from diffusers_disback.path import DegradationPath
-from diffusers_disback.repository import HubError, Repository
+from diffusers_disback.hub import repository
+from diffusers_disback.hub.publish.run import push_run
+from diffusers_disback.hub.repository import HubError, Repository
+from diffusers_disback.models.reference import ModelReference, fingerprint
+from diffusers_disback.path.path import DegradationPath
 
 
 @pytest.fixture

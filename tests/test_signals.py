@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_disback.signals import Interrupted, SignalHandler, signal_handler
+from diffusers_disback.training.signals import Interrupted, SignalHandler, signal_handler
 
 
 PROGRAM = """
 import os, signal, sys, time
-from diffusers_disback.command import run
-from diffusers_disback.signals import Interrupted, signal_handler
+from diffusers_disback.commands.command_line import run
+from diffusers_disback.training.signals import Interrupted, signal_handler
 
 def me(number):
     os.kill(os.getpid(), number)

@@ -16,10 +16,11 @@ from script import student
 from stages import equal, weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from diffusers_disback import DegradationPath, DisBackOneStepPipeline, ModelReference, load_family, single_file
-from diffusers_disback.cli import main as command
+from diffusers_disback import DegradationPath, DisBackOneStepPipeline, ModelReference, load_family
+from diffusers_disback.commands.cli import main as command
 from diffusers_disback.families import FAMILIES, family_of
-from diffusers_disback.single_file import SUPPORTED, SingleFile, repo_of, single_file_of
+from diffusers_disback.models import single_file
+from diffusers_disback.models.single_file import SUPPORTED, SingleFile, repo_of, single_file_of
 
 
 def encoder_config(pipe, **changes) -> CLIPTextConfig:

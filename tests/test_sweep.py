@@ -4,8 +4,8 @@ import pytest
 import tiny
 from test_export import changed
 
-from diffusers_disback.cli import main as command
-from diffusers_disback.export import extract_lora, save_lora
+from diffusers_disback.commands.cli import main as command
+from diffusers_disback.hub.publish.export import extract_lora, save_lora
 
 
 def test_the_timestep_sweep_recommends_the_least_drift(tmp_path, teacher_folder, capsys, monkeypatch):

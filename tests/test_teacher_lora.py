@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from stages import equal, weights
 
-from diffusers_disback.adapters import lora_config, write_adapter
-from diffusers_disback.teacher_lora import fuse_lora, lora_file, original_names, spellings
+from diffusers_disback.models.adapters import lora_config, write_adapter
+from diffusers_disback.models.teacher_lora import fuse_lora, lora_file, original_names, spellings
 
 
 RANK = 3
@@ -265,8 +265,8 @@ def test_what_the_hub_gave_is_asked_for_once(hub, repo, impatient, tmp_path):
     from hub_server import Fault
     from huggingface_hub import HfApi
 
-    from diffusers_disback.model_reference import ModelReference, _denoiser_folder
-    from diffusers_disback.teacher_lora import lora_file
+    from diffusers_disback.models.reference import ModelReference, _denoiser_folder
+    from diffusers_disback.models.teacher_lora import lora_file
 
     api, cache = HfApi(), str(tmp_path / "cache")
     api.create_repo(repo)

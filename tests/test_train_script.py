@@ -18,8 +18,8 @@ from stages import equal, interrupted_at
 from write_faults import Fault, full
 
 from diffusers_disback import DegradationPath, DisBackOneStepPipeline, TrainingConfig
-from diffusers_disback.command import run as command_line
-from diffusers_disback.run import picture_evaluation
+from diffusers_disback.commands.command_line import run as command_line
+from diffusers_disback.session import picture_evaluation
 
 
 def test_what_a_run_leaves(run, capsys):
@@ -203,7 +203,7 @@ def test_a_run_is_finished_when_all_that_it_leaves_is_there(run, monkeypatch):
     """The disk fills up in each of the results in turn; what is there is whole, and the run goes on to write the rest."""
     from PIL import Image
 
-    from diffusers_disback.run import is_finished, write_results
+    from diffusers_disback.session import is_finished, write_results
 
     failed = []
 
@@ -236,10 +236,10 @@ def test_a_run_is_finished_when_all_that_it_leaves_is_there(run, monkeypatch):
 def test_what_a_finished_run_lacks_is_made_anew(run, teacher_folder, prompts_file, capsys, caplog):
     import shutil
 
-    from diffusers_disback.cli import main as command
+    from diffusers_disback.commands.cli import main as command
     from diffusers_disback.evaluation.report import read_report
-    from diffusers_disback.hub import check_student_is_whole
-    from diffusers_disback.run import is_finished
+    from diffusers_disback.hub.publish.run import check_student_is_whole
+    from diffusers_disback.session import is_finished
 
     folder = run()
     before = student(folder)
@@ -280,7 +280,7 @@ def test_what_a_finished_run_lacks_is_made_anew(run, teacher_folder, prompts_fil
 
 
 def test_the_push_of_a_run_that_was_cut_off_says_so(run, monkeypatch, capsys):
-    from diffusers_disback.cli import main as command
+    from diffusers_disback.commands.cli import main as command
 
     def cut_off(*_):
         raise KeyboardInterrupt
@@ -395,7 +395,7 @@ def test_the_resolution_is_the_students_own(run):
 
 @pytest.mark.parametrize("flag", ["gradient_checkpointing", "dataloader_num_workers"])
 def test_flags_that_change_no_result(run, baseline, flag, monkeypatch):
-    from diffusers_disback.data import PromptBatches
+    from diffusers_disback.data.prompts import PromptBatches
 
     seen, loader = [], PromptBatches.loader
 
@@ -782,7 +782,7 @@ def test_two_processes_end_at_the_same_step_after_a_signal(tmp_path, teacher_fol
 
     import psutil
 
-    from diffusers_disback.checkpoint import damage
+    from diffusers_disback.training.checkpoint import damage
 
     changes = {"degradation_steps": 2000, "max_train_steps": 8, "train_batch_size": 1, "dataloader_num_workers": 1}
     line = arguments(tmp_path / "run", teacher_folder, prompts_file, **changes, checkpointing_steps=1)

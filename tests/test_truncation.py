@@ -3,10 +3,10 @@ import logging
 import pytest
 import tiny
 
-from diffusers_disback import truncation as module
+from diffusers_disback.data import truncation as module
+from diffusers_disback.data.truncation import told_once, truncation
 from diffusers_disback.evaluation import Evaluation
 from diffusers_disback.families import family_of
-from diffusers_disback.truncation import told_once, truncation
 
 
 LONG = "a red circle on a navy background and a blue star beside it and so on and on"  # the tiny tokenizer reads 16

@@ -22,10 +22,10 @@ from stages import equal, interrupted_at
 from test_sharing import main_and_nodes
 
 from diffusers_disback import DegradationPath, DisBackOneStepPipeline
-from diffusers_disback.cli import main as command
+from diffusers_disback.commands.cli import main as command
 from diffusers_disback.degradation import DegradationRecorder
-from diffusers_disback.repository import HubError, Repository
-from diffusers_disback.upload import BackgroundUpload
+from diffusers_disback.hub.publish.background import BackgroundUpload
+from diffusers_disback.hub.repository import HubError, Repository
 
 
 def without_cache():

@@ -13,8 +13,10 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusers_disback import adapters, export, path
-from diffusers_disback.weights import adapter_text, metadata_of, open_weights, read_weights, save_weights
+from diffusers_disback.hub.publish import export
+from diffusers_disback.models import adapters
+from diffusers_disback.models.weights import adapter_text, metadata_of, open_weights, read_weights, save_weights
+from diffusers_disback.path import path
 
 
 def test_what_was_read_does_not_change_with_the_file(tmp_path):

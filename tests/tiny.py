@@ -12,8 +12,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from diffusers_disback.model_reference import ModelReference, fingerprint
-from diffusers_disback.path import DegradationPath
+from diffusers_disback.models.reference import ModelReference, fingerprint
+from diffusers_disback.path.path import DegradationPath
 from shapes.make_teacher import make_tokenizer
 
 

@@ -30,12 +30,12 @@ from diffusers_disback import (
     load_family,
 )
 from diffusers_disback.backtracking import nodes_are_guided
-from diffusers_disback.command import parse_flags, run
+from diffusers_disback.commands.command_line import parse_flags, run
 from diffusers_disback.evaluation.report import Report, drawable, summary
-from diffusers_disback.generator import to_pipeline
-from diffusers_disback.hub import check_teacher_files, save_student
-from diffusers_disback.learner import accelerator_of, compute_dtype
-from diffusers_disback.run import (
+from diffusers_disback.hub.publish.background import RunUpload
+from diffusers_disback.hub.publish.run import check_teacher_files, save_student
+from diffusers_disback.models.generator import to_pipeline
+from diffusers_disback.session import (
     Configs,
     check_inputs,
     check_settings,
@@ -49,8 +49,8 @@ from diffusers_disback.run import (
     validation_prompts,
     write_results,
 )
-from diffusers_disback.trainer import process_state
-from diffusers_disback.upload import RunUpload
+from diffusers_disback.training.learner import accelerator_of, compute_dtype
+from diffusers_disback.training.stage import process_state
 from shapes.evaluator import is_shapes_teacher, shapes_evaluation
 
 
@@ -77,7 +77,7 @@ def parse(arguments: list[str]) -> tuple[TrainingConfig, DegradationConfig, Back
 
 
 def main(arguments: list[str]) -> None:
-    """All of it. Errors are raised; `diffusers_disback.command.run` makes lines and exit codes of them."""
+    """All of it. Errors are raised; `diffusers_disback.commands.command_line.run` makes lines and exit codes of them."""
     training, degradation, backtracking = configs = parse(arguments)
     folder = Path(training.output_dir)
     check_settings(configs)

@@ -10,18 +10,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .adapters import SharedNetwork
-from .batch import Batch
-from .config import TrainingConfig, setting
-from .data import PromptData
+from .data.prompts import PromptData
 from .families import ModelFamily
-from .generator import OneStepGenerator
-from .learner import AdapterLearner, Learner, add_adapter, shared_base
-from .mismatch import MismatchProbe, answers, compare, gaps, mean
-from .path import DegradationPath
-from .ranges import check_settings
-from .target_schedule import FALL, SHARE, TARGET_SCHEDULES, Measure, TargetSchedule
-from .trainer import Stage
+from .models.adapters import SharedNetwork
+from .models.batch import Batch
+from .models.generator import OneStepGenerator
+from .path.path import DegradationPath
+from .path.target_schedule import FALL, SHARE, TARGET_SCHEDULES, Measure, TargetSchedule
+from .training.config import TrainingConfig, setting
+from .training.learner import AdapterLearner, Learner, add_adapter, shared_base
+from .training.probe import MismatchProbe, answers, compare, gaps, mean
+from .training.ranges import check_settings
+from .training.stage import Stage
 
 
 @dataclass

@@ -7,19 +7,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .adapters import SharedNetwork
-from .batch import Batch
-from .config import TrainingConfig, setting
-from .data import PromptData
+from .data.prompts import PromptData
 from .families import ModelFamily
-from .files import writing
-from .generator import OneStepGenerator
-from .learner import AdapterLearner, Learner, add_adapter, shared_base
-from .mismatch import MismatchProbe, answers, denoising_losses, mean
-from .node_spacing import earliest_end, evenly_spaced, footprints, is_flat
-from .path import DegradationPath
-from .ranges import check_settings
-from .trainer import Stage
+from .hub.files import writing
+from .models.adapters import SharedNetwork
+from .models.batch import Batch
+from .models.generator import OneStepGenerator
+from .path.node_spacing import earliest_end, evenly_spaced, footprints, is_flat
+from .path.path import DegradationPath
+from .training.config import TrainingConfig, setting
+from .training.learner import AdapterLearner, Learner, add_adapter, shared_base
+from .training.probe import MismatchProbe, answers, denoising_losses, mean
+from .training.ranges import check_settings
+from .training.stage import Stage
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 As a module it is the client, `ForkServer`; as a program it is the server, which reads requests as lines of JSON. A child is a
 group of processes of its own and runs the real entry point, `examples/text_to_image/train_disback.py` or
-`python -m diffusers_disback.cli`, as `__main__`, with its output in a file. Nothing is patched in it but two sizes (the
+`python -m diffusers_disback.commands.cli`, as `__main__`, with its output in a file. Nothing is patched in it but two sizes (the
 teacher draws in two steps, mismatch is measured on 8 samples), as in all tests, and what an attempt asks for (`hooks.py`).
 """
 
@@ -198,9 +198,9 @@ def import_everything() -> None:
     import train_disback  # noqa: F401
     from script import arguments
 
-    import diffusers_disback.cli  # noqa: F401
+    import diffusers_disback.commands.cli  # noqa: F401
     import diffusers_disback.evaluation.report as report
-    from diffusers_disback import mismatch
+    from diffusers_disback.training import probe as mismatch
 
     torch.set_num_threads(1)
     report.TEACHER_STEPS, mismatch.SAMPLES = DRAWN_IN, SAMPLES
@@ -256,7 +256,7 @@ def run(arguments: list[str], program: str, hooks: dict[str, Any]) -> None:
         getattr(module, name)(given)
     if program == "cli":
         sys.argv = ["diffusers-disback", *arguments]
-        runpy.run_module("diffusers_disback.cli", run_name="__main__")
+        runpy.run_module("diffusers_disback.commands.cli", run_name="__main__")
     else:
         sys.argv = [str(SCRIPT), *arguments]
         runpy.run_path(str(SCRIPT), run_name="__main__")

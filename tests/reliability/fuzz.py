@@ -43,13 +43,13 @@ from hypothesis import strategies as st
 from runs import Notebook, scratch
 from safetensors.torch import save_file
 
-from diffusers_disback.adapters import config_of, lora_config
-from diffusers_disback.cli import parser
-from diffusers_disback.data import PromptFile
+from diffusers_disback.commands.cli import parser
+from diffusers_disback.data.prompts import PromptFile
 from diffusers_disback.families import load_family
-from diffusers_disback.model_reference import ModelReference, fingerprint
-from diffusers_disback.path import DegradationPath
-from diffusers_disback.weights import metadata_of, read_weights
+from diffusers_disback.models.adapters import config_of, lora_config
+from diffusers_disback.models.reference import ModelReference, fingerprint
+from diffusers_disback.models.weights import metadata_of, read_weights
+from diffusers_disback.path.path import DegradationPath
 
 
 LIMIT = 10.0  # seconds for one case

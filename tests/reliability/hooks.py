@@ -165,7 +165,7 @@ def _before_step(stage: str, number: int, act: Callable[[], Any]) -> None:
 
 def note_memory(given: dict[str, Any]) -> None:
     """Appends a line of JSON for every so many steps: stage, step, resident memory, open files, threads."""
-    from diffusers_disback.trainer import Stage
+    from diffusers_disback.training.stage import Stage
 
     original = Stage._watch
 

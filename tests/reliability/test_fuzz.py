@@ -30,6 +30,6 @@ def test_a_partial_load_is_seen(tmp_path, monkeypatch):
         raise ValueError(what)
 
     targets = fuzz.Targets(tmp_path)
-    monkeypatch.setattr("diffusers_disback.path.fill", by_half)
+    monkeypatch.setattr("diffusers_disback.path.path.fill", by_half)
     with pytest.raises(fuzz.PartialLoad):
         targets.path_json((targets.full.folder / "path.json").read_bytes())

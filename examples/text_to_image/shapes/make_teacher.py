@@ -38,8 +38,8 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusers_disback.families import FAMILIES
-from diffusers_disback.noise_schedule import PREDICTION_TYPES, NoiseSchedule
-from diffusers_disback.single_file import save_portable
+from diffusers_disback.models.noise_schedule import PREDICTION_TYPES, NoiseSchedule
+from diffusers_disback.models.single_file import save_portable
 
 from .judge import ATTRIBUTES, Judge
 from .world import ANY_TILT, CAPTIONS, MAX_TILT, SCENES, pixels

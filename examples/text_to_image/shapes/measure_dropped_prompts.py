@@ -19,8 +19,8 @@ from diffusers_disback import (
     PromptData,
     load_family,
 )
-from diffusers_disback.run import load_prompts, open_path
-from diffusers_disback.trainer import process_state
+from diffusers_disback.session import load_prompts, open_path
+from diffusers_disback.training.stage import process_state
 
 
 SHARES = (0.0, 0.1)

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..truncation import told_once
+from ..data.truncation import told_once
 from .distance import FrechetDistance
 from .drift import DriftEvaluator
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import printable, written_whole
+from ..hub.files import printable, written_whole
 
 
 LABEL = 110  # characters of a caption that are shown beside its pictures; the card and the report have all of it

@@ -11,11 +11,11 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..adapters import base_of
-from ..files import inside, read_json
-from ..manifest import check_fields, is_count, is_number, is_record, is_text, is_text_or_none
-from ..noise_schedule import NoiseSchedule
-from ..path import DegradationPath
+from ..hub.files import inside, read_json
+from ..models.adapters import base_of
+from ..models.noise_schedule import NoiseSchedule
+from ..path.manifest import check_fields, is_count, is_number, is_record, is_text, is_text_or_none
+from ..path.path import DegradationPath
 from . import Evaluation
 from .drift import DriftEvaluator
 from .pictures import convergence_plot, picture_grid

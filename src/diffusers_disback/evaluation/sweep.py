@@ -4,7 +4,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from ..generator import to_pipeline
+from ..models.generator import to_pipeline
 from . import Evaluation
 from .drift import DriftEvaluator
 from .pictures import picture_grid

@@ -4,12 +4,12 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
 
-from ..components import check_whole, pipeline_class_of
-from ..model_reference import ModelReference
-from ..pipeline_folder import UNREADABLE
-from ..repository import HubError
-from ..teacher_lora import fuse_lora
-from ..weights import owned
+from ..hub.repository import HubError
+from ..models.components import check_whole, pipeline_class_of
+from ..models.pipeline_folder import UNREADABLE
+from ..models.reference import ModelReference
+from ..models.teacher_lora import fuse_lora
+from ..models.weights import owned
 from .stable_diffusion import ModelFamily
 from .stable_diffusion_xl import StableDiffusionXL
 

@@ -10,13 +10,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..adapters import base_of
-from ..batch import Condition
-from ..denoiser import check_denoiser
-from ..model_reference import ModelReference, fingerprint
-from ..noise_schedule import NoiseSchedule
-from ..score_model import ScoreModel, call_network
-from ..truncation import told_once
+from ..data.truncation import told_once
+from ..models.adapters import base_of
+from ..models.batch import Condition
+from ..models.denoiser import check_denoiser
+from ..models.noise_schedule import NoiseSchedule
+from ..models.reference import ModelReference, fingerprint
+from ..models.score_model import ScoreModel, call_network
 
 
 _NUMBERS = 2048  # that the doubt of a teacher's betas is measured on, at least: eight small latents, or two large ones

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..batch import Condition
-from ..truncation import told_once
+from ..data.truncation import told_once
+from ..models.batch import Condition
 from .stable_diffusion import ModelFamily
 
 

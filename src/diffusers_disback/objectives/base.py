@@ -4,8 +4,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from ..batch import Batch
-from ..score_model import ScoreModel
+from ..models.batch import Batch
+from ..models.score_model import ScoreModel
 
 
 class Objective(ABC):

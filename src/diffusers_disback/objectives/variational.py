@@ -5,8 +5,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from ..batch import Batch
-from ..score_model import ScoreModel
+from ..models.batch import Batch
+from ..models.score_model import ScoreModel
 from .base import Objective
 
 

@@ -1,0 +1,377 @@
+"""`diffusers-disback`: what is not training. Training has one door, `examples/text_to_image/train_disback.py`."""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..hub.files import printable
+from ..training.ranges import number
+from .command_line import parse_flags, run
+
+
+if TYPE_CHECKING:
+    from ..families import ModelFamily
+    from ..models.reference import ModelReference
+    from ..path.path import DegradationPath
+
+
+def open_path(parsed: argparse.Namespace) -> "DegradationPath":
+    from ..path.path import DegradationPath
+
+    path = DegradationPath.from_pretrained(
+        parsed.path, parsed.revision, cache_dir=parsed.cache_dir, token=parsed.token
+    )
+    path.teacher = elsewhere(path.teacher, parsed)
+    return path
+
+
+def elsewhere(teacher: "ModelReference", parsed: argparse.Namespace) -> "ModelReference":
+    """A path's teacher where it is now: what was taken otherwise than its files say stays so."""
+    place = {
+        "name_or_path": parsed.pretrained_model_name_or_path,
+        "revision": None,
+        "variant": parsed.variant,
+        "single_file_config": parsed.single_file_config,
+    }
+    return teacher if place["name_or_path"] is None else replace(teacher, **place)
+
+
+def teacher_asked_for(parsed: argparse.Namespace, **otherwise: Any) -> "ModelReference":
+    """The teacher of a command line, and what is to be taken otherwise than its files say."""
+    from ..models.reference import ModelReference
+
+    return ModelReference(
+        parsed.pretrained_model_name_or_path,
+        parsed.revision,
+        parsed.variant,
+        lora=parsed.teacher_lora,
+        single_file_config=parsed.single_file_config,
+        **otherwise,
+    )
+
+
+def device() -> str:
+    """The GPU, if there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def path_show(parsed: argparse.Namespace) -> None:
+    """Prints a table of a path's nodes, and draws what each of them paints."""
+    path = open_path(parsed)
+    teacher, generator = path.manifest["teacher"], path.manifest["generator"]
+    name, commit = printable(teacher["name_or_path"]), printable(teacher["commit"])
+    print(f"teacher: {name} (SHA-256 {printable(teacher['sha256'][:12])}, commit {commit})")
+    start, timestep = printable(generator["name_or_path"] or "the teacher"), generator["conditioning_timestep"]
+    print(f"start: {start} at timestep {printable(timestep)}")
+    print(f"{'node':>4}  {'step':>8}  {'loss':>10}  {'kind':<7}  {'dtype':<8}  {'GB':>8}  {'commit':<12}  name")
+    for index, node in enumerate(path.nodes, 1):
+        size, commit = node["bytes"] / 1e9, node.get("commit", "")[:12]
+        kind = f"{node['kind']:<7}  {printable(node['dtype']):<8}  {size:>8.3g}  {commit:<12}"
+        print(f"{index:>4}  {node['step']:>8}  {node['loss']:>10.5g}  {kind}  {node['name']}")
+    print("complete" if path.complete else "unfinished")
+    if not parsed.table and path.nodes:
+        draw(path, parsed.prompt, parsed.guidance_scale, parsed.num_inference_steps, Path(parsed.output))
+        print(f"see {parsed.output}")
+
+
+def draw(path: "DegradationPath", prompts: list[str], guidance_scale: float, steps: int, file: Path) -> None:
+    """What the teacher and each node paint, side by side, from the same noise."""
+    from diffusers.utils.logging import disable_progress_bar
+
+    from ..evaluation import Evaluation
+    from ..evaluation.report import draw_path, many_step_pipeline
+    from ..families import load_family
+
+    disable_progress_bar()
+    family = load_family(path.teacher, path.cache_dir)
+    tell_truncation(family, prompts)
+    pipeline = many_step_pipeline(family.pipeline)
+    draw_path(path, pipeline, Evaluation(prompts), [guidance_scale] * (len(path) + 1), steps, file)
+
+
+def tell_truncation(family: "ModelFamily", prompts: list[str]) -> None:
+    """Says if prompts are longer than the text encoders read."""
+    from ..data.truncation import truncation
+
+    told = truncation(family.tokenizers, prompts)
+    if told:
+        print(told, file=sys.stderr)
+
+
+def path_verify(parsed: argparse.Namespace) -> None:
+    """Checks every hash of a path, and that each node fits the teacher's architecture in everything."""
+    path = open_path(parsed)
+    skeleton = path.teacher.skeleton(parsed.cache_dir)
+    for index, node in enumerate(path.nodes, 1):
+        tensors = path.verify_node(index, skeleton)
+        print(f"node {index}: {node['name']}, {tensors} tensors, whole, and fits the teacher")
+    print(f"{path.where}: {len(path)} nodes, {'complete' if path.complete else 'unfinished'}")
+
+
+def timestep_sweep(parsed: argparse.Namespace) -> None:
+    """Asks a teacher once at each of a range of timesteps: a table, a picture, and the one that is nearest to it."""
+    from diffusers.utils.logging import disable_progress_bar
+
+    from ..data.prompts import PromptFile
+    from ..evaluation import Evaluation
+    from ..evaluation.sweep import recommended
+    from ..evaluation.sweep import timestep_sweep as sweep
+    from ..families import load_family
+    from ..hub.files import write_json
+
+    disable_progress_bar()
+    teacher = teacher_asked_for(
+        parsed,
+        prediction_type=parsed.prediction_type,
+        vae=parsed.pretrained_vae_model_name_or_path,
+        rescale_betas_zero_snr=parsed.rescale_betas_zero_snr,
+    )
+    family = load_family(teacher, parsed.cache_dir)
+    for t in parsed.timesteps:
+        family.schedule.check_timestep(t)
+    prompts = (
+        parsed.prompt if parsed.prompts_file is None else list(PromptFile(parsed.prompts_file, parsed.num_prompts))
+    )
+    tell_truncation(family, prompts)
+    repeated = [prompt for prompt in prompts for _ in range(parsed.num_images_per_prompt)]
+    teacher = family.pipeline.to(device())
+    evaluation, picture = Evaluation(repeated, batch_size=parsed.batch_size), Path(parsed.output)
+    measures = sweep(teacher, parsed.timesteps, evaluation, parsed.guidance_scale, parsed.num_inference_steps, picture)
+    names = list(next(iter(measures.values())))
+    print(f"{'timestep':>8}  " + "  ".join(f"{name:>16}" for name in names))
+    for t, values in measures.items():
+        print(f"{t:>8}  " + "  ".join(f"{values[name]:>16.4f}" for name in names))
+    best = recommended(measures)
+    write_json(
+        picture.with_suffix(".json"), {"recommended": best, "timesteps": measures, "num_pictures": len(repeated)}
+    )
+    print(f"recommended: --conditioning_timestep {best} (least drift, over {len(repeated)} pictures)")
+    print(f"see {picture} and {picture.with_suffix('.json')}")
+
+
+def half(parsed: argparse.Namespace) -> None:
+    """Writes float16 weights beside a student's own, as the variant fp16."""
+    from ..hub.publish.export import add_half_variant
+
+    for file in add_half_variant(parsed.folder):
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+
+
+def extract_lora(parsed: argparse.Namespace) -> None:
+    """Writes the LoRA that comes nearest to a student from its teacher, for diffusers and for other programs."""
+    from diffusers import UNet2DConditionModel
+
+    from ..hub.publish.export import extract_lora, save_lora
+    from ..models.reference import ModelReference
+
+    networks = [
+        reference.load_network(UNet2DConditionModel, parsed.cache_dir).to(device())
+        for reference in (ModelReference(parsed.student), teacher_asked_for(parsed))
+    ]
+    layers, residual = extract_lora(*networks, parsed.rank)
+    files = save_lora({key: value.half().cpu() for key, value in layers.items()}, parsed.rank, parsed.output)
+    print(f"rank {parsed.rank}: leaves {residual:.1%} of the difference between student and teacher")
+    for file in files:
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+
+
+def plan(parsed: argparse.Namespace) -> None:
+    """Prints what a training run will take, before anything is loaded. Takes the training script's own flags."""
+    from transformers import HfArgumentParser
+
+    from ..backtracking import BacktrackingConfig
+    from ..degradation import DegradationConfig
+    from ..planning.plan import REMARKS, Planner, Setup, fits, table
+    from ..training.config import TrainingConfig
+
+    flags = HfArgumentParser(
+        (TrainingConfig, DegradationConfig, BacktrackingConfig),
+        prog="diffusers-disback plan",
+        description=plan.__doc__,
+    )
+    training, _, backtracking = parse_flags(flags, parsed.flags)
+    if training.pretrained_model_name_or_path is None:
+        raise ValueError("Say whose distillation is planned: --pretrained_model_name_or_path.")
+    planner, setup = Planner.of(training.teacher, training.cache_dir), Setup.of(training, backtracking)
+    _, height, width = planner.latent_shape(setup)
+    print(
+        f"{training.pretrained_model_name_or_path}: {height * planner.stride} x {width * planner.stride} pixels, batches of "
+        f"{setup.train_batch_size}, mixed precision {setup.mixed_precision}\n\n{table(planner, setup)}\n\n"
+        f"{fits(planner, setup)}\n\n{REMARKS}"
+    )
+
+
+def push(parsed: argparse.Namespace) -> None:
+    """Pushes a run's folder, or a path's, to the Hub. It can be repeated."""
+    from ..hub.publish.run import path_of_run, push_run
+    from ..hub.repository import Repository
+    from ..models.reference import ModelReference
+
+    path, name = path_of_run(parsed.folder), parsed.pretrained_model_name_or_path
+    teacher = None
+    if name is not None:
+        teacher = ModelReference(name) if path is None else elsewhere(path.teacher, parsed)
+    repo_id = push_run(
+        parsed.folder,
+        parsed.repo_id,
+        parsed.private or None,
+        parsed.create_pr,
+        parsed.commit_message,
+        parsed.token,
+        parsed.cache_dir,
+        teacher,
+    )
+    print(f"pushed to {Repository(repo_id).url}")
+
+
+def pull(parsed: argparse.Namespace) -> None:
+    """Downloads a pushed run or path into a new folder."""
+    from ..hub.publish.run import pull
+
+    path = pull(parsed.repo_id, parsed.folder, parsed.revision, parsed.token, parsed.cache_dir)
+    print(
+        f"{parsed.folder}: "
+        + ("no degradation path" if path is None else f"a path of {len(path)} nodes in {path.where}")
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their flags."""
+    top = argparse.ArgumentParser(prog="diffusers-disback", description=__doc__)
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error; may stand anywhere")
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def add_form(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--variant", help="of the teacher's weights' files, such as fp16")
+        made.add_argument(
+            "--single_file_config", help="of a teacher in one file: a pipeline of its kind, for its configs"
+        )
+
+    def add_teacher(made: argparse.ArgumentParser) -> None:
+        """Of a path, which says where it is."""
+        made.add_argument("--pretrained_model_name_or_path", help="where the teacher is, if not where the path says")
+        add_form(made)
+
+    def add_version_of_teacher(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--revision", help="branch, tag or commit of the teacher on the Hub")
+        made.add_argument("--teacher_lora", help="a LoRA that is fused into the teacher")
+        add_form(made)
+
+    def command(group: Any, name: str, function: Any, *more: str) -> argparse.ArgumentParser:
+        """A subcommand, with those of the flags that several have which it asks for."""
+        shared = {
+            "--token": "of the Hub; by default that of `hf auth login`, which is safer",
+            "--cache_dir": "where downloads are kept",
+        }
+        made = group.add_parser(name, help=function.__doc__, description=function.__doc__)
+        made.set_defaults(function=function)
+        for flag in more:
+            made.add_argument(flag, help=shared[flag])
+        return made
+
+    pushing = command(commands, "push", push, "--token", "--cache_dir")
+    pushing.add_argument("folder", help="a run's --output_dir, or the folder with path.json")
+    pushing.add_argument("repo_id", help="user/name on the Hub; made if it is not there")
+    pushing.add_argument("--private", action="store_true", help="make a new repository private")
+    pushing.add_argument("--create_pr", action="store_true", help="propose what goes to main as a pull request")
+    pushing.add_argument("--commit_message", help="of the commit to main")
+    add_teacher(pushing)
+    pulling = command(commands, "pull", pull, "--token", "--cache_dir")
+    pulling.add_argument("repo_id", help="user/name on the Hub")
+    pulling.add_argument("folder", help="new, or empty")
+    pulling.add_argument("--revision", help="branch, tag or commit of main")
+
+    planning = command(commands, "plan", plan)
+    planning.usage = "diffusers-disback plan --pretrained_model_name_or_path TEACHER [any flag of the training script]"
+
+    sweep = command(commands, "timestep-sweep", timestep_sweep, "--cache_dir")
+    sweep.add_argument("pretrained_model_name_or_path", help="the teacher: a folder, a model on the Hub, or a file")
+    add_version_of_teacher(sweep)
+    sweep.add_argument(
+        "--prediction_type",
+        choices=["epsilon", "v_prediction", "sample"],
+        help="if not what its scheduler's config says",
+    )
+    sweep.add_argument(
+        "--rescale_betas_zero_snr",
+        action="store_true",
+        help="rescale its betas to zero terminal SNR, if its scheduler's config does not say so",
+    )
+    sweep.add_argument("--pretrained_vae_model_name_or_path", help="an autoencoder in place of the teacher's own")
+    sweep.add_argument(
+        "--timesteps",
+        type=number(True, minimum=0),
+        nargs="+",
+        default=[99, 199, 299, 399, 499, 599, 699, 799, 899, 999],
+    )
+    sweep.add_argument("--prompt", action="append", help="can be given several times")
+    sweep.add_argument("--prompts_file", help="a text file with one prompt a line, instead")
+    sweep.add_argument("--num_prompts", type=number(True, minimum=1), default=16, help="of the file, from the top")
+    sweep.add_argument("--num_images_per_prompt", type=number(True, minimum=1), default=4)
+    sweep.add_argument("--batch_size", type=number(True, minimum=1), default=4, help="pictures drawn at once")
+    sweep.add_argument(
+        "--guidance_scale", type=number(False, minimum=1), default=7.5, help="of the teacher's many-step pictures"
+    )
+    sweep.add_argument(
+        "--num_inference_steps", type=number(True, minimum=1, maximum=1000), default=25, help="of their sampler (DDIM)"
+    )
+    sweep.add_argument("--output", default="timesteps.png", help="the picture; the table goes beside it, as JSON")
+
+    halving = command(commands, "half", half)
+    halving.add_argument("folder", help="a student's, as training wrote it")
+    lora = command(commands, "extract-lora", extract_lora, "--cache_dir")
+    lora.add_argument("student", help="a folder, or a model on the Hub")
+    lora.add_argument("pretrained_model_name_or_path", help="its teacher: a folder, a model on the Hub, or a file")
+    lora.add_argument("output", help="the folder to write into")
+    lora.add_argument(
+        "--rank", type=number(True, minimum=1, maximum=4096), default=64, help="of every layer; alpha is the same"
+    )
+    add_version_of_teacher(lora)
+
+    path = commands.add_parser("path", help="look at a degradation path").add_subparsers(dest="verb", required=True)
+    for name, function in (("show", path_show), ("verify", path_verify)):
+        made = command(path, name, function, "--token", "--cache_dir")
+        made.add_argument("path", help="the folder with path.json, or user/name on the Hub")
+        made.add_argument("--revision", help="branch, tag or commit of a path on the Hub")
+        add_teacher(made)
+        if name == "show":
+            made.add_argument("--table", action="store_true", help="draw nothing, and do not load the teacher")
+            made.add_argument("--prompt", action="append", help="a row of the picture; can be given several times")
+            made.add_argument(
+                "--guidance_scale", type=number(False, minimum=1), default=1.0, help="of the teacher and of every node"
+            )
+            made.add_argument(
+                "--num_inference_steps",
+                type=number(True, minimum=1, maximum=1000),
+                default=25,
+                help="of the sampler (DDIM)",
+            )
+            made.add_argument("--output", default="path.png", help="the picture")
+    return top
+
+
+def execute(arguments: list[str]) -> None:
+    """Parses a command line and does what it says. Errors are raised."""
+    parsed, parsed_not = parser().parse_known_args(arguments)
+    if parsed.command == "plan":
+        parsed.flags = parsed_not
+    elif parsed_not:
+        parser().error(f"unrecognized arguments: {' '.join(parsed_not)}")
+    if "prompt" in parsed:
+        parsed.prompt = parsed.prompt or ["a photograph of a cat", "a red house by the sea"]
+    parsed.function(parsed)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns its exit code; see `diffusers_disback.command.run`."""
+    return run(execute, sys.argv[1:] if arguments is None else arguments, "diffusers-disback")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

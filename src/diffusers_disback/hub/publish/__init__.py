@@ -1,0 +1,1 @@
+"""Publishes what a run has made: student, path, exports."""

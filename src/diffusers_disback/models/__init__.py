@@ -1,0 +1,1 @@
+"""Networks and what they are read from: noise schedules, score models, adapters, weights, references to models."""

@@ -1,0 +1,347 @@
+"""One frozen network for several roles: a LoRA for each role, of which one is active at a time."""
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..hub.files import parse_json
+from .reference import fill_adapter
+from .score_model import ScoreModel
+from .weights import adapter_text, are_layers, open_weights, save_weights
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+TARGET_MODULES = [
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+]
+"""The layers that are adapted by default: those of diffusers' script for an LCM-LoRA of SDXL."""
+
+Lora = tuple[dict[str, Tensor], "LoraConfig"]
+"""An adapter off its network: its weights in peft's own names, and its config."""
+
+
+class SharedNetwork:
+    """A frozen network, and for each role an adapter on it. Without a role it is the network itself.
+
+    A role is made active before each of its forward passes. Under gradient checkpointing a block's forward pass is run
+    again within the backward pass, where other roles may be active by then: `checkpointed` brings its role back.
+
+    Args:
+        network (`nn.Module`): A diffusers denoiser; it is frozen here.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network = network.requires_grad_(False).eval()
+        self.active: str | None = None
+        self._layers: list = []
+        self._parameters: dict[str, list[nn.Parameter]] = {}
+        self._frozen: set[str] = set()
+
+    def add(self, role: str, config: "LoraConfig", seed: int = 0) -> None:
+        """Adds a role's adapter, in float32. It changes nothing yet: one of its two factors is zero.
+
+        Args:
+            role (`str`): Its name.
+            config (`LoraConfig`): Rank, alpha and the layers.
+            seed (`int`): Of the other factor. The CPU's global random state is left as it is.
+
+        Raises:
+            ValueError: If the network has none of the layers.
+        """
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is meant
+            torch.manual_seed(seed)
+            self.network.add_adapter(copy.deepcopy(config), adapter_name=role)
+        self._layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+        self._parameters[role] = [
+            parameter for name, parameter in self.network.named_parameters() if f".{role}." in name
+        ]
+        for parameter in self._parameters[role]:
+            parameter.data = parameter.data.float()
+        for name, parameters in self._parameters.items():  # peft leaves them to the adapter that was added last
+            for parameter in parameters:
+                parameter.requires_grad_(name not in self._frozen)
+        self.active = role
+        self.activate(None)
+
+    def activate(self, role: str | None) -> None:
+        """Makes a role's adapter the active one; `None` switches all off.
+
+        What peft's `set_adapter` and `enable_adapters` do, but for visiting every parameter of every adapter to take
+        gradients away and give them back: that took 12 ms for 278 layers, several times a step, and drops the gradients of
+        a graph that was recorded before. An adapter that is not active is in no graph, and gets none in any case.
+        """
+        if role == self.active:
+            return
+        for layer in self._layers:
+            layer._disable_adapters = role is None
+            if role is not None:
+                layer._active_adapter = [role]
+        self.active = role
+
+    @contextmanager
+    def active_in(self, role: str | None) -> Iterator[None]:
+        """Makes a role's adapter the active one for a while."""
+        before = self.active
+        self.activate(role)
+        try:
+            yield
+        finally:
+            self.activate(before)
+
+    def checkpointed(self, block: nn.Module, *arguments: Any) -> Any:
+        """Runs a block of the network under gradient checkpointing, for `enable_gradient_checkpointing`.
+
+        The block is recomputed under the role of its forward pass: an objective whose gradient passes through several
+        roles has all their graphs in one backward pass.
+        """
+        role = self.active
+        return checkpoint(
+            block, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), self.active_in(role))
+        )
+
+    def freeze(self, role: str) -> None:
+        """Keeps gradients out of a role's adapter, for good."""
+        self._frozen.add(role)
+        for parameter in self._parameters[role]:
+            parameter.requires_grad_(False)
+
+    def in_role(self, model: ScoreModel, role: str | None) -> ScoreModel:
+        """The same way to ask, after the role was made active."""
+        call = model.call
+
+        def call_in_role(network, x_t, t, condition):
+            self.activate(role)
+            return call(network, x_t, t, condition)
+
+        model.call = call_in_role
+        return model
+
+    def parameters(self, role: str) -> list[nn.Parameter]:
+        """A role's own, in their order in the network."""
+        return self._parameters[role]
+
+    def config(self, role: str) -> "LoraConfig":
+        """Rank, alpha and layers of a role's adapter."""
+        return self.network.peft_config[role]
+
+    def weights(self, role: str) -> dict[str, Tensor]:
+        """A role's adapter in peft's own names, `x.lora_A.weight` and `x.lora_B.weight`; no copies."""
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(self.network, adapter_name=role)
+
+    def fill(self, role: str, weights: dict[str, Tensor], what: str) -> None:
+        """Copies weights into a role's adapter.
+
+        Raises:
+            ValueError: If names or shapes differ in anything.
+        """
+        fill_adapter(self.network, weights, role, what)
+
+    def release(self) -> nn.Module:
+        """Takes all adapters off. Returns the network, as it was."""
+        self.network.unload_lora()
+        self._layers, self._parameters, self._frozen, self.active = [], {}, set(), None
+        return self.network
+
+
+def lora_config(rank: int, alpha: float | None = None, target_modules: list[str] | None = None) -> "LoraConfig":
+    """The adapter of a role.
+
+    Args:
+        rank (`int`): Of every layer.
+        alpha (`float`, *optional*): By default the rank, so that an update is taken as it is.
+        target_modules (`list[str]`, *optional*): Ends of layers' names; by default `TARGET_MODULES`.
+    """
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        target_modules=target_modules or TARGET_MODULES,
+        init_lora_weights=True,
+    )
+
+
+def base_of(
+    network: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    scratch: str | Path | None = None,
+) -> nn.Module:
+    """The network in the precision of a base that several roles share: itself where nothing has to change, else a copy.
+
+    Args:
+        network (`nn.Module`): A diffusers denoiser in float32. A copy leaves it as it is.
+        device (`torch.device`): Of the base.
+        dtype (`torch.dtype`): That the base computes in.
+        quantization (`str`, *optional*): `nf4` or `int8`: keep the weights of linear layers in 4 or 8 bits.
+        scratch (`str` or `Path`, *optional*): A folder on a disk that has room for the network, to quantise it.
+
+    Raises:
+        ValueError: If quantisation is asked for without a GPU.
+    """
+    if quantization is not None:
+        return _quantized(network, device, dtype, quantization, scratch)
+    parameter = next(network.parameters())
+    if parameter.device.type == device.type and parameter.dtype == dtype:
+        return network
+    with torch.device("meta"):
+        base = type(network).from_config(network.config)
+    weights = {
+        key: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+        for key, tensor in network.state_dict().items()
+    }
+    base.load_state_dict(weights, strict=True, assign=True)
+    return base
+
+
+def _quantized(
+    network: nn.Module, device: torch.device, dtype: torch.dtype, quantization: str, scratch: str | Path | None
+) -> nn.Module:
+    """By bitsandbytes, which quantises what it loads: so the network is written down once, and read again."""
+    if device.type != "cuda":
+        raise ValueError(
+            f"--base_quantization {quantization} needs a GPU, but this run is on the {device.type}; leave it out."
+        )
+    from diffusers import BitsAndBytesConfig
+
+    config = {
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype},
+        "int8": {"load_in_8bit": True},
+    }[quantization]
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        network.save_pretrained(folder)
+        return type(network).from_pretrained(
+            folder, quantization_config=BitsAndBytesConfig(**config), torch_dtype=dtype, use_safetensors=True
+        )
+
+
+def fused(network: nn.Module, weights: dict[str, Tensor], config: "LoraConfig") -> nn.Module:
+    """A copy of a network with an adapter's update added to its weights, `[out, in]` each, in the network's precision.
+
+    Args:
+        network (`nn.Module`): Without adapters; left as it is.
+        weights (`dict[str, Tensor]`): Of the adapter, in peft's names.
+        config (`LoraConfig`): Of the adapter.
+    """
+    network = copy.deepcopy(network)
+    network.add_adapter(copy.deepcopy(config), adapter_name="fused")
+    fill_adapter(network, weights, "fused", "the student's LoRA")
+    network.fuse_lora()
+    network.unload_lora()
+    return network.requires_grad_(False)
+
+
+def config_of(file: Path) -> "LoraConfig":
+    """Rank, alpha and layers of an adapter's file.
+
+    Raises:
+        ValueError: If it does not say, or holds more than a plain LoRA.
+    """
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+    from peft import LoraConfig
+
+    with open_weights(file) as stream:
+        said = (stream.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+        down = [stream.get_slice(key).get_shape() for key in stream.keys() if ".lora_A" in key]  # noqa: SIM118
+    if said is None:
+        raise ValueError(f"{file} does not say its adapter's rank and layers.")
+    said = parse_json(said, f"the metadata of {file}")
+    more = [name for name in ("use_dora", "use_rslora", "lora_bias", "modules_to_save") if said.get(name)]
+    if more or said.get("bias", "none") != "none":
+        raise ValueError(
+            f"{file} holds more than a plain LoRA ({', '.join(more) or 'biases'}), which is not supported."
+        )
+    _check_adapter_config(said, max((shape[0] for shape in down if shape), default=0), file)
+    return LoraConfig(**{name: said[name] for name in _SAID if said.get(name) is not None})
+
+
+_SAID = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
+
+
+def _check_adapter_config(said: dict[str, Any], largest: int, file: Path) -> None:
+    """Raises a `ValueError` unless what an adapter's file says of itself is of the right kinds, of plain names (peft takes
+    them for regular expressions), and of no larger rank than its weights are."""
+
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float) and 0 < value < 1e9
+
+    def is_rank(value: Any) -> bool:
+        return type(value) is int and 0 < value <= largest
+
+    checks = {
+        "r": is_rank,
+        "lora_alpha": is_number,
+        "target_modules": lambda value: isinstance(value, list) and bool(value) and are_layers(value),
+        "rank_pattern": lambda value: (
+            isinstance(value, dict) and are_layers(value) and all(map(is_rank, value.values()))
+        ),
+        "alpha_pattern": lambda v: isinstance(v, dict) and are_layers(v) and all(map(is_number, v.values())),
+    }
+    for name in ("r", "target_modules"):
+        if said.get(name) is None:
+            raise ValueError(f"{file} does not say its adapter's {name}.")
+    for name, is_right in checks.items():
+        if said.get(name) is not None and not is_right(said[name]):
+            shown = repr(said[name])
+            raise ValueError(
+                f"{file} says {name} {shown[:100]} of its adapter, which cannot be. Its weights are of rank {largest}."
+            )
+
+
+def write_adapter(network: nn.Module, adapter: str, folder: Path) -> None:
+    """Writes an adapter as `network.save_lora_adapter` does, which moves the network about and warns of it.
+
+    Args:
+        network (`nn.Module`): With the adapter on it.
+        adapter (`str`): Its name.
+        folder (`Path`): Made if it is not there; `load_lora_adapter(folder, prefix=None, use_safetensors=True)` reads it.
+    """
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+    from peft import get_peft_model_state_dict
+
+    text = adapter_text(network.peft_config[adapter].to_dict())
+    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: text}
+    weights = get_peft_model_state_dict(network, adapter_name=adapter)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights({k: tensor.contiguous() for k, tensor in weights.items()}, folder / LORA_WEIGHT_NAME_SAFE, metadata)
+
+
+def save_lora(weights: dict[str, Tensor], config: "LoraConfig", folder: str | Path) -> Path:
+    """Writes an adapter for `pipe.load_lora_weights(folder)`: peft's own names, with rank and alpha beside them.
+
+    What diffusers' `save_lora_weights` writes, but for the metadata, which there are in an order that changes.
+
+    Names of diffusers' older layout would lose every attention layer as soon as convolutions are adapted, too, and
+    without the metadata alpha would be taken for the rank, both without an error.
+
+    Args:
+        weights (`dict[str, Tensor]`): In peft's names.
+        config (`LoraConfig`): Of the adapter.
+        folder (`str` or `Path`): Made if it is not there.
+    """
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+
+    file = Path(folder, LORA_WEIGHT_NAME_SAFE)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = adapter_text({f"unet.{key}": value for key, value in config.to_dict().items()})
+    layers = {f"unet.{key}": value.contiguous().cpu() for key, value in weights.items()}
+    save_weights(layers, file, {"format": "pt", LORA_ADAPTER_METADATA_KEY: text})
+    return file

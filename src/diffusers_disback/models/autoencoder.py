@@ -1,0 +1,185 @@
+"""An autoencoder from elsewhere: a folder, a repository or one file, held to what a teacher is held to."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from ..hub.files import read_json
+from ..hub.repository import HubError, Repository, downloaded, known_sha256, sha256_of
+from .pipeline_folder import UNREADABLE, check_shards, files_of, of_variants, variant_taken
+from .single_file import made_once, single_file_of
+from .weights import HALVES, layout_of, save_weights
+
+
+logger = logging.getLogger(__name__)
+_STEM = "diffusion_pytorch_model"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_OWN = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+_PREFIXES = ("first_stage_model.", "vae.", "")  # of its names in one file
+# In one file, beside an autoencoder's own weights in the original layout: those of its training.
+_OF_TRAINING = ("loss.", "model_ema.")
+
+
+def autoencoder_folder(name: str, variant: str | None, config: Path, cache_dir: str | None = None) -> Path:
+    """Where an autoencoder's `config.json` and weights lie on this machine, after a download or a conversion. The Hub is asked
+    once in a process.
+
+    Args:
+        name (`str`): A folder or a repository, in which it is at the root or in `vae/`; or a `.safetensors` file.
+        variant (`str`, *optional*): Of the weights' files; those without one are taken where it is not there.
+        config (`Path`): The folder of the teacher's own autoencoder, as which one in a single file is built.
+        cache_dir (`str`, *optional*): Where downloads and conversions are kept.
+
+    Raises:
+        ValueError: If there is none, it is pickled, it has weights of another variant alone, or it is no AutoencoderKL.
+    """
+    if single_file_of(name) is not None:
+        return _converted(name, config, cache_dir)
+    root = Path(name)
+    if not root.is_dir():
+        patterns = ["config.json", f"{_STEM}*.safetensors", f"{_STEM}*.json"]
+        root = downloaded(name, (*patterns, *(f"vae/{pattern}" for pattern in patterns)), None, cache_dir)
+    for folder in (root, root / "vae"):
+        if (folder / "config.json").is_file():
+            what = f"the autoencoder {name!r}"
+            files_of(folder, what, root)
+            class_name = read_json(folder / "config.json", f"config.json of {what}").get("_class_name")
+            if class_name != "AutoencoderKL":
+                raise ValueError(f"{name} is a {class_name}; an AutoencoderKL is needed.")
+            _check_weights(name, folder, variant)
+            return folder
+    raise ValueError(f"{name} holds no autoencoder: it has no config.json, at its root or in vae/.")
+
+
+def variant_of(folder: Path, variant: str | None) -> str | None:
+    """The variant that is taken of the weights in a folder: the one that is asked for, if it is there."""
+    return variant_taken(_weights(folder), variant)
+
+
+def load_autoencoder(folder: Path, variant: str | None, name: str) -> AutoencoderKL:
+    """An autoencoder in float32, from what `autoencoder_folder` gave.
+
+    Raises:
+        ValueError: If it cannot be read, or its weights do not fit its own config in anything.
+    """
+    try:
+        vae, info = AutoencoderKL.from_pretrained(
+            folder,
+            variant=variant_of(folder, variant),
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except UNREADABLE as error:
+        raise ValueError(f"The autoencoder {name} cannot be loaded. {error}") from error
+    wrong = {kind: keys for kind, keys in info.items() if keys}
+    if wrong:
+        raise ValueError(f"The autoencoder {name} does not fit its own config: {wrong}.")
+    return vae
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files in a folder that are named as an autoencoder's weights are."""
+    return [file for file in sorted(folder.iterdir()) if file.name.startswith(_STEM)]
+
+
+def _check_weights(name: str, folder: Path, variant: str | None) -> None:
+    """Raises a `ValueError` unless there are weights of the variant, or without one."""
+    there = {kind: files[-1].name for kind, files in of_variants(_weights(folder)).items()}  # of shards, their index
+    if variant in there or None in there:
+        file = folder / there[variant if variant in there else None]
+        if file.suffix == ".json":  # it names shards
+            names = set(check_shards(file, f"{file.name} of the autoencoder {name}")["weight_map"].values())
+            missing = sorted(shard for shard in names if not (folder / shard).is_file())
+            if missing or not names:
+                raise ValueError(f"The autoencoder {name} is not whole: there is no {(missing or ['shard'])[0]}.")
+        return
+    if there:
+        variants = sorted(filter(None, there))
+        raise ValueError(
+            f"The autoencoder {name} has weights of the variant {' and '.join(variants)} alone: pass --variant {variants[0]}, "
+            f"or the file itself, {there[variants[0]]}."
+        )
+    pickled = _pickles(name, folder)
+    if pickled:
+        raise ValueError(
+            f"The autoencoder {name} is there as a pickle alone ({', '.join(pickled[:3])}). Pickles can run code when they are "
+            "read, and are not; find or make a safetensors version of it."
+        )
+    raise ValueError(f"The autoencoder {name} has no weights: there is no {_STEM}.safetensors beside its config.json.")
+
+
+def _pickles(name: str, folder: Path) -> list[str]:
+    """The names of pickled weights in a folder, or in the repository that it is a copy of."""
+    names = [file.name for file in folder.iterdir()]
+    if not os.path.isdir(name):
+        try:
+            repository = Repository(name, patient=False)
+            names += [os.path.basename(path) for path in repository.tree(repository.head())]
+        except HubError as error:  # then the error that comes says less
+            logger.warning(f"The files of {name} could not be listed. {error}")
+    return sorted({name for name in names if name.endswith(_PICKLES)})
+
+
+def _converted(name: str, config: Path, cache_dir: str | None) -> Path:
+    """One file as a folder, made once: it is named by the file's and the config's content."""
+    file = single_file_of(name).fetch(None, cache_dir)
+    if file.suffix.lower() != ".safetensors":
+        raise ValueError(
+            f"The autoencoder {name} is no .safetensors file. Pickles can run code when they are read, and are not; find or "
+            "make a safetensors version of it."
+        )
+    shapes, types = layout_of(file)
+    dtypes = set(types.values())
+    prefix = next(prefix for prefix in _PREFIXES if not prefix or any(key.startswith(prefix) for key in shapes))
+    own = {key: shape for key, shape in shapes.items() if key.startswith(tuple(prefix + part for part in _OWN))}
+    foreign = sorted(
+        key for key in shapes.keys() - own.keys() if not key.startswith((*_OF_TRAINING, f"{prefix}loss."))
+    )
+    if not own or foreign:
+        raise ValueError(
+            f"{name} is no autoencoder ({(foreign or ['it is empty'])[0]}). In one file an autoencoder is its weights alone, in "
+            "diffusers' layout or the original one; of a whole pipeline's folder its vae/ is taken."
+        )
+
+    def write(draft: Path) -> None:
+        weights = _convert(file, config, own, name)
+        dtype = HALVES.get(next(iter(dtypes))) if len(dtypes) == 1 else None  # the folder is no larger than the file
+        draft.mkdir()
+        shutil.copyfile(config / "config.json", draft / "config.json")
+        halved = {k: (tensor if dtype is None else tensor.to(dtype)).contiguous() for k, tensor in weights.items()}
+        save_weights(halved, draft / f"{_STEM}.safetensors", {"format": "pt"})
+
+    content = f"autoencoder {known_sha256(file)} {sha256_of(config / 'config.json')}"
+    return made_once(content, name, write, cache_dir)
+
+
+def _convert(file: Path, config: Path, shapes: dict[str, torch.Size], name: str) -> dict[str, torch.Tensor]:
+    """The weights of an autoencoder in one file, in diffusers' layout.
+
+    Raises:
+        ValueError: If a tensor is missing or left over, or of another shape than the teacher's own autoencoder has.
+    """
+    what = (
+        f"The autoencoder {name} is not built as the teacher's own is, of which a single file has to have the config"
+    )
+    advice = "Pass it as a folder or a model on the Hub, with its own config.json."
+    with torch.device("meta"):
+        expected = AutoencoderKL.from_config(AutoencoderKL.load_config(config)).state_dict()
+    wanted = sum(tensor.numel() for tensor in expected.values())
+    stored = sum(shape.numel() for shape in shapes.values())
+    if stored != wanted:  # diffusers would pass over what is left over
+        raise ValueError(f"{what}: it has {stored:,} numbers, the teacher's {wanted:,}. {advice}")
+    try:
+        vae = AutoencoderKL.from_single_file(str(file), config=str(config), local_files_only=True)
+    except UNREADABLE as error:
+        raise ValueError(f"{what} ({type(error).__name__}: {error}). {advice}") from error
+    weights = vae.state_dict()
+    missing = sorted(key for key, tensor in weights.items() if tensor.is_meta)
+    if missing:
+        raise ValueError(f"{what}: {len(missing)} of its tensors are missing ({missing[0]}). {advice}")
+    return weights

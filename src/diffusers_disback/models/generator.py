@@ -1,0 +1,81 @@
+"""The one-step generator, and the stock scheduler that makes any pipeline run it."""
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin, StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from ..pipelines.one_step import DisBackOneStepPipeline
+from .batch import Condition
+from .denoiser import check_denoiser
+from .noise_schedule import NoiseSchedule, ddpm_scheduler
+from .score_model import ScoreModel
+
+
+class OneStepGenerator:
+    """A score model asked once: noise goes in as if it were `x_t` at one fixed timestep, x0 comes out.
+
+    Args:
+        model (`ScoreModel`): The student's network; `teacher.copy()` is the usual start.
+        timestep (`int`): The conditioning timestep.
+
+    Raises:
+        ValueError: If the timestep is outside the schedule, or has zero signal and the network predicts the noise.
+    """
+
+    def __init__(self, model: ScoreModel, timestep: int):
+        model.schedule.check_timestep(timestep)
+        self.model = model
+        self.timestep = timestep
+
+    def __call__(self, noise: Tensor, condition: Condition) -> Tensor:
+        """x0, `[B, C, H, W]`, of standard normal noise of the same shape."""
+        t = torch.full((len(noise),), self.timestep, device=noise.device)
+        return self.model.denoise(noise, t, condition)
+
+
+def one_step_scheduler(scheduler: SchedulerMixin, timestep: int) -> DDIMScheduler:
+    """A stock scheduler whose only step is the generator: its schedule is the teacher's, cut off after `timestep`.
+
+    With `num_inference_steps=1` and no guidance, a stock pipeline then computes exactly what the generator does.
+
+    Args:
+        scheduler (`SchedulerMixin`): The teacher's.
+        timestep (`int`): The conditioning timestep.
+
+    Raises:
+        ValueError: If the scheduler has no betas or predicts what is not known, the timestep is outside its schedule, or
+            there is no signal there and the network predicts the noise.
+    """
+    NoiseSchedule.from_scheduler(scheduler).check_timestep(timestep)
+    # Betas are taken after a rescale to zero terminal SNR, which is therefore not asked for again.
+    betas = ddpm_scheduler(scheduler).betas[: timestep + 1].tolist()
+    return DDIMScheduler(
+        num_train_timesteps=timestep + 1,
+        trained_betas=betas,
+        prediction_type=scheduler.config.get("prediction_type", "epsilon"),
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        clip_sample=False,
+        steps_offset=1,
+    )
+
+
+def to_pipeline(network: nn.Module, timestep: int, teacher: DiffusionPipeline) -> DisBackOneStepPipeline:
+    """The deployed student: its network, the one-step scheduler, and the teacher's other components.
+
+    Args:
+        network (`nn.Module`): The student's, unwrapped.
+        timestep (`int`): The conditioning timestep.
+        teacher (`DiffusionPipeline`): The teacher's pipeline; its components are shared, not copied.
+
+    Raises:
+        ValueError: If the network asks for more than it is given, or the scheduler and the timestep are refused by
+            `one_step_scheduler`.
+    """
+    check_denoiser(network.config, "The student's network")
+    components = {**teacher.components, "unet": network, "scheduler": one_step_scheduler(teacher.scheduler, timestep)}
+    accepted = DisBackOneStepPipeline.component_names()
+    settings = {key: teacher.config[key] for key in ("force_zeros_for_empty_prompt",) if key in teacher.config}
+    if isinstance(teacher, StableDiffusionXLPipeline):
+        settings["add_watermarker"] = teacher.watermark is not None
+    return DisBackOneStepPipeline(**{name: components[name] for name in accepted if name in components}, **settings)

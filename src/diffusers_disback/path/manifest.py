@@ -1,0 +1,193 @@
+"""The format of `path.json`: what it has to hold, and what tells one path from another. See docs/path.md."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..hub.files import read_json
+from ..hub.published import published
+
+
+FORMAT_VERSION = 1
+MANIFEST = "path.json"
+ADAPTER = "pytorch_lora_weights.safetensors"
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# Settings that say where something lies.
+_PLACES = ("pretrained_model_name_or_path", "generator_model_name_or_path", "single_file_config", "prompts_file")
+
+
+def name_of(step: int) -> str:
+    """The folder and branch of the node that was recorded after a step."""
+    return f"degradation-{step:06d}"
+
+
+def identity(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What makes a path another path: teacher, start, the settings of its recording (in which folders do not count, and
+    of other places their published names), and the recording itself, since equal settings do not give equal bytes
+    everywhere."""
+    return {
+        "teacher": manifest["teacher"]["sha256"][:12],
+        "start": manifest["generator"]["sha256"][:12],
+        "conditioning timestep": manifest["generator"]["conditioning_timestep"],
+        **published({name: value for name, value in manifest["recording"].items() if name not in _PLACES}),
+        "id": manifest["id"],
+    }
+
+
+def read_manifest(file: Path, where: str, pinned: bool) -> dict[str, Any]:
+    """A manifest that somebody else may have written, checked before anything is done by it.
+
+    Args:
+        file (`Path`): `path.json`.
+        where (`str`): The folder or repository, for messages.
+        pinned (`bool`): Whether nodes have to have a branch and a commit.
+
+    Raises:
+        ValueError: If it is of a newer format, or not as the format says.
+    """
+    manifest = read_json(file, f"{MANIFEST} of {where}")
+    check_manifest(manifest, where, pinned)
+    return manifest
+
+
+def check_manifest(manifest: Any, where: str, pinned: bool) -> None:
+    """Raises a `ValueError` unless a manifest is as the format says; see `read_manifest`."""
+    what = f"{MANIFEST} of {where}"
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if type(version) is not int or version != FORMAT_VERSION:
+        newer = type(version) is int and version > FORMAT_VERSION
+        raise ValueError(
+            f"{what} has format version {shown(version)}; this library reads {FORMAT_VERSION}."
+            + (" Update diffusers-disback." if newer else "")
+        )
+    check_fields(manifest, _FIELDS, what)
+    if manifest["complete"] or "cost" in manifest:
+        check_fields(manifest, {"cost": is_record}, what)
+        check_fields(manifest["cost"], {"steps": is_count, "seconds": is_number, "peak_memory_mb": is_number}, what)
+    check_fields(manifest["teacher"], _TEACHER, f"{what} of its teacher")
+    check_fields(manifest["generator"], _GENERATOR, f"{what} of the student's start")
+    last = 0
+    for index, node in enumerate(manifest["nodes"], 1):
+        _check_node(node, f"{what} names node {index}", pinned)
+        if node["step"] <= last:
+            raise ValueError(f"{what} names node {index} at step {node['step']}, after step {last}.")
+        last = node["step"]
+
+
+def _check_node(node: Any, what: str, pinned: bool) -> None:
+    if not is_record(node) or not is_text(node.get("name")):
+        raise ValueError(f"{what} as {shown(node)}, which is none.")
+    if not is_count(node.get("step")) or node["name"] != name_of(node["step"]):
+        raise ValueError(
+            f"{what} {shown(node['name'])} of step {shown(node.get('step'))}; names are like degradation-000200, where 200 is "
+            "the step."
+        )
+    what = f"{what}, {node['name']},"
+    if node.get("kind") not in ("full", "adapter"):
+        raise ValueError(f"{what} of kind {shown(node.get('kind'))}; kinds are full and adapter.")
+    files = node.get("files")
+    if not is_record(files) or not files:
+        raise ValueError(f"{what} without files.")
+    for name, sha256 in files.items():
+        if not _FILE.fullmatch(name) or len(name) > 200 or not is_sha256(sha256):
+            raise ValueError(f"{what} with the file {shown(name)} of SHA-256 {shown(sha256)}, which cannot be.")
+    if node["kind"] == "adapter" and list(files) != [ADAPTER]:
+        raise ValueError(f"{what} with the files {shown(list(files))}; an adapter has one, {ADAPTER}.")
+    check_fields(node, _NODE, what)
+    if "mismatch" in node and not all(
+        isinstance(bands, list) and all(map(is_number, bands)) for bands in node["mismatch"].values()
+    ):
+        raise ValueError(f"{what} with the mismatch {shown(node['mismatch'])}, which is no lists of numbers by name.")
+    if pinned and not (
+        node.get("branch") == node["name"] and is_text(node.get("commit")) and _COMMIT.fullmatch(node["commit"])
+    ):
+        raise ValueError(
+            f"{what} at branch {shown(node.get('branch'))}, commit {shown(node.get('commit'))}, which cannot be."
+        )
+
+
+# Kinds of values -----------------------------------------------------------------------------------------------------
+
+
+def check_fields(content: dict[str, Any], fields: dict[str, Callable[[Any], bool]], what: str) -> None:
+    """Sees that what was read holds fields of the right kinds; a name that ends on `?` may be missing.
+
+    Raises:
+        ValueError: With the first that it does not.
+    """
+    for name, is_right in fields.items():
+        key = name.removesuffix("?")
+        if key not in content:
+            if key == name:
+                raise ValueError(f"{what} is not as its format says: {key!r} is missing.")
+        elif not is_right(content[key]):
+            raise ValueError(f"{what} is not as its format says: {key!r} cannot be {shown(content[key])}.")
+
+
+def shown(value: Any) -> str:
+    """A value of somebody else for a message, cut off."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def is_text(value: Any) -> bool:
+    """A `str`."""
+    return isinstance(value, str)
+
+
+def is_text_or_none(value: Any) -> bool:
+    """A `str`, or nothing."""
+    return value is None or is_text(value)
+
+
+def is_number(value: Any) -> bool:
+    """A finite number; `True` is none."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def is_count(value: Any) -> bool:
+    """A whole number from 0 on, of which there can be so many."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_flag(value: Any) -> bool:
+    """`True` or `False`."""
+    return isinstance(value, bool)
+
+
+def is_record(value: Any) -> bool:
+    """A `dict`, which in JSON has texts as keys."""
+    return isinstance(value, dict)
+
+
+def is_sha256(value: Any) -> bool:
+    """A SHA-256 in hexadecimal."""
+    return is_text(value) and _SHA256.fullmatch(value) is not None
+
+
+_FIELDS = {
+    "id": is_text,
+    "teacher": is_record,
+    "generator": is_record,
+    "recording": is_record,
+    "complete": is_flag,
+    "nodes": lambda value: isinstance(value, list),
+}
+_TEACHER = {
+    **{"name_or_path": is_text, "sha256": is_sha256},
+    **dict.fromkeys(("revision", "variant", "commit"), is_text_or_none),
+    **{f"{name}?": is_text_or_none for name in ("prediction_type", "vae", "lora", "single_file_config")},
+}
+_GENERATOR = {"name_or_path": is_text_or_none, "sha256": is_sha256, "conditioning_timestep": is_count}
+_NODE = {
+    "loss": is_number,
+    "dtype": lambda value: value in ("float32", "float16", "bfloat16", "float64"),
+    "bytes": is_count,
+    "rounding_error?": is_number,
+    "mismatch?": is_record,
+    "branch?": is_text,
+    "commit?": is_text,
+}
