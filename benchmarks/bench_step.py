@@ -30,8 +30,9 @@ from diffusers_disback.models.adapters import SharedNetwork
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.path.path import DegradationPath
 from diffusers_disback.training.config import TrainingConfig
-from diffusers_disback.training.learner import add_adapter
-from diffusers_disback.training.stage import Stage, peak_memory_mb
+from diffusers_disback.training.networks import add_adapter
+from diffusers_disback.training.processes import peak_memory_mb
+from diffusers_disback.training.stage import Stage
 
 
 IMPORTED_MB = psutil.Process().memory_info().rss / 1e6

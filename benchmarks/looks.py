@@ -33,7 +33,7 @@ class CrestSchedule(AdaptiveSchedule):
         self.patience = patience
 
     def is_done(self, phase):
-        gaps = [measure.gap for measure in phase]
+        gaps = [measure.mismatch for measure in phase]
         return super().is_done(phase) or len(gaps) - 1 - gaps.index(max(gaps)) >= self.patience
 
 

@@ -131,10 +131,10 @@ class NearSchedule(AdaptiveSchedule):
     last two measures of a phase are no better than all before them, by 2 %)."""
 
     def is_done(self, phase: Sequence[Measure]) -> bool:
-        if phase[-1].gap < self.share * phase[-1].next_gap:
+        if phase[-1].mismatch < self.share * phase[-1].next_mismatch:
             return True
         before, recent = phase[:-2], phase[-2:]
-        return bool(before) and min(m.gap for m in recent) > 0.98 * min(m.gap for m in before)
+        return bool(before) and min(m.mismatch for m in recent) > 0.98 * min(m.mismatch for m in before)
 
 
 SCHEDULES = {

@@ -55,7 +55,7 @@ def read(path, index):
 
 
 def lora_weights(stage, role):
-    return {key: value.detach().clone() for key, value in stage.shared.weights(role).items()}
+    return {key: value.detach().clone() for key, value in stage.scores.shared.weights(role).items()}
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_backtracking_walks_the_path(tmp_path, path):
     stage = trainer(adapted(tmp_path), path, max_train_steps=5, steps_per_target=1)
     assert equal(lora_weights(stage, "fake_score"), read(path, 3))
     before = {role: lora_weights(stage, role) for role in ("generator", "fake_score")}
-    base = {key: value for key, value in weights(stage.shared.network).items() if ".lora_" not in key}
+    base = {key: value for key, value in weights(stage.scores.shared.network).items() if ".lora_" not in key}
     visited, step_of = [], stage.train_step
     x_t, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
     condition = stage.family.encode(tiny.PROMPTS[:1])
@@ -187,7 +187,7 @@ def test_backtracking_walks_the_path(tmp_path, path):
     assert visited == [2, 1, 0, 0, 0]
     for role, was in before.items():
         assert all(not torch.equal(was[key], value) for key, value in lora_weights(stage, role).items()), role
-    now = weights(stage.shared.network)
+    now = weights(stage.scores.shared.network)
     assert all(torch.equal(now[key], value) for key, value in base.items())
 
 
@@ -269,8 +269,8 @@ def test_another_node_takes_the_targets_place_for_a_while(tmp_path, path):
 
 def test_a_path_of_another_rank_is_gone_along(tmp_path, path):
     stage = trainer(training(tmp_path, lora_rank=2, lora_alpha=1.0), path)
-    assert stage.shared.config("generator").r == 2 and stage.shared.config("generator").lora_alpha == 1
-    assert stage.shared.config("fake_score").r == stage.shared.config("target").r == 4
+    assert stage.scores.shared.config("generator").r == 2 and stage.scores.shared.config("generator").lora_alpha == 1
+    assert stage.scores.shared.config("fake_score").r == stage.scores.shared.config("target").r == 4
     stage.run()
 
 
@@ -345,7 +345,7 @@ def test_a_step_asks_no_network_twice(tmp_path, teacher_folder, lora_rank, fake_
 @pytest.mark.parametrize("lora_rank", [None, 4], ids=["full", "adapters"])
 def test_stage_1_asks_each_network_once(tmp_path, teacher_folder, lora_rank):
     stage = recorder(training(tmp_path, lora_rank=lora_rank), teacher_folder, steps=1, nodes=1)
-    stage.measure = lambda done: stage.walk.append({"step": done, "losses": [1.0]})  # of nodes, not of a step
+    stage.measure = lambda done: stage.loss_history.append({"step": done, "losses": [1.0]})  # of nodes, not of a step
     seen = []
     generator, fake_score_of = stage.generator.model, stage.fake_score.score_model
     for name, model in (("generator", generator),):
@@ -362,7 +362,9 @@ def test_stage_1_asks_each_network_once(tmp_path, teacher_folder, lora_rank):
         return model
 
     stage.fake_score.score_model = counted
-    stage.measure = lambda done: stage.walk.append({"step": done, "losses": [1.0]})  # which is not asked in every step
+    stage.measure = lambda done: stage.loss_history.append(
+        {"step": done, "losses": [1.0]}
+    )  # which is not asked in every step
     stage.run()
     assert seen == [("generator", False), ("fake_score", True)]
 
@@ -445,7 +447,7 @@ def test_one_bad_gradient_among_several_updates_stops_the_run(tmp_path, path, lo
 
 def test_an_overflow_under_loss_scaling_is_skipped_and_seen(tmp_path):
     """As on a GPU in fp16: accelerate has to see that the scaler skipped, which a fused optimiser hides from it."""
-    from diffusers_disback.training.learner import optimizer_of
+    from diffusers_disback.training.optim import optimizer_of
 
     config = training(tmp_path)
     network = torch.nn.Linear(2, 1)

@@ -37,7 +37,13 @@ ORDER = {
     "data": [{"truncation", "cache"}, {"prompts"}],
     "path": [{"manifest", "node_spacing", "target_schedule"}, {"storage"}, {"sharing"}, {"path"}],
     "families": [{"stable_diffusion"}, {"stable_diffusion_xl"}, {"__init__"}],
-    "training": [{"ranges", "lock", "checkpoint"}, {"config"}, {"run_folder", "learner", "probe"}, {"stage"}],
+    "training": [
+        {"ranges", "lock", "checkpoint", "processes"},
+        {"config"},
+        {"run_folder", "networks", "optim", "probe"},
+        {"learner"},
+        {"scores", "stage"},
+    ],
     "objectives": [{"base"}, {"variational"}, {"__init__"}],
     "evaluation": [{"distance", "drift", "pictures"}, {"__init__"}, {"report"}, {"sweep"}],
     "hub.publish": [{"export", "run"}, {"background"}],
@@ -45,7 +51,14 @@ ORDER = {
     "commands": [{"command_line"}, {"cli"}],
 }
 DOORS = {
-    "accelerate": {"training/learner.py", "training/stage.py", "session.py", "evaluation/report.py"},
+    "accelerate": {
+        "training/learner.py",
+        "training/networks.py",
+        "training/processes.py",
+        "training/stage.py",
+        "session.py",
+        "evaluation/report.py",
+    },
     "torchmetrics": {"evaluation/distance.py"},
     "matplotlib": {"evaluation/pictures.py"},
     "huggingface_hub": {
@@ -58,7 +71,7 @@ DOORS = {
         "commands/cli.py",
     },
     "peft": {"models/reference.py", "models/adapters.py"},
-    "bitsandbytes": {"training/learner.py"},
+    "bitsandbytes": {"training/optim.py"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -12,7 +12,7 @@ from diffusers_disback.backtracking import BacktrackingConfig
 from diffusers_disback.degradation import DegradationConfig
 from diffusers_disback.families import family_of
 from diffusers_disback.session import check_inputs, check_settings
-from diffusers_disback.training.learner import accelerator_of
+from diffusers_disback.training.networks import accelerator_of
 from diffusers_disback.training.run_folder import INPUTS, RunFolder
 
 

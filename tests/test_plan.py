@@ -91,9 +91,7 @@ def test_what_is_counted_is_what_a_run_allocates(name, tmp_path, teacher_folder,
     setup = Setup.of(config, BacktrackingConfig(use_ema=True))
     rows = {row.name: row.bytes for row in planned.rows(2, setup)}
     networks = {id(each): each for each in (learner.unwrapped() for learner in stage.learners)}
-    networks[id(stage._adapted_target.network if stage.shared else stage.target.network)] = (
-        stage._adapted_target.network if stage.shared else stage.target.network
-    )
+    networks[id(stage.target.network)] = stage.target.network
     weights = sum(size(each) for network in networks.values() for each in network.parameters())
     states = {learner.name: stated(learner) for learner in stage.learners}
     average = sum(map(size, stage.student.ema.shadow_params))

@@ -49,8 +49,8 @@ from diffusers_disback.session import (
     validation_prompts,
     write_results,
 )
-from diffusers_disback.training.learner import accelerator_of, compute_dtype
-from diffusers_disback.training.stage import process_state
+from diffusers_disback.training.networks import accelerator_of, compute_dtype
+from diffusers_disback.training.processes import process_state
 from shapes.evaluator import is_shapes_teacher, shapes_evaluation
 
 

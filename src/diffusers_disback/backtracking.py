@@ -1,4 +1,4 @@
-"""Stage 2: the generator is pulled back along the path, from one target to the next, to the teacher."""
+"""Stage 2: the generator is distilled against the path in reverse, node by node, until the target is the teacher."""
 
 import hashlib
 import json
@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from .data.prompts import PromptData
 from .families import ModelFamily
-from .models.adapters import SharedNetwork
 from .models.batch import Batch
 from .models.generator import OneStepGenerator
+from .models.score_model import ScoreModel
 from .path.path import DegradationPath
 from .path.target_schedule import FALL, SHARE, TARGET_SCHEDULES, Measure, TargetSchedule
 from .training.config import TrainingConfig, setting
-from .training.learner import AdapterLearner, Learner, add_adapter, shared_base
-from .training.probe import MismatchProbe, answers, compare, gaps, mean
+from .training.learner import AdapterLearner, Learner
+from .training.networks import add_adapter, shared_base
+from .training.probe import MismatchProbe, compare, mean, mismatches, predictions
 from .training.ranges import check_settings
+from .training.scores import scores_of
 from .training.stage import Stage
 
 
@@ -126,7 +128,9 @@ def nodes_are_guided(config: BacktrackingConfig, num_nodes: int) -> bool:
 
 
 class BacktrackingTrainer(Stage):
-    """DisBack, Algorithm 2: the fake score starts at node N, the targets are N-1, ..., 0.
+    """Trains the one-step generator by DisBack, Algorithm 2.
+
+    The fake score starts at the path's last node, N; the targets are N-1, ..., 1 and then 0, the teacher.
 
     Args:
         config (`TrainingConfig`): What both stages share.
@@ -157,16 +161,20 @@ class BacktrackingTrainer(Stage):
         initial_measures: dict[str, float] | None = None,
         inputs: dict[str, str] | None = None,
     ):
+        self.config = config
         self.backtracking = backtracking
         self.path = path
         self.evaluate = evaluate
         self.validates = evaluate is not None
-        num_nodes = 0 if path is None else len(path)
-        self.config = config
-        self.schedule = target_schedule(backtracking, num_nodes)
+        self.schedule = target_schedule(backtracking, 0 if path is None else len(path))
         self.measures: list[Measure] = []
-        shared = self._prepare_scores(family, config, resumes=self.checkpoint is not None)
-        self._prepare_student(family, config, generator, shared)
+        updates = backtracking.max_train_steps * backtracking.fake_score_updates
+        # A checkpoint has the fake score's weights, and node N is not needed then.
+        self.scores = scores_of(config)(
+            family, config, config.fake_score_learning_rate, updates, path, loads=self.checkpoint is None
+        )
+        self.fake_score = self.scores.fake_score
+        self.student = self._student(family, generator)
         super().__init__(
             config,
             backtracking,
@@ -178,111 +186,34 @@ class BacktrackingTrainer(Stage):
             inputs=inputs,
         )
         self.generator = OneStepGenerator(self.student.score_model(family), config.conditioning_timestep)
-        if shared is None:
-            self.target = self.frozen(family.score_model().copy().network.to(self.accelerator.device))
-        else:
-            self.target = self._adapted_teacher = self.on_base(shared, None)
-            self._adapted_target = self.on_base(shared, "target")
-        self.shared = shared
+        self.scores.add_target()
         self.target_node: int | None = None
         self.probe = MismatchProbe(config, family, data, self.accelerator.device)
         self.waits: list[dict[str, float]] = []  # for nodes, at each switch
         if initial_measures is not None:
             self.curve.append({"step": 0, "seconds": 0.0, "node": self.schedule.node(0), **initial_measures})
 
-    def _prepare_scores(self, family: ModelFamily, config: TrainingConfig, resumes: bool) -> SharedNetwork | None:
-        """Makes the fake score, which starts as node N. Returns the network that it shares with the target, if it does.
-
-        Raises:
-            ValueError: If the path's nodes are whole networks and the fake score is to be an adapter, or the other way
-                round.
-        """
-        path, num_nodes = self.path, self.schedule.num_nodes
-        updates = self.backtracking.max_train_steps * self.backtracking.fake_score_updates
-        rate = config.fake_score_learning_rate
-        wanted = "adapter" if config.is_adapter("fake_score") else "full"
-        if num_nodes and path.kind != wanted:
-            said = "an adapter (--lora_rank, --lora_roles)" if wanted == "adapter" else "a whole network"
-            raise ValueError(
-                f"The nodes of the path of {path.where} are of kind {path.kind!r}, but the fake score is to be {said}. "
-                "Train it as the path was recorded, or record another path."
-            )
-        if wanted == "adapter":
-            shared = shared_base(family.network, config)
-            if num_nodes:
-                for role in ("fake_score", "target"):
-                    shared.add(role, path.adapter_config(num_nodes))
-                shared.freeze("target")
-            else:
-                add_adapter(shared, "fake_score", config, config.seed)
-            if num_nodes and not resumes:  # a checkpoint has its own
-                path.load(num_nodes, shared.network, "fake_score")
-                path.prefetch(num_nodes - 1)
-            self.fake_score: Learner = AdapterLearner("fake_score", shared, family.network, rate, updates, config)
-            return shared
-        network = family.score_model().copy().network
-        if num_nodes and not resumes:
-            path.load(num_nodes, into=network)
-            path.prefetch(num_nodes - 1)
-        self.fake_score = Learner("fake_score", network, rate, updates, config)
-        return None
-
-    def _prepare_student(
-        self, family: ModelFamily, config: TrainingConfig, generator: nn.Module, shared: SharedNetwork | None
-    ) -> None:
-        """Makes the student: a whole network; or an adapter, on the network that the scores share if it starts from it."""
-        updates, rate = self.backtracking.max_train_steps, self.backtracking.generator_learning_rate
+    def _student(self, family: ModelFamily, generator: nn.Module) -> Learner:
+        """Makes the learner of the generator: a whole network; or an adapter, on the scores' network if it starts from it."""
+        config, updates = self.config, self.backtracking.max_train_steps
+        rate = self.backtracking.generator_learning_rate
         ema_decay = self.backtracking.ema_decay if self.backtracking.use_ema else None
-        if config.is_adapter("generator"):
-            if generator is not family.network:
-                shared = shared_base(generator, config)
-            add_adapter(shared, "generator", config, config.seed + 1)
-            self.student: Learner = AdapterLearner("generator", shared, generator, rate, updates, config, ema_decay)
-        else:
-            self.student = Learner("generator", generator, rate, updates, config, ema_decay)
+        if not config.is_adapter("generator"):
+            return Learner("generator", generator, rate, updates, config, ema_decay)
+        shared = self.scores.shared if generator is family.network else shared_base(generator, config)
+        add_adapter(shared, "generator", config, config.seed + 1)
+        return AdapterLearner("generator", shared, generator, rate, updates, config, ema_decay)
 
-    def switch_target(self, step: int) -> None:
-        """Makes the scheduled node the target, if it is not the target already."""
-        node = self.schedule.node(step, self.measures)
-        if node == self.target_node:
-            return
-        self.fill_target(node)
-        waited = self.path.seconds_waited if node else 0.0
-        for behind in range(self.schedule.num_nodes if self.target_node is None else self.target_node, node, -1):
-            self.path.release(behind)
-        if node > 1:
-            self.path.prefetch(node - 1)
-        self.target_node = node
-        self.waits.append({"step": step, "node": node, "seconds": round(waited, 3)})
-        self.target.guidance_scale = guidance_of_node(node, self.schedule.num_nodes, self.backtracking)
-        self.say(
-            f"target of step {step} is node {node} of {self.schedule.num_nodes}"
-            f"{', the teacher' if node == 0 else ''}, with guidance {self.target.guidance_scale:g}; waited {waited:.2f} s"
-        )
-        self.accelerator.log({f"{self.name}/seconds_waited_for_node": waited}, step=step)
+    # DisBack, Algorithm 2 ------------------------------------------------------------------------------------------
 
-    def fill_target(self, node: int) -> None:
-        """Makes the target a node: another one's weights in its network, or another adapter, or none, on the shared one."""
-        if self.shared is not None:
-            self.target = self._adapted_target if node else self._adapted_teacher
-        if node:
-            self.path.load(node, self.target.network, None if self.shared is None else "target")
-        elif self.shared is None:
-            self.target.network.load_state_dict(self.family.network.state_dict(), strict=True)
-
-    @contextmanager
-    def other_target(self, node: int) -> Iterator[None]:
-        """Another node in the target's place for as long as it is measured; the target's own weights wait on the CPU."""
-        own = self.target
-        weights = own.network.state_dict() if self.shared is None else self.shared.weights("target")
-        kept = {key: value.to("cpu", copy=True) for key, value in weights.items()}
-        self.fill_target(node)
-        yield
-        self.target = own
-        if self.shared is None:
-            own.network.load_state_dict(kept, strict=True)
-        else:
-            self.shared.fill("target", kept, "the target")
+    def train(self) -> nn.Module:
+        """Runs stage 2, whole or resumed. Returns the student's network, averaged if an average is kept; an adapter is fused
+        into a copy of what it was trained on, and stays in `student.lora`."""
+        self.run()  # for each step: train_step
+        student = self.student.publish()
+        if self.scores.shared is not None:
+            self.scores.shared.release()
+        return student
 
     def train_step(self, step: int, batches: list[list[Batch]]) -> dict[str, Tensor]:
         self.switch_target(step)
@@ -295,60 +226,106 @@ class BacktrackingTrainer(Stage):
             fake_score_losses.append(self.update_fake_score(batch, self.samples(batch)))
         return {"generator_loss": generator_loss, "fake_score_loss": torch.stack(fake_score_losses).mean()}
 
+    def switch_target(self, step: int) -> None:
+        """Makes the scheduled node the target, if it is not the target already."""
+        node = self.schedule.node(step, self.measures)
+        if node == self.target_node:
+            return
+        self.fill_target(node)
+        waited = self.path.seconds_waited if node else 0.0
+        self._fetch_ahead(node)
+        self.target_node = node
+        self.waits.append({"step": step, "node": node, "seconds": round(waited, 3)})
+        self.target.guidance_scale = guidance_of_node(node, self.schedule.num_nodes, self.backtracking)
+        self.notify(
+            f"target of step {step} is node {node} of {self.schedule.num_nodes}"
+            f"{', the teacher' if node == 0 else ''}, with guidance {self.target.guidance_scale:g}; waited {waited:.2f} s"
+        )
+        self.accelerator.log({f"{self.name}/seconds_waited_for_node": waited}, step=step)
+
     def update_generator(self, batches: list[Batch]) -> tuple[list[Tensor], Tensor]:
-        """One update of the generator. Returns the samples that it was made with, detached, and the mean loss."""
+        """Updates the generator once. Returns the samples that it was made with, detached, and the mean loss."""
         samples, losses = [], []
         for batch in batches:
+            # The fake score is frozen around the backward pass, too, which may recompute its forward pass.
             with self.student.accumulate(), self.fake_score.frozen(self.family) as fake_score:
-                x0 = self.generator(batch.noise, batch.condition)
+                x0 = self.generator(batch.noise, batch.condition)  # [B, C, H, W]
                 loss = self.objective.generator_loss(x0, batch, self.target, fake_score)
-                self.student.learn(loss)
+                self.student.backward_and_step(loss)
             samples.append(x0.detach())
             losses.append(loss.detach())
         return samples, torch.stack(losses).mean()
 
+    # The target ----------------------------------------------------------------------------------------------------
+
+    @property
+    def target(self) -> ScoreModel:
+        """The node that the generator is distilled against."""
+        return self.scores.target
+
+    def fill_target(self, node: int) -> None:
+        """Makes the target a node of the path; 0 is the teacher."""
+        self.scores.fill_target(node)
+
+    @contextmanager
+    def other_target(self, node: int) -> Iterator[None]:
+        """Puts another node in the target's place for as long as it is measured."""
+        with self.scores.kept_target():
+            self.fill_target(node)
+            yield
+
+    def _fetch_ahead(self, node: int) -> None:
+        """Lets go of the nodes behind a target, and begins to fetch the one after it."""
+        for behind in range(self.schedule.num_nodes if self.target_node is None else self.target_node, node, -1):
+            self.path.release(behind)
+        if node > 1:
+            self.path.prefetch(node - 1)
+
     def _make_room_for(self, learner: Learner) -> None:
-        """Keeps what a learner's turn does not need in CPU memory, if that was asked for."""
+        """Offloads what a learner's turn does not need to the CPU, if that was asked for."""
         if not self.config.offload_idle_role:
             return
         other = self.fake_score if learner is self.student else self.student
         other.place_optimizer("cpu")
         learner.place_optimizer(self.accelerator.device)
-        if self.shared is None:
-            self.target.network.to(self.accelerator.device if learner is self.student else "cpu")
+        self.scores.place_target(self.accelerator.device if learner is self.student else "cpu")
+
+    # Measures ------------------------------------------------------------------------------------------------------
 
     def after_step(self, done: int) -> None:
-        """The adaptive schedule's measure, equal on every process."""
+        """Measures the mismatch that the adaptive schedule decides by, equal on every process."""
         node = self.target_node
         if not self.schedule.needs_measures or node == 0 or done % self.backtracking.mismatch_every:
             return
-        self._make_room_for(self.student)  # the target is there in its turn
-        questions = self.probe.questions(self.generator)
-        fake_score = answers(self.fake_score.score_model(self.family), questions)
-        gap = mean(gaps(questions, fake_score, answers(self.target, questions)))
+        self._make_room_for(self.student)  # the target is on the device in the student's turn
+        batches = self.probe.sample(self.generator)
+        fake_score = predictions(self.fake_score.score_model(self.family), batches)
+        mismatch = mean(mismatches(batches, fake_score, predictions(self.target, batches)))
         with self.other_target(node - 1):
-            next_gap = mean(gaps(questions, fake_score, answers(self.target, questions)))
-        gap, next_gap = self.agreed([gap, next_gap])
-        self.measures.append(Measure(done, node, gap, next_gap))
-        measured = {f"{self.name}/gap": gap, f"{self.name}/next_gap": next_gap}
-        self.accelerator.log(measured, step=done)
+            next_mismatch = mean(mismatches(batches, fake_score, predictions(self.target, batches)))
+        mismatch, next_mismatch = self.agreed([mismatch, next_mismatch])
+        self.measures.append(Measure(done, node, mismatch, next_mismatch))
+        self.accelerator.log(
+            {f"{self.name}/mismatch": mismatch, f"{self.name}/next_mismatch": next_mismatch}, step=done
+        )
 
     def mismatch(self, node: int) -> dict[str, float]:
-        """Denoising losses of fake score, target and teacher on the student's samples, and both gaps, in each band.
+        """Returns the denoising losses of fake score, target and teacher on the student's samples, and both mismatches, in
+        each band.
 
         Args:
             node (`int`): The target.
         """
         if self.target_node is None:  # of a run that is resumed at its end
             self.fill_target(node)
-        self._make_room_for(self.student)  # the target is there in its turn
-        questions = self.probe.questions(self.generator)
-        fake_score = answers(self.fake_score.score_model(self.family), questions)
-        target = teacher = answers(self.target, questions)
+        self._make_room_for(self.student)  # the target is on the device in the student's turn
+        batches = self.probe.sample(self.generator)
+        fake_score = predictions(self.fake_score.score_model(self.family), batches)
+        target = teacher = predictions(self.target, batches)
         if node:
             with self.other_target(0):
-                teacher = answers(self.target, questions)
-        return compare(questions, fake_score, target, teacher)
+                teacher = predictions(self.target, batches)
+        return compare(batches, fake_score, target, teacher)
 
     def validate(self, done: int) -> dict[str, float]:
         node = self.schedule.node(done - 1, self.measures)
@@ -360,6 +337,8 @@ class BacktrackingTrainer(Stage):
     def switches(self) -> list[int]:
         """The updates from which nodes N-2, ..., 0 are the target; those to come as they will be at the latest."""
         return self.schedule.switches(self.measures)
+
+    # Checkpoints ---------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         downloaded = self.path.folders.downloaded if self.path is not None else []
@@ -378,15 +357,7 @@ class BacktrackingTrainer(Stage):
 
     def release(self) -> None:
         """Lets go of all networks, when the student was saved; figures stay."""
-        self.generator = self.target = self._adapted_teacher = self._adapted_target = None
+        self.generator = None
+        self.scores.release()
         for learner in self.learners:
             learner.release()
-
-    def train(self) -> nn.Module:
-        """Stage 2, whole or resumed. Returns the student's network, averaged if an average is kept; an adapter is fused
-        into a copy of what it was trained on, and stays in `student.lora`."""
-        self.run()
-        student = self.student.publish()
-        if self.shared is not None:
-            self.shared.release()
-        return student

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from .data.prompts import PromptData
 from .families import ModelFamily
 from .hub.files import writing
-from .models.adapters import SharedNetwork
 from .models.batch import Batch
 from .models.generator import OneStepGenerator
 from .path.node_spacing import earliest_end, evenly_spaced, footprints, is_flat
 from .path.path import DegradationPath
 from .training.config import TrainingConfig, setting
-from .training.learner import AdapterLearner, Learner, add_adapter, shared_base
-from .training.probe import MismatchProbe, answers, denoising_losses, mean
+from .training.probe import MismatchProbe, denoising_losses, mean, predictions
 from .training.ranges import check_settings
+from .training.scores import scores_of
 from .training.stage import Stage
 
 
@@ -122,18 +121,13 @@ class DegradationRecorder(Stage):
         self.measured_steps = set(self.node_steps)
         if degradation.degradation_stop:
             self.measured_steps |= set(footprints(degradation.degradation_steps, 1))
-        self.walk: list[dict[str, Any]] = []  # the denoising loss of the fake score in each band, step by step
+        self.loss_history: list[dict[str, Any]] = []  # the fake score's denoising loss in each band, step by step
         updates = degradation.degradation_steps
         self.warmup_steps = min(config.lr_warmup_steps, updates // 10)
         own = replace(config, lr_warmup_steps=self.warmup_steps)
         rate = degradation.degradation_lr_multiplier * config.fake_score_learning_rate
-        shared: SharedNetwork | None = None
-        if config.is_adapter("fake_score"):
-            shared = shared_base(family.network, config)
-            add_adapter(shared, "fake_score", config, config.seed)
-            self.fake_score: Learner = AdapterLearner("fake_score", shared, family.network, rate, updates, own)
-        else:
-            self.fake_score = Learner("fake_score", family.score_model().copy().network, rate, updates, own)
+        scores = scores_of(config)(family, own, rate, updates)
+        self.fake_score = scores.fake_score
         super().__init__(
             config,
             degradation,
@@ -145,11 +139,7 @@ class DegradationRecorder(Stage):
             proportion_empty_prompts=degradation.proportion_empty_prompts,
             inputs=inputs,
         )
-        if generator is family.network:
-            model = self.on_base(shared, None)
-        else:
-            model = self.frozen(generator.to(self.accelerator.device))
-        self.generator = OneStepGenerator(model, config.conditioning_timestep)
+        self.generator = OneStepGenerator(scores.frozen(generator), config.conditioning_timestep)
         self.probe = MismatchProbe(config, family, data, self.accelerator.device)
         self._loss_since_node = torch.zeros((), device=self.accelerator.device)
 
@@ -164,23 +154,23 @@ class DegradationRecorder(Stage):
             return
         self.check_finite()
         self.measure(done)
-        loss = mean(self.walk[-1]["losses"])
+        loss = mean(self.loss_history[-1]["losses"])
         self.accelerator.log({f"{self.name}/denoising_loss": loss}, step=done)
         if self.has_flattened() and done < self.steps:
-            self.say(f"the denoising loss, {loss:.4g}, has flattened after {done} steps")
+            self.notify(f"the denoising loss, {loss:.4g}, has flattened after {done} steps")
             self.steps = done
         if done in self.node_steps or done == self.steps:
             self.append(done)
 
     def measure(self, done: int) -> None:
-        """Notes the fake score's denoising loss on the initial student's samples; after 0 steps it is the teacher's."""
-        questions = self.probe.questions(self.generator)
-        given = answers(self.fake_score.score_model(self.family), questions)
-        self.walk.append({"step": done, "losses": self.agreed(denoising_losses(questions, given))})
+        """Measures the fake score's denoising loss on the initial student's samples; after 0 steps it is the teacher's."""
+        batches = self.probe.sample(self.generator)
+        outputs = predictions(self.fake_score.score_model(self.family), batches)
+        self.loss_history.append({"step": done, "losses": self.agreed(denoising_losses(batches, outputs))})
 
     def has_flattened(self) -> bool:
         """Whether stage 1 has come to its end by itself."""
-        steps, losses = [row["step"] for row in self.walk], [mean(row["losses"]) for row in self.walk]
+        steps, losses = [row["step"] for row in self.loss_history], [mean(row["losses"]) for row in self.loss_history]
         earliest = earliest_end(self.degradation.degradation_steps, self.warmup_steps)
         return is_flat(steps, losses, self.degradation.degradation_stop, earliest)
 
@@ -188,12 +178,15 @@ class DegradationRecorder(Stage):
         """Records a node, with its own loss and the teacher's in each band."""
         if self.accelerator.is_main_process:
             since = done - (self.path.nodes[-1]["step"] if self.path.nodes else 0)
-            measured = {"denoising_loss": self.walk[-1]["losses"], "teacher_denoising_loss": self.walk[0]["losses"]}
+            measured = {
+                "denoising_loss": self.loss_history[-1]["losses"],
+                "teacher_denoising_loss": self.loss_history[0]["losses"],
+            }
             loss = (self._loss_since_node / since).item()
             learner = self.fake_score
             with writing(self.path.folder):
                 self.path.append(learner.unwrapped(), done, loss, learner.adapter, self.node_dtype, measured)
-            self.tell()
+            self.notify_recorded()
         self.accelerator.wait_for_everyone()
         self._loss_since_node = torch.zeros_like(self._loss_since_node)
 
@@ -202,12 +195,12 @@ class DegradationRecorder(Stage):
         steps = [node["step"] for node in self.path.nodes]
         if self.degradation.node_spacing == "steps":
             return steps
-        rows = [row for row in self.walk if row["step"] in (0, *steps)]
+        rows = [row for row in self.loss_history if row["step"] in (0, *steps)]
         places = evenly_spaced([mean(row["losses"]) for row in rows], self.degradation.num_path_nodes)
         return [rows[place]["step"] for place in places]
 
-    def tell(self) -> None:
-        """Says that there is something new in the path's folder, unless it may not stay there."""
+    def notify_recorded(self) -> None:
+        """Notifies `recorded` that there is something new in the path's folder, unless it may not stay there."""
         if self.degradation.node_spacing == "steps" or self.path.complete:
             self.recorded()
 
@@ -224,7 +217,7 @@ class DegradationRecorder(Stage):
             if self.rate_changes:  # its settings stay those that it was begun with
                 self.path.manifest["rate_changes"] = self.rate_changes
             self.path.finish(self.summary(), self.kept_steps())
-            self.tell()
+            self.notify_recorded()
         self.accelerator.wait_for_everyone()
         self.path.reread()
         self.fake_score.release()
@@ -234,7 +227,7 @@ class DegradationRecorder(Stage):
         done = super().resume()
         if self.accelerator.is_main_process:
             self.path.begin(done)
-            self.tell()
+            self.notify_recorded()
         self.accelerator.wait_for_everyone()
         self.path.reread()
         expected = [step for step in self.node_steps if step <= done]
@@ -249,10 +242,10 @@ class DegradationRecorder(Stage):
         return done
 
     def state(self) -> dict[str, Any]:
-        return {"loss_since_node": self._loss_since_node.item(), "walk": self.walk}
+        return {"loss_since_node": self._loss_since_node.item(), "loss_history": self.loss_history}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._loss_since_node = torch.full_like(self._loss_since_node, state["loss_since_node"])
-        self.walk = state["walk"]
+        self.loss_history = state["loss_history"]
         if self.has_flattened():
             self.steps = state["step"]

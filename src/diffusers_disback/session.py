@@ -38,9 +38,9 @@ from .path.path import DegradationPath
 from .path.storage import HubNodes
 from .training.config import TrainingConfig
 from .training.lock import locked
+from .training.processes import decided_by_main
 from .training.run_folder import FREE_SETTINGS, RATES, RunFolder, flat
 from .training.signals import Interrupted
-from .training.stage import decided_by_main
 
 
 Configs = tuple[TrainingConfig, DegradationConfig, BacktrackingConfig]

@@ -20,7 +20,7 @@ from diffusers_disback import (
     load_family,
 )
 from diffusers_disback.session import load_prompts, open_path
-from diffusers_disback.training.stage import process_state
+from diffusers_disback.training.processes import process_state
 
 
 SHARES = (0.0, 0.1)

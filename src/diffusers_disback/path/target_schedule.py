@@ -18,14 +18,14 @@ class Measure:
     Args:
         step (`int`): Generator updates so far.
         node (`int`): The target of the last of them.
-        gap (`float`): The mismatch of the student and that target.
-        next_gap (`float`): The mismatch of the student and the node after it, one closer to the teacher.
+        mismatch (`float`): The mismatch of the student and that target.
+        next_mismatch (`float`): The mismatch of the student and the node after it, one closer to the teacher.
     """
 
     step: int
     node: int
-    gap: float
-    next_gap: float
+    mismatch: float
+    next_mismatch: float
 
 
 class TargetSchedule(ABC):
@@ -142,9 +142,10 @@ class AdaptiveSchedule(TargetSchedule):
 
     def is_done(self, phase: Sequence[Measure]) -> bool:
         """Whether a node is left after these measures of its phase, of which there is at least one."""
-        gaps = [measure.gap for measure in phase]
-        useless = gaps[-1] > self.share * phase[-1].next_gap
-        return useless or (len(gaps) > 2 and max(gaps[-2:]) < (1 - self.fall) * max(gaps))
+        mismatches = [measure.mismatch for measure in phase]
+        is_hardly_nearer = mismatches[-1] > self.share * phase[-1].next_mismatch
+        has_fallen = len(mismatches) > 2 and max(mismatches[-2:]) < (1 - self.fall) * max(mismatches)
+        return is_hardly_nearer or has_fallen
 
 
 TARGET_SCHEDULES: dict[str, type[TargetSchedule]] = {

@@ -1,13 +1,12 @@
 """What is trained: a network, or an adapter on one that several roles share."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedType, ProjectConfiguration, broadcast
+from accelerate.utils import DistributedType, broadcast
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, free_memory
 from torch import Tensor, nn
@@ -16,14 +15,16 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ..families import ModelFamily
 from ..hub.files import write_json
-from ..models.adapters import Lora, SharedNetwork, base_of, fused, lora_config
+from ..models.adapters import Lora, SharedNetwork, fused
 from ..models.score_model import ScoreModel
 from ..models.weights import read_weights, save_weights
 from .config import TrainingConfig
+from .networks import accelerator_of, in_precision, tuned
+from .optim import optimizer_of
 
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-SKIPS = 100  # updates in a row that fp16's loss scaling may skip; it halves the scale each time
+MAX_SKIPPED_UPDATES = 100  # updates in a row that fp16's loss scaling may skip; it halves the scale each time
 
 
 class Learner:
@@ -80,7 +81,7 @@ class Learner:
         self.config = config
         self.learning_rate = learning_rate
         self.accelerator = accelerator_of(config)
-        self.bad = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
+        self.found_nonfinite = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
         self.skipped_in_a_row = 0
         self.optimizer = optimizer_of(parameters, learning_rate, config, self.accelerator.mixed_precision == "fp16")
         self.lr_schedule = get_scheduler(
@@ -103,7 +104,7 @@ class Learner:
         return list(self.unwrapped().parameters())
 
     def score_model(self, family: ModelFamily) -> ScoreModel:
-        """The way to ask it."""
+        """Returns the network as a score model."""
         return family.score_model(self.network)
 
     @contextmanager
@@ -127,8 +128,8 @@ class Learner:
             for parameter in trained:
                 parameter.requires_grad_(True)
 
-    def learn(self, loss: Tensor) -> None:
-        """The backward pass, and with the last accumulated gradient an update. Call it under `accumulate`."""
+    def backward_and_step(self, loss: Tensor) -> None:
+        """Runs the backward pass, and updates with the last accumulated gradient. Call it under `accumulate`."""
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             self._update(list(self.network.parameters()))
@@ -138,17 +139,17 @@ class Learner:
         if self.accelerator.scaler is None and self.accelerator.distributed_type not in SHARDED:
             # Once a gradient was not finite, no update is made with it or after it. Nothing waits for the device: the
             # flag is looked at where losses are logged.
-            self.bad = self.bad | ~torch.isfinite(norm)
+            self.found_nonfinite = self.found_nonfinite | ~torch.isfinite(norm)
             self._guard(parameters)
         self.optimizer.step()
         # fp16's loss scaling overflows and skips an update now and then; that is no error.
         skipped = self.optimizer.step_was_skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if self.skipped_in_a_row > SKIPS:
+        if self.skipped_in_a_row > MAX_SKIPPED_UPDATES:
             raise FloatingPointError(
-                f"The last {SKIPS} updates of the {self.name} overflowed in fp16, whatever the loss was scaled by. Use bf16."
+                f"The last {MAX_SKIPPED_UPDATES} updates of the {self.name} overflowed in fp16, whatever the loss was scaled by. Use bf16."
             )
-        self.gradient_norm = torch.zeros_like(norm) if skipped else torch.where(self.bad, torch.nan, norm)
+        self.gradient_norm = torch.zeros_like(norm) if skipped else torch.where(self.found_nonfinite, torch.nan, norm)
         if not skipped:
             self.lr_schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -163,11 +164,11 @@ class Learner:
         """Keeps the optimiser from an update if the flag is up."""
         optimizer = self.optimizer.optimizer
         if isinstance(optimizer, torch.optim.AdamW):
-            optimizer.found_inf = self.bad.float()  # as torch's GradScaler tells a fused optimiser
+            optimizer.found_inf = self.found_nonfinite.float()  # as torch's GradScaler tells a fused optimiser
             return
         for parameter in parameters:
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(self.bad, 0.0)
+                parameter.grad.masked_fill_(self.found_nonfinite, 0.0)
 
     def accumulate(self):
         """A context for one slice of a batch."""
@@ -302,7 +303,7 @@ class AdapterLearner(Learner):
         model = in_precision(family.score_model(self.shared.network), self.accelerator)
         return self.shared.in_role(model, self.adapter)
 
-    def learn(self, loss: Tensor) -> None:
+    def backward_and_step(self, loss: Tensor) -> None:
         self.shared.activate(self.adapter)
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
@@ -344,126 +345,3 @@ class AdapterLearner(Learner):
         file = folder / self.name / "adapter.safetensors"
         self.shared.fill(self.adapter, read_weights(file), str(file))
         super().load(folder)
-
-
-def accelerator_of(config: TrainingConfig) -> Accelerator:
-    """A fresh accelerator, as the settings say.
-
-    Raises:
-        ValueError: If fp16 is asked for on a CPU.
-    """
-    accelerator = Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir))
-        ),
-        # A learning rate step per update, whatever the number of processes.
-        step_scheduler_with_optimizer=False,
-        # Each weight is cast once in a pass: a cache would only hold copies, of the whole network where no gradient is asked.
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
-    )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError(
-            "--mixed_precision fp16, here or of `accelerate launch`, needs a GPU, but this run is on the CPU. Pass "
-            "--mixed_precision bf16, or no."
-        )
-    return accelerator
-
-
-def shared_base(network: nn.Module, config: TrainingConfig) -> SharedNetwork:
-    """A network in float32 as the base of several roles' adapters, in the precision and on the device of the run."""
-    accelerator = accelerator_of(config)
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    dtype, scratch = compute_dtype(accelerator), config.output_dir
-    base = base_of(network, accelerator.device, dtype, config.base_quantization, scratch)
-    if base is not network:
-        network.to("cpu")  # it is needed again to fuse a trained adapter into
-    shared = SharedNetwork(base)
-    tuned(base, config, shared.checkpointed)
-    return shared
-
-
-def add_adapter(shared: SharedNetwork, role: str, config: TrainingConfig, seed: int) -> None:
-    """Adds a role's adapter, as the settings ask for it."""
-    shared.add(role, lora_config(config.lora_rank, config.lora_alpha, config.lora_target_modules), seed)
-
-
-def compute_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The precision that networks compute in."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-
-
-def in_precision(model: ScoreModel, accelerator: Accelerator) -> ScoreModel:
-    """The same way to ask, in the trained networks' precision, operation for operation."""
-    call = model.call
-
-    def call_in_precision(network, x_t, t, condition):
-        with accelerator.autocast():
-            return call(network, x_t, t, condition)
-
-    model.call = call_in_precision
-    return model
-
-
-def optimizer_of(
-    parameters: list[nn.Parameter], learning_rate: float, config: TrainingConfig, is_scaled: bool
-) -> torch.optim.Optimizer:
-    """AdamW: torch's, or that of bitsandbytes with states of 8 bits, or in pages that a full GPU moves out.
-
-    Torch's is fused unless the loss is scaled, as for fp16: accelerate could then not see what is skipped.
-
-    Raises:
-        ValueError: If bitsandbytes is asked for and not installed.
-    """
-    arguments = {
-        "lr": learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
-    }
-    if not config.use_8bit_adam and not config.use_paged_adam:
-        return torch.optim.AdamW(parameters, fused=not is_scaled, **arguments)
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ValueError(
-            "--use_8bit_adam and --use_paged_adam need bitsandbytes: `pip install bitsandbytes`."
-        ) from error
-    kinds = {
-        (True, False): bitsandbytes.optim.AdamW8bit,
-        (True, True): bitsandbytes.optim.PagedAdamW8bit,
-        (False, True): bitsandbytes.optim.PagedAdamW32bit,
-    }
-    return kinds[config.use_8bit_adam, config.use_paged_adam](parameters, **arguments)
-
-
-def tuned(network: nn.Module, config: TrainingConfig, checkpointed: Callable | None = None) -> nn.Module:
-    """A network with the settings that change its memory and speed, and not what it computes.
-
-    Args:
-        network (`nn.Module`): A diffusers denoiser.
-        config (`TrainingConfig`): With these settings.
-        checkpointed (`Callable`, *optional*): Runs a block under gradient checkpointing; by default diffusers' own.
-
-    Raises:
-        ValueError: If xformers is asked for and cannot be used.
-    """
-    if config.gradient_checkpointing:
-        network.enable_gradient_checkpointing(checkpointed)
-    if config.channels_last:
-        network.to(memory_format=torch.channels_last)
-    if config.enable_xformers_memory_efficient_attention:
-        try:
-            network.enable_xformers_memory_efficient_attention()
-        except (ImportError, ModuleNotFoundError, ValueError) as error:
-            raise ValueError(
-                f"--enable_xformers_memory_efficient_attention needs xformers and a GPU ({error}). Leave it out: torch's "
-                "own attention, which is the default, is as frugal."
-            ) from error
-    if config.compile:
-        # All blocks share one code object, of which each width, role and batch size is a variant.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        network.compile_repeated_blocks()
-    return network

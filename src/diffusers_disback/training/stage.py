@@ -1,38 +1,31 @@
 """What the two stages share: the resumable loop."""
 
-import resource
 import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
-from torch import Tensor, nn
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.prompts import Draw, PromptBatches, PromptData
 from ..families import ModelFamily
 from ..hub.files import writing
-from ..models.adapters import SharedNetwork
 from ..models.batch import Batch
 from ..models.generator import OneStepGenerator
-from ..models.score_model import ScoreModel
 from ..objectives import OBJECTIVES
 from .checkpoint import read_state
 from .config import TrainingConfig
-from .learner import Learner, in_precision, tuned
+from .learner import Learner
+from .processes import decided_by_main, peak_memory_mb
 from .run_folder import RunFolder, flat
 from .signals import SignalHandler, signal_handler
-
-
-T = TypeVar("T")
 
 
 class Stage(ABC):
@@ -134,24 +127,13 @@ class Stage(ABC):
 
     # What both do ------------------------------------------------------------------------------------------------
 
-    def frozen(self, network: nn.Module) -> ScoreModel:
-        """A frozen network in float32 that computes in the trained ones' precision, operation for operation: equal
-        weights give equal outputs, so that what two scores differ by is never rounding."""
-        return in_precision(
-            self.family.score_model(tuned(network.requires_grad_(False), self.config)), self.accelerator
-        )
-
-    def on_base(self, shared: SharedNetwork, role: str | None) -> ScoreModel:
-        """A role on a shared network, without gradients of its own; `None` is the network itself."""
-        return shared.in_role(in_precision(self.family.score_model(shared.network), self.accelerator), role)
-
     def update_fake_score(self, batches: list[Batch], samples: list[Tensor]) -> Tensor:
         """One denoising-score-matching update on detached samples. Returns the mean loss."""
         losses = []
         for batch, x0 in zip(batches, samples, strict=True):
             with self.fake_score.accumulate():
                 loss = self.objective.fake_score_loss(x0, batch, self.fake_score.score_model(self.family))
-                self.fake_score.learn(loss)
+                self.fake_score.backward_and_step(loss)
             losses.append(loss.detach())
         return torch.stack(losses).mean()
 
@@ -186,7 +168,7 @@ class Stage(ABC):
         self.rate_changes = state.get("rate_changes", [])
         self._keep_learning_rates(state["step"])
         self.load_state(state)
-        self.say(f"going on from {checkpoint}")
+        self.notify(f"going on from {checkpoint}")
         return state["step"]
 
     def _keep_learning_rates(self, step: int) -> None:
@@ -195,7 +177,7 @@ class Stage(ABC):
             was, is_ = learner.keep_learning_rate(), learner.learning_rate
             if was is not None:
                 self.rate_changes.append({"step": step, "of": learner.name, "was": was, "is": is_})
-                self.say(f"from step {step} on the learning rate of the {learner.name} is {is_:g}; it was {was:g}")
+                self.notify(f"from step {step} on the learning rate of the {learner.name} is {is_:g}; it was {was:g}")
 
     def run(self) -> None:
         """All steps, from the start or from a checkpoint."""
@@ -284,7 +266,7 @@ class Stage(ABC):
             return bool(known.any())
         return handler.received is not None
 
-    def say(self, what: str) -> None:
+    def notify(self, what: str) -> None:
         """Prints a line above the progress bar, on the main process."""
         if self.accelerator.is_main_process:
             tqdm.write(f"{self.name}: {what}", file=sys.stderr)
@@ -364,41 +346,3 @@ class Stage(ABC):
             shutil.rmtree(draft, ignore_errors=True)  # of a full disk it may be the larger part
             raise
         self.accelerator.wait_for_everyone()
-
-
-def process_state() -> PartialState:
-    """This process among the others, as `accelerate launch` set them up. To be called before any Accelerator is made."""
-    # Others wait while the main process draws pictures or fills a cache, which may take hours.
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=24))
-
-
-def decided_by_main(decide: Callable[[], T]) -> T:
-    """What the main process decides, on every process; so is its error.
-
-    Args:
-        decide (`Callable`): Called on the main process alone.
-
-    Raises:
-        ValueError: As `decide` does.
-    """
-    state = process_state()
-    decided: T | None = None
-    problem: Exception | None = None
-    if state.is_main_process:
-        try:
-            decided = decide()
-        except (ValueError, OSError) as error:
-            problem = error
-    decided, told = broadcast_object_list([decided, problem and str(problem)])
-    if problem is not None:
-        raise problem
-    if told is not None:
-        raise ValueError(told)
-    return decided
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """The peak of allocated GPU memory since the stage began, or of the process's resident memory, in MB (10^6 bytes)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

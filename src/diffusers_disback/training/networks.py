@@ -1,0 +1,104 @@
+"""Prepares networks for a run: its accelerator, precision and memory settings, and a base that roles share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, ProjectConfiguration
+from torch import nn
+
+from ..models.adapters import SharedNetwork, base_of, lora_config
+from ..models.score_model import ScoreModel
+from .config import TrainingConfig
+
+
+def accelerator_of(config: TrainingConfig) -> Accelerator:
+    """A fresh accelerator, as the settings say.
+
+    Raises:
+        ValueError: If fp16 is asked for on a CPU.
+    """
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir))
+        ),
+        # A learning rate step per update, whatever the number of processes.
+        step_scheduler_with_optimizer=False,
+        # Each weight is cast once in a pass: a cache would only hold copies, of the whole network where no gradient is asked.
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+    )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError(
+            "--mixed_precision fp16, here or of `accelerate launch`, needs a GPU, but this run is on the CPU. Pass "
+            "--mixed_precision bf16, or no."
+        )
+    return accelerator
+
+
+def compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The precision that networks compute in."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def in_precision(model: ScoreModel, accelerator: Accelerator) -> ScoreModel:
+    """The same way to ask, in the trained networks' precision, operation for operation."""
+    call = model.call
+
+    def call_in_precision(network, x_t, t, condition):
+        with accelerator.autocast():
+            return call(network, x_t, t, condition)
+
+    model.call = call_in_precision
+    return model
+
+
+def tuned(network: nn.Module, config: TrainingConfig, checkpointed: Callable | None = None) -> nn.Module:
+    """A network with the settings that change its memory and speed, and not what it computes.
+
+    Args:
+        network (`nn.Module`): A diffusers denoiser.
+        config (`TrainingConfig`): With these settings.
+        checkpointed (`Callable`, *optional*): Runs a block under gradient checkpointing; by default diffusers' own.
+
+    Raises:
+        ValueError: If xformers is asked for and cannot be used.
+    """
+    if config.gradient_checkpointing:
+        network.enable_gradient_checkpointing(checkpointed)
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)
+    if config.enable_xformers_memory_efficient_attention:
+        try:
+            network.enable_xformers_memory_efficient_attention()
+        except (ImportError, ModuleNotFoundError, ValueError) as error:
+            raise ValueError(
+                f"--enable_xformers_memory_efficient_attention needs xformers and a GPU ({error}). Leave it out: torch's "
+                "own attention, which is the default, is as frugal."
+            ) from error
+    if config.compile:
+        # All blocks share one code object, of which each width, role and batch size is a variant.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        network.compile_repeated_blocks()
+    return network
+
+
+def shared_base(network: nn.Module, config: TrainingConfig) -> SharedNetwork:
+    """A network in float32 as the base of several roles' adapters, in the precision and on the device of the run."""
+    accelerator = accelerator_of(config)
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    dtype, scratch = compute_dtype(accelerator), config.output_dir
+    base = base_of(network, accelerator.device, dtype, config.base_quantization, scratch)
+    if base is not network:
+        network.to("cpu")  # it is needed again to fuse a trained adapter into
+    shared = SharedNetwork(base)
+    tuned(base, config, shared.checkpointed)
+    return shared
+
+
+def add_adapter(shared: SharedNetwork, role: str, config: TrainingConfig, seed: int) -> None:
+    """Adds a role's adapter, as the settings ask for it."""
+    shared.add(role, lora_config(config.lora_rank, config.lora_alpha, config.lora_target_modules), seed)

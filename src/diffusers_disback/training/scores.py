@@ -1,0 +1,192 @@
+"""The two scores of a stage, the fake score and the target: whole networks, or adapters on one network that they share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..families import ModelFamily
+from ..models.adapters import SharedNetwork
+from ..models.score_model import ScoreModel
+from ..path.path import DegradationPath
+from .config import TrainingConfig
+from .learner import AdapterLearner, Learner
+from .networks import add_adapter, in_precision, shared_base, tuned
+
+
+class Scores(ABC):
+    """The fake score, which is trained, and the target, which is a node of the path.
+
+    Args:
+        family (`ModelFamily`): The teacher.
+        config (`TrainingConfig`): Adapters, precision and optimisation.
+        learning_rate (`float`): Of the fake score.
+        updates (`int`): Of the fake score, for its learning rate's schedule.
+        path (`DegradationPath`, *optional*): In stage 2, a complete path, at whose last node the fake score starts;
+            without one it starts from the teacher.
+        loads (`bool`): `False` if a checkpoint is loaded into the fake score later, in place of the node.
+
+    Attributes:
+        kind (`str`): Of the path's nodes: `full` or `adapter`.
+        fake_score (`Learner`): The fake score.
+        target (`ScoreModel`): The target; stage 2 makes it by `add_target`.
+        shared (`SharedNetwork`, *optional*): The network that roles share, if they do.
+
+    Raises:
+        ValueError: If the path's nodes are of the other kind.
+    """
+
+    kind: str
+    fake_score: Learner
+    target: ScoreModel | None = None
+    shared: SharedNetwork | None = None
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        config: TrainingConfig,
+        learning_rate: float,
+        updates: int,
+        path: DegradationPath | None = None,
+        loads: bool = True,
+    ):
+        self.family = family
+        self.config = config
+        self.path = path if path is not None and len(path) else None
+        self._check_kind()
+        self._make_fake_score(learning_rate, updates, self.path is not None and loads)
+        self.accelerator = self.fake_score.accelerator
+
+    def _check_kind(self) -> None:
+        if self.path is None or self.path.kind == self.kind:
+            return
+        role = "an adapter (--lora_rank, --lora_roles)" if self.kind == "adapter" else "a whole network"
+        raise ValueError(
+            f"The nodes of the path of {self.path.where} are of kind {self.path.kind!r}, but the fake score is to be {role}. "
+            "Train it as the path was recorded, or record another path."
+        )
+
+    @abstractmethod
+    def _make_fake_score(self, learning_rate: float, updates: int, loads: bool) -> None: ...
+
+    @abstractmethod
+    def add_target(self) -> None:
+        """Makes the target. It is the teacher until it is filled with a node."""
+
+    @abstractmethod
+    def fill_target(self, node: int) -> None:
+        """Makes the target a node of the path; 0 is the teacher."""
+
+    @abstractmethod
+    def _target_weights(self) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def _restore_target(self, weights: dict[str, Tensor]) -> None: ...
+
+    @contextmanager
+    def kept_target(self) -> Iterator[None]:
+        """Keeps the target's weights on the CPU while another node is in its place, and puts them back."""
+        target = self.target
+        kept = {key: value.to("cpu", copy=True) for key, value in self._target_weights().items()}
+        yield
+        self.target = target
+        self._restore_target(kept)
+
+    def frozen(self, network: nn.Module) -> ScoreModel:
+        """A frozen network in float32 that computes in the trained ones' precision, operation for operation: equal
+        weights give equal outputs, so that what two scores differ by is never rounding."""
+        network = tuned(network.to(self.accelerator.device).requires_grad_(False), self.config)
+        return in_precision(self.family.score_model(network), self.accelerator)
+
+    def place_target(self, device: torch.device | str) -> None:  # noqa: B027
+        """Moves the target; an adapter is small and stays where it is."""
+
+    def release(self) -> None:
+        """Lets go of the target."""
+        self.target = None
+
+
+class FullScores(Scores):
+    """Both are whole networks."""
+
+    kind = "full"
+
+    def _make_fake_score(self, learning_rate: float, updates: int, loads: bool) -> None:
+        network = self.family.score_model().copy().network
+        if loads:
+            self.path.load(len(self.path), into=network)
+            self.path.prefetch(len(self.path) - 1)
+        self.fake_score = Learner("fake_score", network, learning_rate, updates, self.config)
+
+    def add_target(self) -> None:
+        self.target = self.frozen(self.family.score_model().copy().network)
+
+    def fill_target(self, node: int) -> None:
+        if node:
+            self.path.load(node, self.target.network)
+        else:
+            self.target.network.load_state_dict(self.family.network.state_dict(), strict=True)
+
+    def _target_weights(self) -> dict[str, Tensor]:
+        return self.target.network.state_dict()
+
+    def _restore_target(self, weights: dict[str, Tensor]) -> None:
+        self.target.network.load_state_dict(weights, strict=True)
+
+    def place_target(self, device: torch.device | str) -> None:
+        self.target.network.to(device)
+
+
+class AdapterScores(Scores):
+    """Both are adapters on one frozen network, which without an adapter is the teacher."""
+
+    kind = "adapter"
+
+    def _make_fake_score(self, learning_rate: float, updates: int, loads: bool) -> None:
+        self.shared = shared_base(self.family.network, self.config)
+        if self.path is None:
+            add_adapter(self.shared, "fake_score", self.config, self.config.seed)
+        else:
+            for role in ("fake_score", "target"):
+                self.shared.add(role, self.path.adapter_config(len(self.path)))
+            self.shared.freeze("target")
+        if loads:
+            self.path.load(len(self.path), self.shared.network, "fake_score")
+            self.path.prefetch(len(self.path) - 1)
+        self.fake_score = AdapterLearner(
+            "fake_score", self.shared, self.family.network, learning_rate, updates, self.config
+        )
+
+    def add_target(self) -> None:
+        self.target = self._teacher = self._in_role(None)
+        self._node = self._in_role("target")
+
+    def fill_target(self, node: int) -> None:
+        self.target = self._node if node else self._teacher
+        if node:
+            self.path.load(node, self.shared.network, "target")
+
+    def _target_weights(self) -> dict[str, Tensor]:
+        return self.shared.weights("target")
+
+    def _restore_target(self, weights: dict[str, Tensor]) -> None:
+        self.shared.fill("target", weights, "the target")
+
+    def frozen(self, network: nn.Module) -> ScoreModel:
+        return self._in_role(None) if network is self.family.network else super().frozen(network)
+
+    def _in_role(self, role: str | None) -> ScoreModel:
+        """A role on the shared network, without gradients of its own; `None` is the network itself."""
+        model = in_precision(self.family.score_model(self.shared.network), self.accelerator)
+        return self.shared.in_role(model, role)
+
+    def release(self) -> None:
+        super().release()
+        self._teacher = self._node = None
+
+
+def scores_of(config: TrainingConfig) -> type[Scores]:
+    """The kind of scores that the settings ask for."""
+    return AdapterScores if config.is_adapter("fake_score") else FullScores
