@@ -72,7 +72,7 @@ def path_of(network: torch.nn.Module, config: TrainingConfig, folder: str) -> De
     """A path of two nodes that are the teacher itself."""
     start = {"name_or_path": None, "sha256": "0" * 64, "conditioning_timestep": config.conditioning_timestep}
     place = tempfile.mkdtemp(dir=folder)
-    path = DegradationPath.create(place, ModelReference(folder), "0" * 64, start, {})
+    path = DegradationPath.create(place, ModelReference(folder).resolve(), "0" * 64, start, {})
     if config.is_adapter("fake_score"):
         shared = SharedNetwork(network)
         add_adapter(shared, "fake_score", config, config.seed)

@@ -33,7 +33,7 @@ from diffusers_disback import (  # noqa: E402
 from diffusers_disback.backtracking import target_schedule  # noqa: E402
 from diffusers_disback.evaluation.report import unadorned  # noqa: E402
 from diffusers_disback.models.generator import to_pipeline  # noqa: E402
-from diffusers_disback.models.reference import fingerprint  # noqa: E402
+from diffusers_disback.models.weights import fingerprint  # noqa: E402
 from shapes.evaluator import NUM_PICTURES, shapes_evaluation, shapes_prompts  # noqa: E402
 
 
@@ -247,7 +247,7 @@ def one(
             timestep = task.conditioning_timestep
             start = {"name_or_path": None, "sha256": fingerprint(generator), "conditioning_timestep": timestep}
             own = fingerprint(teacher.network)
-            path = DegradationPath.create(training.path_folder, teacher.reference, own, start, {})
+            path = DegradationPath.create(training.path_folder, teacher.model, own, start, {})
             path = DegradationRecorder(training, degradation, teacher, generator, data, path).record()
             cost = path.manifest["cost"]
             stage_1 = {"updates": cost["steps"], "evaluations": counter.total, "seconds": cost["seconds"]}

@@ -9,7 +9,8 @@ from diffusers_disback.backtracking import BacktrackingConfig, BacktrackingTrain
 from diffusers_disback.data.prompts import PromptData
 from diffusers_disback.degradation import DegradationConfig, DegradationRecorder
 from diffusers_disback.families import family_of
-from diffusers_disback.models.reference import ModelReference, fingerprint
+from diffusers_disback.models.reference import ModelReference
+from diffusers_disback.models.weights import fingerprint
 from diffusers_disback.path.path import DegradationPath
 from diffusers_disback.training.config import TrainingConfig
 
@@ -30,17 +31,17 @@ def training(output_dir: Path, **changes) -> TrainingConfig:
 
 
 def recorder(config, teacher_folder, steps=4, nodes=2, **changes) -> DegradationRecorder:
-    reference = ModelReference(str(teacher_folder))
-    family = family_of(tiny.pipeline(), reference)
+    teacher = ModelReference(str(teacher_folder)).resolve()
+    family = family_of(tiny.pipeline(), teacher)
     generator = family.initial_generator(shared=config.all_adapters)
     if generator is not family.network:
         generator.requires_grad_(True)  # as one that was loaded from elsewhere
     folder = Path(config.output_dir, "path")
     if (folder / "path.json").exists():
-        path = DegradationPath.from_pretrained(folder, teacher=reference)
+        path = DegradationPath.from_pretrained(folder, teacher=teacher)
     else:
         start = {"name_or_path": None, "sha256": fingerprint(generator), "conditioning_timestep": 399}
-        path = DegradationPath.create(folder, reference, fingerprint(family.network), start, {})
+        path = DegradationPath.create(folder, teacher, fingerprint(family.network), start, {})
     wanted = {"degradation_stop": 0.0, **changes}
     degradation = DegradationConfig(degradation_steps=steps, num_path_nodes=nodes, **wanted)
     return DegradationRecorder(config, degradation, family, generator, PromptData(tiny.PROMPTS, family.encode), path)

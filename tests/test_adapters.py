@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusers_disback import DegradationPath, DisBackOneStepPipeline
 from diffusers_disback.families import family_of
 from diffusers_disback.models.adapters import SharedNetwork, base_of, fused, lora_config
-from diffusers_disback.models.reference import fill_adapter
+from diffusers_disback.models.weights import fill_adapter
 
 
 ROLES = ("generator", "fake_score", "target")

@@ -28,8 +28,9 @@ ORDER = {
     "models": [
         {"batch", "denoiser", "noise_schedule"},
         {"weights", "score_model"},
-        {"pipeline_folder", "generator"},
-        {"single_file", "components"},
+        {"pipeline_folder", "generator", "card"},
+        {"model_files", "components"},
+        {"single_file"},
         {"autoencoder", "teacher_lora"},
         {"reference"},
         {"adapters"},
@@ -63,14 +64,14 @@ DOORS = {
     "matplotlib": {"evaluation/pictures.py"},
     "huggingface_hub": {
         *("hub/repository.py", "hub/cards.py", "hub/publish/run.py", "path/storage.py"),
-        *("models/pipeline_folder.py", "models/single_file.py", "models/autoencoder.py", "models/reference.py"),
+        *("models/pipeline_folder.py", "models/single_file.py", "models/model_files.py"),
     },
     "datasets": {"data/prompts.py"},
     "transformers": {
         *("pipelines/one_step.py", "models/components.py", "evaluation/report.py", "planning/plan.py"),
         "commands/cli.py",
     },
-    "peft": {"models/reference.py", "models/adapters.py"},
+    "peft": {"models/weights.py", "models/adapters.py"},
     "bitsandbytes": {"training/optim.py"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))

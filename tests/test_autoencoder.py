@@ -31,10 +31,10 @@ def other():
 
 def loaded(teacher_folder, vae, cache, variant=None):
     """An autoencoder as a run would load it, and the names of its files in a student."""
-    reference = ModelReference(str(teacher_folder), vae=str(vae), variant=variant)
-    files = reference.component_files("float32", str(cache))
+    local = ModelReference(str(teacher_folder), vae=str(vae), variant=variant).resolve(str(cache))
+    files = local.component_files("float32")
     return (
-        reference.load_vae(str(cache)),
+        local.load_vae(),
         sorted(path.removeprefix("vae/") for path in files if path.startswith("vae/")),
         files,
     )
@@ -159,12 +159,12 @@ def test_a_student_holds_one_copy_of_an_autoencoder(other, teacher_folder, tmp_p
     shutil.copy(tmp_path / "vae" / WEIGHTS, tmp_path / "vae" / "sdxl_vae.safetensors")
     reference = ModelReference(str(teacher_folder), vae=str(tmp_path / "vae"))
     pipe = load_family(reference).pipeline
-    save_student(to_pipeline(pipe.unet, 399, pipe), reference, tmp_path / "student")
+    save_student(to_pipeline(pipe.unet, 399, pipe), reference.resolve(), tmp_path / "student")
     assert sorted(file.name for file in (tmp_path / "student" / "vae").iterdir()) == ["config.json", WEIGHTS]
     assert equal(weights(DiffusionPipeline.from_pretrained(tmp_path / "student").vae), weights(other))
 
 
-def test_an_autoencoder_on_the_hub_is_asked_for_once(other, teacher_folder, hub, repo, impatient, tmp_path):
+def test_an_autoencoder_stays_as_it_was_resolved(other, teacher_folder, hub, repo, impatient, tmp_path):
     """What a run began with is what its student gets: whatever is committed in between, and though the Hub is down."""
     from hub_server import Fault
     from huggingface_hub import HfApi
@@ -174,40 +174,39 @@ def test_an_autoencoder_on_the_hub_is_asked_for_once(other, teacher_folder, hub,
         api.create_repo(name)
         other.save_pretrained(tmp_path / "vae")
         api.upload_folder(repo_id=name, folder_path=tmp_path / "vae")
-    references = [
-        ModelReference(str(teacher_folder), vae=vae)
+    models = [
+        ModelReference(str(teacher_folder), vae=vae).resolve(cache)
         for vae in (repo, f"{repo}-file/diffusion_pytorch_model.safetensors")
     ]
-    loaded = [reference.load_vae(cache) for reference in references]
     tiny.pipeline(seed=9).vae.save_pretrained(tmp_path / "changed")
     for name in (repo, f"{repo}-file"):
         api.upload_folder(repo_id=name, folder_path=tmp_path / "changed")
     requests = len(hub.requests)
     for fault in (None, lambda request: Fault(status=503)):
         hub.fault = fault
-        for reference, vae in zip(references, loaded, strict=True):
-            assert equal(weights(vae), weights(other))
-            file = reference.component_files("float32", cache)[f"vae/{WEIGHTS}"]
+        for model in models:
+            assert equal(weights(model.load_vae()), weights(other))
+            file = model.component_files("float32")[f"vae/{WEIGHTS}"]
             assert equal(load_file(file), dict(weights(other)))
     assert len(hub.requests) == requests
     with pytest.raises(ValueError, match="cannot (be reached for|serve) alice/none"):  # at once, not after minutes
-        ModelReference(str(teacher_folder), vae="alice/none").load_vae(cache)
+        ModelReference(str(teacher_folder), vae="alice/none").resolve(cache)
 
 
 def test_a_folder_of_this_machine_is_read_anew(other, teacher_folder, tmp_path):
     other.save_pretrained(tmp_path / "vae")
     reference = ModelReference(str(teacher_folder), vae=str(tmp_path / "vae"))
-    assert equal(weights(reference.load_vae()), weights(other))
+    assert equal(weights(reference.resolve().load_vae()), weights(other))
     changed = tiny.pipeline(seed=9).vae
     changed.save_pretrained(tmp_path / "vae")
-    assert equal(weights(reference.load_vae()), weights(changed))
+    assert equal(weights(reference.resolve().load_vae()), weights(changed))
 
 
 def test_a_conversion_is_read_where_nothing_can_be_written(other, teacher_folder, monkeypatch, tmp_path):
     other.save_pretrained(tmp_path / "vae")
     cache = str(tmp_path / "cache")
     reference = ModelReference(str(teacher_folder), vae=str(tmp_path / "vae" / WEIGHTS))
-    folder = reference.vae_folder(cache)
+    folder = reference.resolve(cache).vae_folder
 
     def refuse(path, *_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
@@ -217,23 +216,22 @@ def test_a_conversion_is_read_where_nothing_can_be_written(other, teacher_folder
         context.setattr("huggingface_hub.utils.WeakFileLock", refuse)
         context.setattr(Path, "mkdir", refuse)
         context.setattr("diffusers_disback.hub.repository.sha256_of", lambda file: hashed.append(file) or 64 * "0")
-        assert reference.vae_folder(cache) == folder
+        assert reference.resolve(cache).vae_folder == folder
         assert not hashed, "a large file is hashed once in a process"
         with pytest.raises(ValueError, match="cannot be written to .*single_files .Read-only .*--cache_dir"):
-            reference.vae_folder(str(tmp_path / "another"))
+            reference.resolve(str(tmp_path / "another"))
     with monkeypatch.context() as context:
         context.setattr("diffusers_disback.models.autoencoder.save_weights", refuse)  # as on a disk that is full
         with pytest.raises(ValueError, match="cannot be written to .*--cache_dir"):
-            reference.vae_folder(str(tmp_path / "full"))
+            reference.resolve(str(tmp_path / "full"))
     assert [file.suffix for file in (tmp_path / "full" / "single_files").iterdir()] == [".lock"]
 
 
 def test_variants_of_any_name_are_looked_into(other, teacher_folder, tmp_path):
     """A hyphen in it hides no index from the check that its shards lie beside it."""
     other.save_pretrained(tmp_path / "vae", variant="fp16-x", max_shard_size="20KB")
-    save_teacher_variant(tmp_path / "teacher")
-    reference = ModelReference(str(tmp_path / "teacher"), vae=str(tmp_path / "vae"), variant="fp16-x")
-    folder = reference.vae_folder()
+    reference = ModelReference(str(teacher_folder), vae=str(tmp_path / "vae"), variant="fp16-x")
+    folder = reference.resolve().vae_folder
     assert [variant_taken(folder.iterdir(), name) for name in ("fp16-x", "fp16")] == ["fp16-x", None]
     index = folder / "diffusion_pytorch_model.safetensors.index.fp16-x.json"
     index.write_text(json.dumps({"weight_map": {"a": "../out.safetensors"}}))

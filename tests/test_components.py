@@ -14,8 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig, CLIPV
 from diffusers_disback.families import load_family
 from diffusers_disback.hub.publish.run import save_student
 from diffusers_disback.hub.repository import HubError
-from diffusers_disback.models import components
-from diffusers_disback.models.components import check_whole
+from diffusers_disback.models.components import check_whole, parts_left_out
 from diffusers_disback.models.generator import to_pipeline
 from diffusers_disback.models.reference import ModelReference
 
@@ -97,13 +96,13 @@ def test_parts_without_a_role_are_left_out_with_a_word(with_all_parts, tmp_path,
     assert said == expected, name
     assert {part for part in BROKEN_PARTS if pipe.components[part] is None} == expected, name
     assert pipe.config.requires_safety_checker == ("safety_checker" not in expected)
-    files = reference.component_files("float32")
+    files = reference.resolve().component_files("float32")
     content = files["model_index.json"]
     index = json.loads(content if isinstance(content, bytes) else content.read_text())
     assert {part for part in BROKEN_PARTS if index[part][0] is None} == expected, name
     assert index["requires_safety_checker"] == ("safety_checker" not in expected), name
     assert not any(path.startswith(tuple(f"{part}/" for part in expected)) for path in files if expected), name
-    save_student(to_pipeline(pipe.unet, 399, pipe), reference, student)
+    save_student(to_pipeline(pipe.unet, 399, pipe), reference.resolve(), student)
     index = json.loads((student / "model_index.json").read_text())
     kept = set(BROKEN_PARTS) - expected
     assert {part for part in BROKEN_PARTS if index[part][0] is not None} == kept, name
@@ -133,7 +132,7 @@ def test_a_pickled_part_does_not_block_a_teacher_on_the_hub(with_all_parts, alic
     HfApi().upload_folder(repo_id=repo, folder_path=folder)
     reference = ModelReference(repo)
     assert load_family(reference).pipeline.safety_checker is None
-    files = reference.component_files("float32")
+    files = reference.resolve().component_files("float32")
     assert not any(path.startswith("safety_checker") for path in files)
     assert any(path.startswith("feature_extractor/") for path in files)
 
@@ -156,12 +155,12 @@ def test_a_folder_that_is_not_whole_is_told(teacher_folder, tmp_path):
         with pytest.raises(ValueError, match=message):
             check_whole(files, "The folder")
     pipe, reference = tiny.pipeline(), ModelReference(str(teacher_folder))
-    check_whole(reference.component_files("float32"), "The teacher", ("unet",))
+    check_whole(reference.resolve().component_files("float32"), "The teacher", ("unet",))
     student = to_pipeline(pipe.unet, 399, pipe)
     broken = shutil.copytree(teacher_folder, tmp_path / "broken")
     (broken / "text_encoder" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="is not whole: its text_encoder is without weights"):
-        save_student(student, ModelReference(str(broken)), tmp_path / "student")
+        save_student(student, ModelReference(str(broken)).resolve(), tmp_path / "student")
 
 
 def upload(folder, repo):
@@ -179,10 +178,10 @@ def test_a_part_that_the_hub_fails_to_serve_is_not_taken_for_broken(with_all_par
     hub.fault = lambda request: Fault(status=503) if "safety_checker" in request.path else None
     reference, cache = ModelReference(repo), str(tmp_path / "cache")
     with pytest.raises(HubError, match="The Hub cannot be reached for") as caught:
-        reference.component_files("float32", cache)
+        reference.resolve(cache)
     assert caught.value.passes
     hub.fault = None
-    assert "safety_checker/model.safetensors" in reference.component_files("float32", cache)
+    assert "safety_checker/model.safetensors" in reference.resolve(cache).files
 
 
 def test_what_a_hub_model_has_not_is_known_when_the_hub_is_down(with_all_parts, hub, repo, impatient, tmp_path):
@@ -192,12 +191,14 @@ def test_what_a_hub_model_has_not_is_known_when_the_hub_is_down(with_all_parts, 
     pickled(folder, "safety_checker")
     shutil.rmtree(folder / "image_encoder")
     upload(folder, repo)
-    parts, cache = ("safety_checker", "feature_extractor", "image_encoder"), str(tmp_path / "cache")
-    root = components._fetched(parts, repo, None, "fp16", cache)
-    components._fetched.cache_clear()  # as in the next process
+    cache = str(tmp_path / "cache")
+    local = ModelReference(repo, variant="fp16").resolve(cache)
     hub.fault = lambda request: Fault(status=503)
-    assert components._fetched(parts, repo, None, "fp16", cache) == root
-    found = sorted(file.relative_to(root).as_posix() for part in parts for file in (root / part).glob("*"))
+    assert ModelReference(repo, variant="fp16").resolve(cache) == local
+    assert local.left_out == {"safety_checker": None, "image_encoder": None, "requires_safety_checker": False}
+    found = sorted(
+        file.relative_to(local.folder).as_posix() for p in BROKEN_PARTS for file in local.folder.glob(f"{p}/*")
+    )
     assert found == ["feature_extractor/preprocessor_config.json", "safety_checker/config.json"]
 
 
@@ -210,12 +211,10 @@ def test_a_part_of_a_variant_is_taken_as_it_is_there(with_all_parts, repo, tmp_p
     names = {file.name for file in (folder / "safety_checker").iterdir()}
     assert "model.safetensors.index.fp16.json" in names and len(names) > 3
     upload(folder, repo)
-    parts, cache = ("safety_checker", "feature_extractor", "image_encoder"), str(tmp_path / "cache")
-    root = components._fetched(parts, repo, None, "fp16", cache)
-    assert {file.name for file in (root / "safety_checker").iterdir()} == names
-    index = json.loads((folder / "model_index.json").read_text())
-    assert components.left_out(index, str(folder), None, "fp16", None) == {}
-    assert components.left_out(index, repo, None, "fp16", cache) == {}
+    for name in (str(folder), repo):
+        local = ModelReference(name, variant="fp16").resolve(str(tmp_path / "cache"))
+        assert {file.name for file in (local.folder / "safety_checker").iterdir()} == names
+        assert local.left_out == {}
 
 
 def test_parts_are_judged_without_reading_their_numbers(with_all_parts, monkeypatch):
@@ -234,15 +233,12 @@ def test_parts_are_judged_without_reading_their_numbers(with_all_parts, monkeypa
     with monkeypatch.context() as context:
         for kind in (StableDiffusionSafetyChecker, CLIPVisionModelWithProjection):
             context.setattr(kind, "from_pretrained", watched(kind.from_pretrained))
-        components._broken.cache_clear()
-        assert components.left_out(index, str(with_all_parts), None, None, None) == {}
+        assert parts_left_out(index, with_all_parts, None, "it") == {}
     assert devices == ["meta", "meta"]
 
     def full(*_, **__):
         raise MemoryError
 
     monkeypatch.setattr(StableDiffusionSafetyChecker, "from_pretrained", full)
-    components._broken.cache_clear()
     with pytest.raises(MemoryError):
-        components.left_out(index, str(with_all_parts), None, None, None)
-    components._broken.cache_clear()
+        parts_left_out(index, with_all_parts, None, "it")

@@ -23,9 +23,9 @@ from diffusers_disback.hub.repository import Repository
 from diffusers_disback.models.generator import to_pipeline
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.models.single_file import _config_folder
-from diffusers_disback.models.teacher_lora import _file_on_the_hub, fuse_lora, lora_file
+from diffusers_disback.models.teacher_lora import fuse_lora, lora_file
 from diffusers_disback.path.path import DegradationPath
-from diffusers_disback.planning.plan import skeletons_beside
+from diffusers_disback.planning.plan import meta_networks_beside
 
 
 SECRET = b"a token that is nobody's business"
@@ -65,6 +65,10 @@ class House:
     def with_path(self) -> DegradationPath:
         return tiny.path(self.path, self.teacher, nodes=1)
 
+    def opened(self) -> DegradationPath:
+        """The path as another process opens it: what was resolved before is resolved anew."""
+        return DegradationPath.from_pretrained(self.path, teacher=self.reference())
+
     def with_student(self, **report) -> None:
         shutil.copytree(self.teacher, self.student)
         (self.student / "report.json").write_text(json.dumps({**REPORT, **report}))
@@ -91,7 +95,9 @@ class House:
         return ModelReference(str(self.teacher), **changes)
 
     def save(self, **changes) -> None:
-        save_student(to_pipeline(tiny.unet(seed=1), 399, tiny.pipeline()), self.reference(**changes), self.out)
+        save_student(
+            to_pipeline(tiny.unet(seed=1), 399, tiny.pipeline()), self.reference(**changes).resolve(), self.out
+        )
 
     def files(self) -> dict[str, bytes]:
         """All that lies beside the place that is written to."""
@@ -149,9 +155,9 @@ def component_copied(house, kind):
 
 
 def component_pushed_with_a_path(house, kind):
-    path = house.with_path()
+    house.with_path()
     name, _ = component_read(house, kind)
-    return name, lambda: path.push_to_hub(house.repo)
+    return name, lambda: house.opened().push_to_hub(house.repo)
 
 
 def component_pushed_with_a_student(house, kind):
@@ -178,7 +184,7 @@ def shard_of(component, variant=None):
 
 def shard_of_a_start(house, kind):
     name, _ = shard_of("unet")(house, kind)
-    return name, lambda: house.reference().load_network(type(tiny.unet()))
+    return name, lambda: house.reference().resolve_denoiser().load_network(type(tiny.unet()))
 
 
 def shard_copied(house, kind):
@@ -194,9 +200,9 @@ def shard_of_another_autoencoder(house, kind):
 
 
 def shard_pushed_with_a_path(house, kind):
-    path = house.with_path()
+    house.with_path()
     name, _ = shard_of("text_encoder")(house, kind)
-    return name, lambda: path.push_to_hub(house.repo)
+    return name, lambda: house.opened().push_to_hub(house.repo)
 
 
 def shard_of_a_node_pushed(house, kind):
@@ -311,9 +317,9 @@ LINKS = {
     "a teacher's index, read": ("teacher", "model_index.json", "config.json", lambda h: load_family(h.reference())),
     "a start's config, read": (
         *("teacher", "unet/config.json", "config.json"),
-        lambda h: h.reference().load_network(type(tiny.unet())),
+        lambda h: h.reference().resolve_denoiser().load_network(type(tiny.unet())),
     ),
-    "a teacher's card, read": ("teacher", "README.md", "README.md", lambda h: h.reference().card()),
+    "a teacher's card, read": ("teacher", "README.md", "README.md", lambda h: h.reference().resolve().card()),
     "a teacher's component, copied": ("teacher", "tokenizer", "", House.save),
     "a teacher's file, copied": ("teacher", "tokenizer/more.txt", "token.txt", House.save),
     "a teacher's licence, copied": ("teacher", "LICENSE", "LICENSE", House.save),
@@ -325,25 +331,30 @@ LINKS = {
         *("teacher", "tokenizer/vocab.json", "config.json"),
         lambda h: _config_folder(str(h.teacher), {}, None),
     ),
-    "a teacher's file, pushed": ("teacher", "tokenizer/more.txt", "token.txt", lambda h: h.own.push_to_hub(h.repo)),
+    "a teacher's file, pushed": (
+        "teacher",
+        "tokenizer/more.txt",
+        "token.txt",
+        lambda h: h.opened().push_to_hub(h.repo),
+    ),
     "a LoRA in a folder, fused": (
         *("lora", "pytorch_lora_weights.safetensors", "w.safetensors"),
-        lambda h: fuse_lora(tiny.unet(), str(h.lora)),
+        lambda h: fuse_lora(tiny.unet(), lora_file(str(h.lora))),
     ),
     "a config of the UNet, planned": (
         "teacher",
         "unet/config.json",
         "config.json",
-        lambda h: h.reference().skeleton(),
+        lambda h: h.reference().resolve_configs().meta_network(),
     ),
-    "a UNet's folder, planned": ("teacher", "unet", None, lambda h: h.reference().skeleton()),
+    "a UNet's folder, planned": ("teacher", "unet", None, lambda h: h.reference().resolve_configs().meta_network()),
     "a config of an autoencoder, planned": (
         *("teacher", "vae/config.json", "config.json"),
-        lambda h: skeletons_beside(h.reference()),
+        lambda h: meta_networks_beside(h.reference().resolve_configs()),
     ),
     "a config of a text encoder, planned": (
         *("teacher", "text_encoder/config.json", "config.json"),
-        lambda h: skeletons_beside(h.reference()),
+        lambda h: meta_networks_beside(h.reference().resolve_configs()),
     ),
     "a path's node, copied": ("path", "degradation-000100", "", lambda h: h.read().save_pretrained(h.out)),
     "a path's node, read": ("path", "degradation-000100", None, lambda h: h.read().read(1)),
@@ -494,7 +505,7 @@ def test_no_other_weights_are_put_upon_a_component(tmp_path, teacher_folder):
             folder = shutil.copytree(teacher_folder, tmp_path / place / name)
             (folder / place / name).write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "secret")}))
             reference = ModelReference(str(folder))
-            doors = [lambda r=reference: load_family(r), lambda r=reference: r.component_files("float32")]
+            doors = [lambda r=reference: load_family(r), lambda r=reference: r.resolve().component_files("float32")]
             for go in doors[: 1 if place == "unet" else 2]:
                 with pytest.raises(ValueError, match=f"holds {place}/{name}, an adapter"):
                     go()
@@ -523,12 +534,8 @@ def test_what_is_no_part_is_not_left_out_but_refused(tmp_path, teacher_folder, a
         "config.json": json.dumps(said),
     }.items():
         (folder / part / name).write_text(content)
-        for go in (
-            lambda: ModelReference(str(folder)).left_out(json.loads((folder / "model_index.json").read_text())),
-            lambda: ModelReference(str(folder)).check_files(),
-        ):
-            with pytest.raises(ValueError, match=rf"{part}/{name}"):
-                go()
+        with pytest.raises(ValueError, match=rf"{part}/{name}"):
+            ModelReference(str(folder)).resolve()
         if name == "adapter_config.json":
             HfApi().create_repo(repo)
             HfApi().upload_folder(repo_id=repo, folder_path=folder)
@@ -576,7 +583,6 @@ def test_a_lora_of_the_cache_does_not_lead_out_of_it(tmp_path, alice, repo, impa
     cached = lora_file(repo, str(cache))
     alice.fault = lambda request: Fault(status=503)
     assert lora_file(repo, str(cache)) == cached
-    _file_on_the_hub.cache_clear()  # as another process
     cached.unlink()
     cached.symlink_to(tmp_path / name)
     with pytest.raises(ValueError, match=f"{name}.* leads out"):

@@ -31,7 +31,7 @@ def test_nothing_that_is_loaded_changes_with_its_file(tmp_path):
     start, reference = ModelReference(str(tmp_path / "teacher")), ModelReference(str(tmp_path / "teacher"))
     other = ModelReference(str(tmp_path / "teacher"), vae=str(tmp_path / "vae"))
     families = [load_family(reference), load_family(other)]
-    network = start.load_network(type(families[0].network))
+    network = start.resolve_denoiser().load_network(type(families[0].network))
     held = [
         part for family in families for part in (family.network, family.pipeline.vae, family.pipeline.text_encoder)
     ]
@@ -91,7 +91,7 @@ def test_a_teacher_start_autoencoder_or_node_with_nan_is_told_with_the_tensor(tm
         ):
             load_family(ModelReference(str(folder)))
     with pytest.raises(ValueError, match="the UNet of .* are NaN or infinite"):
-        ModelReference(str(tmp_path / "unet")).load_network(type(tiny.unet()))
+        ModelReference(str(tmp_path / "unet")).resolve_denoiser().load_network(type(tiny.unet()))
     with pytest.raises(ValueError, match="the autoencoder .*vae.* are NaN or infinite"):
         load_family(ModelReference(str(tmp_path / "text_encoder"), vae=str(tmp_path / "vae")))
     teacher = tiny.save_teacher(tmp_path / "teacher")

@@ -7,7 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from diffusers_disback.models.reference import ModelReference, fingerprint
+from diffusers_disback.models.reference import ModelReference
+from diffusers_disback.models.weights import fingerprint
 from diffusers_disback.path.path import DegradationPath
 
 

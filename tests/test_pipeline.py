@@ -26,7 +26,7 @@ def folder(tmp_path_factory, teacher_folder):
     """A student as training writes it."""
     folder = tmp_path_factory.mktemp("student")
     teacher = StableDiffusionPipeline.from_pretrained(teacher_folder)
-    save_student(to_pipeline(tiny.unet(seed=1), 399, teacher), ModelReference(str(teacher_folder)), folder)
+    save_student(to_pipeline(tiny.unet(seed=1), 399, teacher), ModelReference(str(teacher_folder)).resolve(), folder)
     return folder
 
 

@@ -87,7 +87,7 @@ def test_what_is_counted_is_what_a_run_allocates(name, tmp_path, teacher_folder,
     monkeypatch.setattr(Learner, "_update", spy)
     stage.run()
 
-    planned = Planner.of(ModelReference(str(teacher_folder)))
+    planned = Planner.of(ModelReference(str(teacher_folder)).resolve_configs())
     setup = Setup.of(config, BacktrackingConfig(use_ema=True))
     rows = {row.name: row.bytes for row in planned.rows(2, setup)}
     networks = {id(each): each for each in (learner.unwrapped() for learner in stage.learners)}

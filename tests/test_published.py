@@ -22,6 +22,7 @@ from diffusers_disback.hub.published import (
     published_files,
     published_report,
 )
+from diffusers_disback.models.card import read_card
 from diffusers_disback.models.generator import to_pipeline
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.path.manifest import identity
@@ -146,11 +147,11 @@ def test_a_student_and_a_node_do_not_say_where_they_came_from(tmp_path, teacher_
     ):
         file = teacher / name
         file.write_text(json.dumps({**json.loads(file.read_text()), "_name_or_path": str(tmp_path / "somewhere")}))
-    reference = ModelReference(str(teacher))
-    network = reference.load_network(type(tiny.unet()))
+    local = ModelReference(str(teacher)).resolve()
+    network = local.load_network(type(tiny.unet()))
     assert network.config["_name_or_path"], "diffusers notes it"
-    save_student(to_pipeline(network, 399, tiny.pipeline()), reference, tmp_path / "student")
-    path = DegradationPath.create(tmp_path / "path", reference, "0" * 64, tiny.START, {})
+    save_student(to_pipeline(network, 399, tiny.pipeline()), local, tmp_path / "student")
+    path = DegradationPath.create(tmp_path / "path", local, "0" * 64, tiny.START, {})
     path.append(network, step=100, loss=0.5)
     written = [*(tmp_path / "student").rglob("*"), *path.node_folder(1).rglob("*")]
     assert len([file for file in written if file.name == "config.json"]) == 4
@@ -216,7 +217,7 @@ def test_what_a_run_with_absolute_flags_publishes_names_nothing_of_the_machine(
 
 def declared(folder: Path, content: bytes) -> dict:
     (folder / "README.md").write_bytes(content)
-    return ModelReference(str(folder)).card()
+    return read_card(folder, str(folder))
 
 
 def test_a_teachers_card_gives_what_it_declares(tmp_path, caplog):
@@ -263,10 +264,10 @@ def test_a_teachers_card_that_cannot_be_read_is_told_and_taken_for_empty(tmp_pat
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "README.md").symlink_to(tmp_path / "outside.md")
     with pytest.raises(ValueError, match="leads out of its folder"):
-        ModelReference(str(tmp_path / "teacher")).card()
+        read_card(tmp_path / "teacher", "teacher")
     (tmp_path / "teacher" / "README.md").unlink()
     os.mkfifo(tmp_path / "teacher" / "README.md")
-    assert ModelReference(str(tmp_path / "teacher")).card() == {} and "is no regular file" in caplog.text
+    assert read_card(tmp_path / "teacher", "teacher") == {} and "is no regular file" in caplog.text
 
 
 def test_a_teachers_card_is_read_before_training_and_stops_nothing(run, tmp_path, teacher_folder, caplog, monkeypatch):
@@ -288,23 +289,23 @@ def test_a_teachers_card_is_read_before_training_and_stops_nothing(run, tmp_path
 
 def test_what_a_student_takes_over_is_looked_at_before_training(tmp_path, teacher_folder):
     teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
-    check_teacher_files(ModelReference(str(teacher)))
+    check_teacher_files(ModelReference(str(teacher)).resolve())
     (teacher / "tokenizer" / "tokenizer_config.json").write_text("{} and more")
-    with pytest.raises(ValueError, match="tokenizer/tokenizer_config.json is no valid JSON"):
-        check_teacher_files(ModelReference(str(teacher)))
+    with pytest.raises(ValueError, match="tokenizer/tokenizer_config.json .*is no valid JSON"):
+        check_teacher_files(ModelReference(str(teacher)).resolve())
 
 
 def test_a_file_of_the_teacher_that_was_written_to_during_the_run_is_not_taken_over(tmp_path, teacher_folder):
     teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
     reference, pipe = ModelReference(str(teacher)), to_pipeline(tiny.unet(seed=1), 399, tiny.pipeline())
-    as_read, file = check_teacher_files(reference), teacher / "text_encoder" / "model.safetensors"
+    local, file = reference.resolve(), teacher / "text_encoder" / "model.safetensors"
     before = file.read_bytes()
     with open(file, "r+b") as stream:
         stream.seek(-8, os.SEEK_END)
         stream.write(b"\x01" * 8)
     with pytest.raises(ValueError, match="text_encoder/model.safetensors of .* was written to since the run began"):
-        save_student(pipe, reference, tmp_path / "student", as_read=as_read)
+        save_student(pipe, local, tmp_path / "student")
     assert not (tmp_path / "student").exists()
     file.write_bytes(before)
-    save_student(pipe, reference, tmp_path / "student", as_read=check_teacher_files(reference))
+    save_student(pipe, reference.resolve(), tmp_path / "student")
     assert (tmp_path / "student" / "text_encoder" / "model.safetensors").read_bytes() == before

@@ -19,7 +19,8 @@ from test_path import weights_equal
 from diffusers_disback.hub import repository
 from diffusers_disback.hub.publish.run import push_run
 from diffusers_disback.hub.repository import HubError, Repository
-from diffusers_disback.models.reference import ModelReference, fingerprint
+from diffusers_disback.models.reference import ModelReference
+from diffusers_disback.models.weights import fingerprint
 from diffusers_disback.path.path import DegradationPath
 
 
@@ -77,7 +78,9 @@ def test_pushing_again_changes_nothing(path, repo, hub):
 def test_a_path_that_grows_is_pushed_bit_by_bit(tmp_path, teacher_folder, repo, hub):
     whole = tiny.path(tmp_path / "whole", teacher_folder)
     whole.push_to_hub("alice/in-one-go")
-    growing = DegradationPath.create(tmp_path / "growing", whole.teacher, fingerprint(tiny.unet()), tiny.START, {})
+    growing = DegradationPath.create(
+        tmp_path / "growing", whole.local_teacher(), fingerprint(tiny.unet()), tiny.START, {}
+    )
     growing.manifest["id"] = whole.manifest["id"]
     growing.append(tiny.unet(seed=1), step=100, loss=0.5)
     target = Repository(repo)
@@ -191,13 +194,15 @@ def test_an_adapter_node(tmp_path, teacher_folder, repo):
         )
         return network
 
-    path = DegradationPath.create(tmp_path / "path", ModelReference(str(teacher_folder)), "0" * 64, tiny.START, {})
+    path = DegradationPath.create(
+        tmp_path / "path", ModelReference(str(teacher_folder)).resolve(), "0" * 64, tiny.START, {}
+    )
     path.append(adapted(1), step=100, loss=0.5, adapter="fake_score")
     path.finish({"steps": 100, "seconds": 1.0, "peak_memory_mb": 1.0})
     path.push_to_hub(repo)
     shared = DegradationPath.from_pretrained(repo)
     assert shared.nodes[0]["kind"] == "adapter" and shared.nodes[0]["bytes"] < 100_000
-    shared.verify(path.teacher.skeleton())
+    shared.verify(path.teacher.resolve_configs().meta_network())
     network = adapted(2)
     shared.load(1, into=network, adapter="fake_score")
     assert weights_equal(network, adapted(1))
@@ -300,7 +305,7 @@ def test_a_node_that_appears_between_look_and_commit_is_not_overwritten(
 ):
     """Two recordings with equal settings and other bytes, neither of which has claimed `main`."""
     one = tiny.path(tmp_path / "one", teacher_folder)
-    two = DegradationPath.create(tmp_path / "two", one.teacher, fingerprint(tiny.unet()), tiny.START, {})
+    two = DegradationPath.create(tmp_path / "two", one.local_teacher(), fingerprint(tiny.unet()), tiny.START, {})
     two.append(tiny.unet(seed=9), step=100, loss=0.5)
 
     def other_first(request):

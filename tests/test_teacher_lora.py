@@ -6,7 +6,7 @@ import original_layout
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from stages import equal, weights
 
 from diffusers_disback.models.adapters import lora_config, write_adapter
@@ -92,7 +92,7 @@ def test_every_layout_is_fused_by_its_arithmetic(networks, tmp_path):
         assert len(pairs) > 80
         tensors, header, scale = stored(layout, network, pairs)
         save_file(tensors, tmp_path / "lora.safetensors", header)
-        fuse_lora(network, str(tmp_path / "lora.safetensors"))
+        fuse_lora(network, tmp_path / "lora.safetensors")
         expected = fused(networks[kind], pairs, scale)
         for key, value in network.state_dict().items():
             assert torch.allclose(value, expected[key], atol=1e-5), (kind, layout, key)
@@ -114,7 +114,7 @@ def test_ranks_and_alphas_of_single_layers(networks, tmp_path):
         header = {"lora_adapter_metadata": json.dumps({**said, "unet.use_rslora": rslora})}
         save_file({key: tensor.half() for key, tensor in tensors.items()}, tmp_path / "a.safetensors", header)
         network = tiny.unet()
-        fuse_lora(network, str(tmp_path / "a.safetensors"))
+        fuse_lora(network, tmp_path / "a.safetensors")
         halves = {key: tuple(tensor.half().float() for tensor in pair) for key, pair in pairs.items()}
         for key, scale in zip(("conv_in", name), scales, strict=True):
             expected = fused(own, {key: halves[key]}, scale)[f"{key}.weight"]
@@ -123,7 +123,7 @@ def test_ranks_and_alphas_of_single_layers(networks, tmp_path):
     del tensors["lora_unet_conv_in.alpha"]
     save_file(tensors, tmp_path / "b.safetensors")
     network = tiny.unet()
-    fuse_lora(network, str(tmp_path / "b.safetensors"))
+    fuse_lora(network, tmp_path / "b.safetensors")
     expected = fused(own, factors(own), 1.0)["conv_in.weight"]
     assert torch.allclose(network.conv_in.weight, expected, atol=1e-5)
 
@@ -135,7 +135,7 @@ def test_an_adapter_that_training_wrote_is_fused(tmp_path):
         if "lora_" in key:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(key)))
     write_adapter(network, "one", tmp_path)
-    fuse_lora(plain, str(tmp_path))
+    fuse_lora(plain, lora_file(str(tmp_path)))
     network.fuse_lora()
     network.unload_lora()
     assert equal(weights(plain), weights(network)), "bit for bit as diffusers fuses it"
@@ -210,7 +210,7 @@ def test_every_tensor_is_used_or_named(networks, tmp_path):
     for changed, said, message in cases:
         save_file(changed, file, said)
         with pytest.raises(ValueError, match=message):
-            fuse_lora(network, str(file))
+            fuse_lora(network, file)
     assert equal(weights(network), weights(tiny.unet()))
 
 
@@ -260,30 +260,27 @@ def test_a_folder_or_repository_of_several_says_so(alice, repo, tmp_path):
             lora_file(where)
 
 
-def test_what_the_hub_gave_is_asked_for_once(hub, repo, impatient, tmp_path):
-    """A LoRA, by its repository or its file, and a denoiser: the same for the whole run, though the Hub is down."""
+def test_a_resolved_model_asks_the_hub_nothing(hub, repo, teacher_folder, tmp_path):
+    """A LoRA, by its repository or its file, and a denoiser: the same for the whole run, though the Hub has others."""
     from hub_server import Fault
     from huggingface_hub import HfApi
 
-    from diffusers_disback.models.reference import ModelReference, _denoiser_folder
-    from diffusers_disback.models.teacher_lora import lora_file
+    from diffusers_disback.models.reference import ModelReference
 
-    api, cache = HfApi(), str(tmp_path / "cache")
+    api, network, models = HfApi(), tiny.unet(), []
     api.create_repo(repo)
-    tiny.unet().save_pretrained(tmp_path / "files" / "unet")
-    for value in (0.0, 1.0):
-        save_file({"x": torch.full((2,), value)}, tmp_path / "files" / "a.safetensors")
+    (tmp_path / "files").mkdir()
+    pair = {"unet.conv_in.lora_A.weight": torch.ones(1, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(8, 1, 1, 1)}
+    for value in (1.0, 2.0):
+        tiny.unet().save_pretrained(tmp_path / "files" / "unet")
+        save_file({key: tensor * value for key, tensor in pair.items()}, tmp_path / "files" / "a.safetensors")
         api.upload_folder(repo_id=repo, folder_path=tmp_path / "files")
-        found = [
-            lora_file(repo, cache),
-            lora_file(f"{repo}/a.safetensors", cache),
-            _denoiser_folder(ModelReference(repo), cache) / "a.safetensors",
-        ]
-        assert len({file.parent for file in found}) == 1, "all of the commit that was seen first"
-        assert load_file(found[0])["x"].tolist() == [0.0, 0.0]
-        if value == 0.0:
-            first = found
+        if not models:
+            references = [ModelReference(repo, lora=lora) for lora in (repo, f"{repo}/a.safetensors")]
+            models = [reference.resolve_denoiser(str(tmp_path / "cache")) for reference in references]
     hub.fault = lambda request: Fault(status=503)
     requests = len(hub.requests)
-    assert found == first == [lora_file(repo, cache), lora_file(f"{repo}/a.safetensors", cache), first[2]]
+    for model in models:
+        change = model.load_network(type(network)).conv_in.weight - network.conv_in.weight
+        assert torch.allclose(change, torch.ones_like(change))
     assert len(hub.requests) == requests

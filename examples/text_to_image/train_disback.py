@@ -110,16 +110,17 @@ def distil(configs: Configs, state: PartialState, arguments: list[str]) -> None:
     teacher.schedule.check_timestep(timestep, "conditioning_timestep")
     teacher_card: dict[str, Any] = {}
     if state.is_main_process:  # what the end of the run needs of the teacher's files is read before it begins
-        as_read = check_teacher_files(reference, training.cache_dir)
-        teacher_card = reference.card(training.cache_dir)
+        check_teacher_files(teacher.model)
+        teacher_card = teacher.model.card()
     start = training.generator_model_name_or_path and ModelReference(
         training.generator_model_name_or_path, single_file_config=training.single_file_config
     )
-    generator = teacher.initial_generator(start, training.resolution, training.cache_dir, training.all_adapters)
+    start = start and start.resolve_denoiser(training.cache_dir)
+    generator = teacher.initial_generator(start, training.resolution, training.all_adapters)
     inputs = check_inputs(configs, teacher, generator, prompts)
     path = open_path(configs, teacher, generator, state, inputs)
     data = prompt_data(training, teacher, prompts, state, inputs["text_encoders"])
-    upload = RunUpload(training) if training.push_to_hub and state.is_main_process else None
+    upload = RunUpload(training, teacher.model) if training.push_to_hub and state.is_main_process else None
 
     def measure(network: torch.nn.Module, name: str = "student") -> dict[str, float]:
         with teacher.drawing(state.device):
@@ -153,7 +154,7 @@ def distil(configs: Configs, state: PartialState, arguments: list[str]) -> None:
         student = trainer.train()
         if report:
             deployed = to_pipeline(student, timestep, teacher.pipeline)
-            save_student(deployed, reference, folder, training.cache_dir, trainer.student.lora, as_read)
+            save_student(deployed, teacher.model, folder, trainer.student.lora)
             if trainer.student.lora is not None:  # was measured before it was fused, maybe on a base of few bits
                 with drawable(student, state.device, dtype) as network:
                     measure(network)

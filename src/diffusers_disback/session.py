@@ -32,7 +32,8 @@ from .hub.publish.background import repository_of
 from .hub.publish.run import INDEX, missing_results, results, write_model_card
 from .hub.published import published, published_command
 from .hub.repository import HubError
-from .models.reference import ModelReference, fingerprint
+from .models.reference import LocalModel
+from .models.weights import fingerprint
 from .path.manifest import MANIFEST
 from .path.path import DegradationPath
 from .path.storage import HubNodes
@@ -236,14 +237,14 @@ def open_path(
     recording = {k: v for k, v in flat(training, degradation).items() if k not in FREE_SETTINGS}
     own = inputs["teacher"] if inputs else fingerprint(teacher.network)
     if training.path_is_shared:
-        return _open_shared(configs, own, start, teacher.reference, state)
+        return _open_shared(configs, own, start, teacher.model, state)
     recorded = (folder / MANIFEST).exists()
     state.wait_for_everyone()  # all have looked before one writes
     if not recorded and training.stage != "backtrack":
         if degradation.num_path_nodes == 0:
             return None
-        return DegradationPath.create(folder, teacher.reference, own, start, recording, training.cache_dir)
-    path = DegradationPath.from_pretrained(folder, teacher=teacher.reference)
+        return DegradationPath.create(folder, teacher.model, own, start, recording)
+    path = DegradationPath.from_pretrained(folder, teacher=teacher.model)
     path.check(own, start)
     if path.complete:
         if state.is_main_process:
@@ -272,7 +273,7 @@ def _same_recording(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _open_shared(
-    configs: Configs, teacher_sha256: str, start: dict[str, Any], reference: ModelReference, state: PartialState
+    configs: Configs, teacher_sha256: str, start: dict[str, Any], teacher: LocalModel, state: PartialState
 ) -> DegradationPath:
     """Opens a path on the Hub, to be replayed."""
     training, _, backtracking = configs
@@ -281,7 +282,7 @@ def _open_shared(
         return DegradationPath.from_pretrained(
             training.degradation_path,
             revision,
-            reference,
+            teacher,
             training.cache_dir,
             training.hub_token,
             training.path_disk_budget_gb if state.is_local_main_process else None,

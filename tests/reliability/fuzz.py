@@ -47,8 +47,8 @@ from diffusers_disback.commands.cli import parser
 from diffusers_disback.data.prompts import PromptFile
 from diffusers_disback.families import load_family
 from diffusers_disback.models.adapters import config_of, lora_config
-from diffusers_disback.models.reference import ModelReference, fingerprint
-from diffusers_disback.models.weights import metadata_of, read_weights
+from diffusers_disback.models.reference import ModelReference
+from diffusers_disback.models.weights import fingerprint, metadata_of, read_weights
 from diffusers_disback.path.path import DegradationPath
 
 
@@ -288,7 +288,7 @@ class Targets:
 
     def _make_paths(self) -> None:
         """A path of whole networks, and one of an adapter."""
-        reference = ModelReference(str(self.teacher))
+        reference = ModelReference(str(self.teacher)).resolve()
         self.sha256 = fingerprint(tiny.unet(**SMALL))
         self.full = DegradationPath.create(self.place / "full", reference, self.sha256, tiny.START, {"seed": 0})
         for node in (1, 2):
@@ -423,8 +423,8 @@ class Targets:
         reference = ModelReference(str(self.sharded))
         with replaced(self.index, content):
             for step in (
-                lambda: reference.component_files("float32"),
-                lambda: reference.load_into(self.network),
+                lambda: reference.resolve().component_files("float32"),
+                lambda: reference.resolve_denoiser().load_into(self.network),
             ):
                 before = fingerprint(self.network)
                 try:

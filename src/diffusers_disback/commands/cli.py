@@ -88,7 +88,7 @@ def draw(path: "DegradationPath", prompts: list[str], guidance_scale: float, ste
     from ..families import load_family
 
     disable_progress_bar()
-    family = load_family(path.teacher, path.cache_dir)
+    family = load_family(path.local_teacher())
     tell_truncation(family, prompts)
     pipeline = many_step_pipeline(family.pipeline)
     draw_path(path, pipeline, Evaluation(prompts), [guidance_scale] * (len(path) + 1), steps, file)
@@ -106,9 +106,9 @@ def tell_truncation(family: "ModelFamily", prompts: list[str]) -> None:
 def path_verify(parsed: argparse.Namespace) -> None:
     """Checks every hash of a path, and that each node fits the teacher's architecture in everything."""
     path = open_path(parsed)
-    skeleton = path.teacher.skeleton(parsed.cache_dir)
+    network = path.teacher.resolve_configs(parsed.cache_dir).meta_network()
     for index, node in enumerate(path.nodes, 1):
-        tensors = path.verify_node(index, skeleton)
+        tensors = path.verify_node(index, network)
         print(f"node {index}: {node['name']}, {tensors} tensors, whole, and fits the teacher")
     print(f"{path.where}: {len(path)} nodes, {'complete' if path.complete else 'unfinished'}")
 
@@ -170,7 +170,7 @@ def extract_lora(parsed: argparse.Namespace) -> None:
     from ..models.reference import ModelReference
 
     networks = [
-        reference.load_network(UNet2DConditionModel, parsed.cache_dir).to(device())
+        reference.resolve_denoiser(parsed.cache_dir).load_network(UNet2DConditionModel).to(device())
         for reference in (ModelReference(parsed.student), teacher_asked_for(parsed))
     ]
     layers, residual = extract_lora(*networks, parsed.rank)
@@ -197,7 +197,7 @@ def plan(parsed: argparse.Namespace) -> None:
     training, _, backtracking = parse_flags(flags, parsed.flags)
     if training.pretrained_model_name_or_path is None:
         raise ValueError("Say whose distillation is planned: --pretrained_model_name_or_path.")
-    planner, setup = Planner.of(training.teacher, training.cache_dir), Setup.of(training, backtracking)
+    planner, setup = Planner.of(training.teacher.resolve_configs(training.cache_dir)), Setup.of(training, backtracking)
     _, height, width = planner.latent_shape(setup)
     print(
         f"{training.pretrained_model_name_or_path}: {height * planner.stride} x {width * planner.stride} pixels, batches of "

@@ -7,8 +7,7 @@ from torch import nn
 from ..hub.repository import HubError
 from ..models.components import check_whole, pipeline_class_of
 from ..models.pipeline_folder import UNREADABLE
-from ..models.reference import ModelReference
-from ..models.teacher_lora import fuse_lora
+from ..models.reference import LocalModel, ModelReference
 from ..models.weights import owned
 from .stable_diffusion import ModelFamily
 from .stable_diffusion_xl import StableDiffusionXL
@@ -20,13 +19,13 @@ FAMILIES: dict[str, type[ModelFamily]] = {
 }
 
 
-def family_of(pipeline: DiffusionPipeline, reference: ModelReference | None = None) -> ModelFamily:
+def family_of(pipeline: DiffusionPipeline, model: LocalModel | None = None) -> ModelFamily:
     """The family of a teacher's pipeline.
 
     Raises:
         ValueError: If no family is made for its class, or its denoiser takes more than latents.
     """
-    return _family_class(type(pipeline).__name__)(pipeline, reference)
+    return _family_class(type(pipeline).__name__)(pipeline, model)
 
 
 def _family_class(pipeline_class: str) -> type[ModelFamily]:
@@ -37,64 +36,59 @@ def _family_class(pipeline_class: str) -> type[ModelFamily]:
     raise ValueError(f"The teacher is a {pipeline_class}; supported are {supported}.")
 
 
-def load_family(reference: ModelReference, cache_dir: str | None = None) -> ModelFamily:
+def load_family(reference: str | ModelReference | LocalModel, cache_dir: str | None = None) -> ModelFamily:
     """Loads a teacher's pipeline in float32, safetensors only.
 
     Args:
-        reference (`ModelReference`): A folder, a model on the Hub, or a checkpoint in one file.
-        cache_dir (`str`, *optional*): Where downloads are kept.
+        reference (`str`, `ModelReference` or `LocalModel`): A folder, a model on the Hub, or a checkpoint in one file.
+        cache_dir (`str`, *optional*): Where downloads are kept, if it is not on this machine yet.
 
     Raises:
         ValueError: If there is no such teacher, or it is of no supported family.
     """
-    source = reference.source(cache_dir)
-    name = source.name_or_path
+    model = ModelReference(reference) if isinstance(reference, str) else reference
+    name = model.name_or_path
+    if isinstance(model, ModelReference):
+        try:
+            model = model.resolve(cache_dir, check_class=_family_class)
+        except HubError as error:
+            raise ValueError(
+                f"The teacher {name!r} cannot be loaded: it is neither a folder with a diffusers pipeline in safetensors "
+                f"nor such a model on the Hub (revision {model.revision}). {error}"
+            ) from error
+    variant = model.reference.variant
     try:
-        index = reference.index(cache_dir)
-    except HubError as error:
-        raise ValueError(
-            f"The teacher {name!r} cannot be loaded: it is neither a folder with a diffusers pipeline in safetensors "
-            f"nor such a model on the Hub (revision {reference.revision}). {error}{source.whereabouts()}"
-        ) from error
-    _family_class(str(index.get("_class_name")))  # before all of another family's weights are downloaded
-    folder = reference.check_files(cache_dir)  # after which the Hub is not needed for the teacher's files any more
-    try:
-        pipeline = pipeline_class_of(index).from_pretrained(
-            folder,
-            variant=source.variant,
-            dtype=torch.float32,
-            use_safetensors=True,
-            **reference.left_out(index, cache_dir),
+        pipeline = pipeline_class_of(model.index).from_pretrained(
+            model.folder, variant=variant, dtype=torch.float32, use_safetensors=True, **model.left_out
         )
     except UNREADABLE as error:
         raise ValueError(
-            f"The teacher {name!r} cannot be loaded (revision {reference.revision}, variant {reference.variant}): it has to "
-            f"be a whole diffusers pipeline in safetensors. {error}{source.other_variants()}"
+            f"The teacher {name!r} cannot be loaded (revision {model.reference.revision}, variant {variant}): it has to be a "
+            f"whole diffusers pipeline in safetensors. {error}"
         ) from error
     pipeline.register_to_config(_name_or_path=name)
-    if reference.vae is not None:
-        vae = reference.load_vae(cache_dir)
-        check_same_latents(pipeline.vae, vae, reference.vae)
+    if model.vae_folder is not None:
+        vae = model.load_vae()
+        check_same_latents(pipeline.vae, vae, model.reference.vae)
         pipeline.vae = vae
-    if reference.lora is not None:
-        fuse_lora(pipeline.unet, reference.lora, cache_dir)
-    pipeline.scheduler = reference.scheduler_as_said(pipeline.scheduler)
-    family = family_of(pipeline, reference)
+    model.fuse_lora(pipeline.unet)
+    pipeline.scheduler = model.scheduler_as_said(pipeline.scheduler)
+    family = family_of(pipeline, model)
     _own_weights(family)
-    # What the student's folder takes of the teacher's: so that nothing is lacking, nor the Hub needed, when training is over.
-    check_whole(reference.component_files("float32", cache_dir), f"The teacher {reference.name_or_path!r}", ("unet",))
+    # What the student's folder takes of the teacher's: so that nothing is lacking when training is over.
+    check_whole(model.files, f"The teacher {name!r}", ("unet",))
     return family
 
 
 def _own_weights(family: ModelFamily) -> None:
     """Takes a loaded teacher's weights into memory of their own, and sees that they are finite."""
-    teacher = family.reference
+    model = family.model
     for name in family.needed:
         part = family.pipeline.components[name]
-        if name == "vae" and teacher.vae is not None:
-            owned(part, f"the autoencoder {teacher.vae!r}")
+        if name == "vae" and model.vae_folder is not None:
+            owned(part, f"the autoencoder {model.reference.vae!r}")
         elif isinstance(part, nn.Module):
-            owned(part, f"the {name} of {teacher.name_or_path!r}{teacher.with_lora if name == 'unet' else ''}")
+            owned(part, f"the {name} of {model.name_or_path!r}{model.with_lora if name == 'unet' else ''}")
 
 
 def check_same_latents(own: AutoencoderKL, other: AutoencoderKL, name: str) -> None:

@@ -15,8 +15,9 @@ from ..models.adapters import base_of
 from ..models.batch import Condition
 from ..models.denoiser import check_denoiser
 from ..models.noise_schedule import NoiseSchedule
-from ..models.reference import ModelReference, fingerprint
+from ..models.reference import LocalModel
 from ..models.score_model import ScoreModel, call_network
+from ..models.weights import fingerprint
 
 
 _NUMBERS = 2048  # that the doubt of a teacher's betas is measured on, at least: eight small latents, or two large ones
@@ -33,7 +34,7 @@ class ModelFamily:
 
     Args:
         pipeline (`DiffusionPipeline`): The teacher's.
-        reference (`ModelReference`, *optional*): Where it came from.
+        model (`LocalModel`, *optional*): The files that it was loaded from.
 
     Raises:
         ValueError: If its components do not fit together, or the denoiser takes more than latents, as for inpainting.
@@ -43,12 +44,12 @@ class ModelFamily:
     addition_embed_types: tuple[str | None, ...] = (None, "text")  # which the text encoder's states feed
     needed: tuple[str, ...] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
-    def __init__(self, pipeline: DiffusionPipeline, reference: ModelReference | None = None):
+    def __init__(self, pipeline: DiffusionPipeline, model: LocalModel | None = None):
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
         self.pipeline = pipeline
-        self.reference = reference
+        self.model = model
         self.check()
         self.schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
 
@@ -101,17 +102,15 @@ class ModelFamily:
 
     def initial_generator(
         self,
-        start: ModelReference | None = None,
+        start: LocalModel | None = None,
         resolution: int | None = None,
-        cache_dir: str | None = None,
         shared: bool = False,
     ) -> nn.Module:
         """The network that the student starts from: the teacher's copy, or the UNet of another model.
 
         Args:
-            start (`ModelReference`, *optional*): The other model.
+            start (`LocalModel`, *optional*): The other model.
             resolution (`int`, *optional*): That the student is made for, in pixels; by default the teacher's.
-            cache_dir (`str`, *optional*): Where downloads are kept.
             shared (`bool`): Without another model, the teacher's own network in place of a copy, for adapters on it.
 
         Raises:
@@ -121,8 +120,8 @@ class ModelFamily:
         if start is None:
             network = self.network if shared else self.score_model().copy().network
         else:
-            self._check_start_predicts_the_same(start, cache_dir)
-            network = start.load_network(type(self.network), cache_dir)
+            self._check_start_predicts_the_same(start)
+            network = start.load_network(type(self.network))
             check_denoiser(network.config, f"The UNet of the student's start {start.name_or_path!r}")
         for name in _OF_CONDITIONS:
             was, is_ = self.network.config[name], network.config[name]
@@ -134,9 +133,9 @@ class ModelFamily:
         network.register_to_config(sample_size=self.latent_shape(resolution)[-1])
         return network
 
-    def _check_start_predicts_the_same(self, start: ModelReference, cache_dir: str | None) -> None:
+    def _check_start_predicts_the_same(self, start: LocalModel) -> None:
         """The student is asked as the teacher is: a network that predicts v gives no x0 by the formula of the noise."""
-        said = start.predicts(cache_dir)
+        said = start.predicts()
         if said not in (None, self.schedule.prediction_type):
             raise ValueError(
                 f"The scheduler of the student's start {start.name_or_path!r} says that it predicts {said}, but the teacher "

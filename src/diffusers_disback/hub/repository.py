@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -322,31 +322,6 @@ class Repository:
                 logger.warning(f"{problem} Trying again in {wait:.0f} s.")
                 time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
-
-
-@cache
-def downloaded(repo_id: str, patterns: tuple[str, ...], revision: str | None, cache_dir: str | None) -> Path:
-    """What `Repository.download` gives, asked for once in a process: what a run began with is what it ends with, whatever
-    is committed in between, and the Hub is not needed a second time.
-
-    Raises:
-        HubError: If the Hub does not give it; then it is asked again the next time.
-    """
-    return Repository(repo_id, patient=False).download(list(patterns), revision, cache_dir)
-
-
-@cache
-def downloaded_file(repo_id: str, path: str, revision: str | None, cache_dir: str | None) -> Path:
-    """One file, asked for once in a process; see `downloaded`.
-
-    Raises:
-        ValueError: If there is none.
-        HubError: If the Hub does not give it.
-    """
-    file = Repository(repo_id, patient=False).file(path, revision, cache_dir)
-    if file is None:
-        raise ValueError(f"{repo_id} has no file {path} at {revision or 'main'}.")
-    return file
 
 
 def explain(error: Exception, repo_id: str) -> HubError:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..hub.files import parse_json
-from .reference import fill_adapter
 from .score_model import ScoreModel
-from .weights import adapter_text, are_layers, open_weights, save_weights
+from .weights import adapter_text, are_layers, fill_adapter, open_weights, save_weights
 
 
 if TYPE_CHECKING:

@@ -1,7 +1,5 @@
 """An autoencoder from elsewhere: a folder, a repository or one file, held to what a teacher is held to."""
 
-import logging
-import os
 import shutil
 from pathlib import Path
 
@@ -9,13 +7,13 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..hub.files import read_json
-from ..hub.repository import HubError, Repository, downloaded, known_sha256, sha256_of
+from ..hub.repository import known_sha256, sha256_of
+from .model_files import locate
 from .pipeline_folder import UNREADABLE, check_shards, files_of, of_variants, variant_taken
 from .single_file import made_once, single_file_of
 from .weights import HALVES, layout_of, save_weights
 
 
-logger = logging.getLogger(__name__)
 _STEM = "diffusion_pytorch_model"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _OWN = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -25,8 +23,7 @@ _OF_TRAINING = ("loss.", "model_ema.")
 
 
 def autoencoder_folder(name: str, variant: str | None, config: Path, cache_dir: str | None = None) -> Path:
-    """Where an autoencoder's `config.json` and weights lie on this machine, after a download or a conversion. The Hub is asked
-    once in a process.
+    """Where an autoencoder's `config.json` and weights lie on this machine, after a download or a conversion.
 
     Args:
         name (`str`): A folder or a repository, in which it is at the root or in `vae/`; or a `.safetensors` file.
@@ -39,25 +36,52 @@ def autoencoder_folder(name: str, variant: str | None, config: Path, cache_dir: 
     """
     if single_file_of(name) is not None:
         return _converted(name, config, cache_dir)
-    root = Path(name)
-    if not root.is_dir():
-        patterns = ["config.json", f"{_STEM}*.safetensors", f"{_STEM}*.json"]
-        root = downloaded(name, (*patterns, *(f"vae/{pattern}" for pattern in patterns)), None, cache_dir)
-    for folder in (root, root / "vae"):
-        if (folder / "config.json").is_file():
-            what = f"the autoencoder {name!r}"
-            files_of(folder, what, root)
-            class_name = read_json(folder / "config.json", f"config.json of {what}").get("_class_name")
-            if class_name != "AutoencoderKL":
-                raise ValueError(f"{name} is a {class_name}; an AutoencoderKL is needed.")
-            _check_weights(name, folder, variant)
-            return folder
-    raise ValueError(f"{name} holds no autoencoder: it has no config.json, at its root or in vae/.")
+    root, chosen = locate(name, None, lambda names: _choose(names, variant, name), cache_dir)
+    folder, what = (root / chosen[0]).parent, f"the autoencoder {name!r}"
+    files_of(folder, what, root)
+    class_name = read_json(folder / "config.json", f"config.json of {what}").get("_class_name")
+    if class_name != "AutoencoderKL":
+        raise ValueError(f"{name} is a {class_name}; an AutoencoderKL is needed.")
+    for index in (one for one in chosen[1:] if one.endswith(".json")):
+        shards = set(check_shards(root / index, f"{index} of the autoencoder {name}")["weight_map"].values())
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing or not shards:
+            raise ValueError(f"The autoencoder {name} is not whole: there is no {(missing or ['shard'])[0]}.")
+    return folder
+
+
+def _choose(names: list[str], variant: str | None, name: str) -> list[str]:
+    """The files of an autoencoder among all of a model, its `config.json` first.
+
+    Raises:
+        ValueError: If there is none, or there are no weights of the variant, nor without one.
+    """
+    place = next((place for place in ("", "vae/") if f"{place}config.json" in names), None)
+    if place is None:
+        raise ValueError(f"{name} holds no autoencoder: it has no config.json, at its root or in vae/.")
+    own = [Path(one) for one in names if one.startswith(place) and one.count("/") == place.count("/")]
+    variants = of_variants([file for file in own if file.name.startswith(_STEM)])
+    taken = variants.get(variant) or variants.get(None)
+    if taken:
+        return [f"{place}config.json", *(file.as_posix() for file in taken)]
+    if variants:
+        first = sorted(filter(None, variants))[0]
+        raise ValueError(
+            f"The autoencoder {name} has weights of the variant {' and '.join(sorted(filter(None, variants)))} alone: pass "
+            f"--variant {first}, or the file itself, {variants[first][-1].name}."
+        )
+    pickled = [file.name for file in own if file.suffix in _PICKLES]
+    if pickled:
+        raise ValueError(
+            f"The autoencoder {name} is there as a pickle alone ({', '.join(pickled[:3])}). Pickles can run code when they are "
+            "read, and are not; find or make a safetensors version of it."
+        )
+    raise ValueError(f"The autoencoder {name} has no weights: there is no {_STEM}.safetensors beside its config.json.")
 
 
 def variant_of(folder: Path, variant: str | None) -> str | None:
     """The variant that is taken of the weights in a folder: the one that is asked for, if it is there."""
-    return variant_taken(_weights(folder), variant)
+    return variant_taken((file for file in folder.iterdir() if file.name.startswith(_STEM)), variant)
 
 
 def load_autoencoder(folder: Path, variant: str | None, name: str) -> AutoencoderKL:
@@ -80,49 +104,6 @@ def load_autoencoder(folder: Path, variant: str | None, name: str) -> Autoencode
     if wrong:
         raise ValueError(f"The autoencoder {name} does not fit its own config: {wrong}.")
     return vae
-
-
-def _weights(folder: Path) -> list[Path]:
-    """The files in a folder that are named as an autoencoder's weights are."""
-    return [file for file in sorted(folder.iterdir()) if file.name.startswith(_STEM)]
-
-
-def _check_weights(name: str, folder: Path, variant: str | None) -> None:
-    """Raises a `ValueError` unless there are weights of the variant, or without one."""
-    there = {kind: files[-1].name for kind, files in of_variants(_weights(folder)).items()}  # of shards, their index
-    if variant in there or None in there:
-        file = folder / there[variant if variant in there else None]
-        if file.suffix == ".json":  # it names shards
-            names = set(check_shards(file, f"{file.name} of the autoencoder {name}")["weight_map"].values())
-            missing = sorted(shard for shard in names if not (folder / shard).is_file())
-            if missing or not names:
-                raise ValueError(f"The autoencoder {name} is not whole: there is no {(missing or ['shard'])[0]}.")
-        return
-    if there:
-        variants = sorted(filter(None, there))
-        raise ValueError(
-            f"The autoencoder {name} has weights of the variant {' and '.join(variants)} alone: pass --variant {variants[0]}, "
-            f"or the file itself, {there[variants[0]]}."
-        )
-    pickled = _pickles(name, folder)
-    if pickled:
-        raise ValueError(
-            f"The autoencoder {name} is there as a pickle alone ({', '.join(pickled[:3])}). Pickles can run code when they are "
-            "read, and are not; find or make a safetensors version of it."
-        )
-    raise ValueError(f"The autoencoder {name} has no weights: there is no {_STEM}.safetensors beside its config.json.")
-
-
-def _pickles(name: str, folder: Path) -> list[str]:
-    """The names of pickled weights in a folder, or in the repository that it is a copy of."""
-    names = [file.name for file in folder.iterdir()]
-    if not os.path.isdir(name):
-        try:
-            repository = Repository(name, patient=False)
-            names += [os.path.basename(path) for path in repository.tree(repository.head())]
-        except HubError as error:  # then the error that comes says less
-            logger.warning(f"The files of {name} could not be listed. {error}")
-    return sorted({name for name in names if name.endswith(_PICKLES)})
 
 
 def _converted(name: str, config: Path, cache_dir: str | None) -> Path:

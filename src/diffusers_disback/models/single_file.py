@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from ..hub.files import inside, read_json, write_json
-from ..hub.repository import HubError, Repository, downloaded_file, is_repo_id, known_sha256, sha256_of
+from ..hub.repository import HubError, Repository, is_repo_id, known_sha256, sha256_of
 from .noise_schedule import with_said_otherwise
 from .pipeline_folder import INDEX, UNREADABLE, check_classes, components_of, files_of, read_index
 from .weights import HALVES, layout_of, open_weights, save_weights
@@ -132,7 +131,7 @@ class SingleFile:
     revision: str | None = None
 
     def fetch(self, revision: str | None = None, cache_dir: str | None = None) -> Path:
-        """The file on this machine, after a download if need be. The Hub is asked once in a process.
+        """The file on this machine, after a download if need be.
 
         Raises:
             ValueError: If there is none.
@@ -144,7 +143,11 @@ class SingleFile:
                     "by its address."
                 )
             return Path(self.path)
-        return downloaded_file(self.repo_id, self.path, revision or self.revision, cache_dir)
+        revision = revision or self.revision
+        file = Repository(self.repo_id, patient=False).file(self.path, revision, cache_dir)
+        if file is None:
+            raise ValueError(f"{self.repo_id} has no file {self.path} at {revision or 'main'}.")
+        return file
 
     def commit(self, revision: str | None = None, cache_dir: str | None = None) -> str | None:
         """The commit that a downloaded file is of; `None` for one of this machine's, or if it was not downloaded."""
@@ -180,7 +183,6 @@ def repo_of(name: str) -> str | None:
     return name if is_repo_id(name) else None
 
 
-@cache
 def to_folder(name: str, config: str | None, revision: str | None, cache_dir: str | None) -> Path:
     """A checkpoint as a diffusers folder, made once: it is named by the file's and the config's content.
 

@@ -1,10 +1,8 @@
 """A LoRA that is fused into a denoiser: every tensor of its file is used, or named in an error."""
 
-import logging
 import os
 import re
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..hub.files import inside, parse_json
-from ..hub.repository import HubError, Repository, is_repo_id
+from ..hub.repository import is_repo_id
+from .model_files import locate
 from .single_file import single_file_of
 from .weights import are_layers, metadata_of, read_weights
 
 
-logger = logging.getLogger(__name__)
 # The name by which diffusers saves one; it counts where several files are.
 _USUAL = "pytorch_lora_weights.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -57,20 +55,20 @@ class _Layer:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def fuse_lora(network: nn.Module, lora: str, cache_dir: str | None = None) -> None:
+def fuse_lora(network: nn.Module, file: Path, lora: str | None = None) -> None:
     """Adds a LoRA to a denoiser's weights, once and for all: `W + alpha / rank * up @ down` of each layer.
 
     Args:
         network (`nn.Module`): A diffusers UNet.
-        lora (`str`): A `.safetensors` file, on this machine or on the Hub, or a folder or repository that holds one, in the
-            layout of diffusers (its present or its older one, with or without `unet.`), of kohya's scripts, or of ComfyUI.
-        cache_dir (`str`, *optional*): Where downloads are kept.
+        file (`Path`): Of `lora_file`, in the layout of diffusers (its present or its older one, with or without `unet.`), of
+            kohya's scripts, or of ComfyUI.
+        lora (`str`, *optional*): What messages call it; by default the file.
 
     Raises:
-        ValueError: If it cannot be read, there are several, it adapts text encoders, is more than a LoRA, or does not fit
-            the network in anything; the network is then as it was.
+        ValueError: If it cannot be read, it adapts text encoders, is more than a LoRA, or does not fit the network in
+            anything; the network is then as it was.
     """
-    file = lora_file(lora, cache_dir)
+    lora = lora or str(file)
     try:
         weights, header = read_weights(file), metadata_of(file)
     except ValueError as error:
@@ -105,28 +103,10 @@ def lora_file(lora: str, cache_dir: str | None = None) -> Path:
             return single.fetch(None, cache_dir)
         except ValueError as error:
             raise ValueError(f"The LoRA {lora!r} cannot be read. {error}") from error
-    if os.path.isdir(lora):
-        folder = Path(lora)
-        names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-        return inside(folder, _the_one(names, lora), f"The folder of the LoRA {lora!r}")
-    if not is_repo_id(lora):
+    if not os.path.isdir(lora) and not is_repo_id(lora):
         raise ValueError(f"The LoRA {lora!r} cannot be read: it is no file, no folder, and no name of a repository.")
-    return _file_on_the_hub(lora, cache_dir)
-
-
-@cache
-def _file_on_the_hub(lora: str, cache_dir: str | None) -> Path:
-    """The file of a repository. The Hub is asked once in a process: what a run began with is what it ends with."""
-    repository = Repository(lora, patient=False)
-    try:
-        names = list(repository.tree(repository.head()))
-    except HubError as error:
-        folder = repository.download(["*.safetensors"], None, cache_dir)
-        names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-        name = _the_one(names, lora)
-        logger.warning(f"{error} The LoRA {lora} is taken from the cache: {name}.")
-        return inside(folder, name, f"The repository of the LoRA {lora!r}")
-    return repository.file(_the_one(names, lora), None, cache_dir)
+    root, (name,) = locate(lora, None, lambda names: [_the_one(names, lora)], cache_dir)
+    return inside(root, name, f"The folder of the LoRA {lora!r}")
 
 
 def _the_one(names: list[str], lora: str) -> str:

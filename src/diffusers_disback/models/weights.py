@@ -1,6 +1,7 @@
 """Files of weights, in safetensors: read exactly, or an error that names the file and what to do; written so that equal
 weights are equal files."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -115,6 +116,61 @@ def owned(network: nn.Module, what: str) -> nn.Module:
         tensor.data = tensor.data.clone()
     check_finite(named, what)
     return network
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A SHA-256 of a network's weights: names, types, shapes and bytes. Equal for equal weights, wherever stored."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_fit(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], what: str) -> None:
+    """Raises a `ValueError` unless weights have the names and shapes of a network's own."""
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
+    if missing or unexpected or shapes:
+        raise ValueError(
+            f"{what} does not fit: {len(missing)} tensors missing, {len(unexpected)} unexpected, {len(shapes)} of "
+            f"another shape (the first: {[*missing[:1], *unexpected[:1], *sorted(shapes)[:1]]}). It belongs to another "
+            "architecture."
+        )
+
+
+def check_adapter_fit(network: nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:
+    """Raises a `ValueError` unless an adapter's weights are pairs of the shapes that a network's layers take."""
+    layers = {name: layer.weight.shape for name, layer in network.named_modules() if hasattr(layer, "weight")}
+    pairs: dict[str, dict[str, torch.Size]] = {}
+    for key, tensor in weights.items():
+        name, _, part = key.partition(".lora_")
+        pairs.setdefault(name, {})[part] = tensor.shape
+    for name, pair in pairs.items():
+        own, down, up = layers.get(name), pair.get("A.weight"), pair.get("B.weight")
+        if own is None or len(pair) != 2 or down is None or up is None:
+            raise ValueError(
+                f"{what} adapts {name} by {sorted(pair)}, which the teacher's architecture does not take."
+            )
+        if down[1:] != own[1:] or up[:2] != (own[0], down[0]):
+            raise ValueError(
+                f"{what} does not fit: it adapts {name} by {tuple(down)} and {tuple(up)}, but the teacher has "
+                f"{tuple(own)} there. It belongs to another architecture."
+            )
+
+
+def fill(network: nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:
+    """Copies weights into a network, if names and shapes agree in everything."""
+    check_fit(network.state_dict(), weights, what)
+    network.load_state_dict(weights, strict=True)
+
+
+def fill_adapter(network: nn.Module, weights: dict[str, torch.Tensor], adapter: str, what: str) -> None:
+    """Copies weights into an adapter on a network, if names and shapes agree in everything."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    check_fit(get_peft_model_state_dict(network, adapter_name=adapter), weights, what)
+    set_peft_model_state_dict(network, weights, adapter_name=adapter)
 
 
 def save_weights(weights: dict[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:

@@ -19,8 +19,18 @@ from ..hub.files import inside, to_bytes, write_json
 from ..hub.published import clean_configs
 from ..hub.repository import Files, HubError, Repository, in_background, is_repo_id, sha256_of
 from ..models.adapters import config_of, write_adapter
-from ..models.reference import ModelReference, check_adapter_fit, check_fit, fill, fill_adapter
-from ..models.weights import check_finite, mapped_weights, open_weights, read_weights, save_weights
+from ..models.reference import LocalModel, ModelReference
+from ..models.weights import (
+    check_adapter_fit,
+    check_finite,
+    check_fit,
+    fill,
+    fill_adapter,
+    mapped_weights,
+    open_weights,
+    read_weights,
+    save_weights,
+)
 from .manifest import FORMAT_VERSION, MANIFEST, name_of, read_manifest
 from .sharing import check_main, check_teacher_may_be_shared, push_nodes
 from .storage import FolderNodes, HubNodes, Nodes
@@ -38,16 +48,21 @@ class DegradationPath:
     Args:
         folders (`Nodes`): Where its nodes lie.
         manifest (`dict`): The content of `path.json`.
-        teacher (`ModelReference`): Where node 0 is loaded from.
+        teacher (`ModelReference` or `LocalModel`): Where node 0 is loaded from.
         cache_dir (`str`, *optional*): Where downloads are kept.
     """
 
     def __init__(
-        self, folders: Nodes, manifest: dict[str, Any], teacher: ModelReference, cache_dir: str | None = None
+        self,
+        folders: Nodes,
+        manifest: dict[str, Any],
+        teacher: ModelReference | LocalModel,
+        cache_dir: str | None = None,
     ):
         self.folders = folders
         self.manifest = manifest
-        self.teacher = teacher
+        self._local_teacher = teacher if isinstance(teacher, LocalModel) else None
+        self.teacher = teacher.reference if isinstance(teacher, LocalModel) else teacher
         self.cache_dir = cache_dir
         self.teacher_was_told = True  # by the user, or by a run's settings, and not by `path.json` alone
         self.seconds_waited = 0.0
@@ -58,21 +73,19 @@ class DegradationPath:
     def create(
         cls,
         folder: str | Path,
-        teacher: ModelReference,
+        teacher: LocalModel,
         teacher_sha256: str,
         generator: dict[str, Any],
         recording: dict[str, Any],
-        cache_dir: str | None = None,
     ) -> "DegradationPath":
         """An empty path; its folder is written by `begin`, or with the first node.
 
         Args:
             folder (`str` or `Path`): Must not hold a path yet.
-            teacher (`ModelReference`): Node 0.
+            teacher (`LocalModel`): Node 0.
             teacher_sha256 (`str`): `fingerprint` of its network.
             generator (`dict`): The start: `name_or_path`, `sha256` and `conditioning_timestep`.
             recording (`dict`): The settings of stage 1.
-            cache_dir (`str`, *optional*): Where the teacher was downloaded to.
         """
         folder = Path(folder)
         if (folder / MANIFEST).exists():
@@ -80,20 +93,20 @@ class DegradationPath:
         manifest = {
             "format_version": FORMAT_VERSION,
             "id": uuid.uuid4().hex,
-            "teacher": {**asdict(teacher), "commit": teacher.commit(cache_dir), "sha256": teacher_sha256},
+            "teacher": {**asdict(teacher.reference), "commit": teacher.commit, "sha256": teacher_sha256},
             "generator": generator,
             "recording": recording,
             "complete": False,
             "nodes": [],
         }
-        return cls(FolderNodes(folder), manifest, teacher, cache_dir)
+        return cls(FolderNodes(folder), manifest, teacher)
 
     @classmethod
     def from_pretrained(
         cls,
         folder_or_repo: str | Path,
         revision: str | None = None,
-        teacher: ModelReference | None = None,
+        teacher: ModelReference | LocalModel | None = None,
         cache_dir: str | None = None,
         token: str | None = None,
         disk_budget_gb: float | None = None,
@@ -103,8 +116,8 @@ class DegradationPath:
         Args:
             folder_or_repo (`str` or `Path`): The folder with `path.json`, or a repository on the Hub.
             revision (`str`, *optional*): Of the repository: branch, tag or commit.
-            teacher (`ModelReference`, *optional*): Where the teacher lies on this machine; by default where the
-                manifest says.
+            teacher (`ModelReference` or `LocalModel`, *optional*): Where the teacher lies on this machine; by default
+                where the manifest says.
             cache_dir (`str`, *optional*): Where downloads are kept.
             token (`str`, *optional*): By default that of `hf auth login`.
             disk_budget_gb (`float`, *optional*): Of downloaded nodes: those that were released are deleted beyond it.
@@ -269,6 +282,16 @@ class DegradationPath:
 
     # Reading -----------------------------------------------------------------------------------------------------
 
+    def local_teacher(self) -> LocalModel:
+        """The teacher on this machine; it is resolved when it is needed first."""
+        self._local_teacher = self._known_teacher() or self.teacher.resolve(self.cache_dir)
+        return self._local_teacher
+
+    def _known_teacher(self) -> LocalModel | None:
+        """The teacher, if it was resolved, and is the same still."""
+        known = self._local_teacher
+        return known if known is not None and known.reference == self.teacher else None
+
     def node_folder(self, index: int) -> Path:
         """The folder of node 1..N, after a download if need be."""
         return self.folders.fetch(self._node(index))
@@ -287,7 +310,7 @@ class DegradationPath:
                 is none, or the other way round.
         """
         if index == 0:
-            self.teacher.load_into(into, self.cache_dir)
+            (self._known_teacher() or self.teacher.resolve_denoiser(self.cache_dir)).load_into(into)
             return
         kind = self._node(index)["kind"]
         if (kind == "adapter") != (adapter is not None):
@@ -462,7 +485,6 @@ class DegradationPath:
         create_pr: bool = False,
         commit_message: str | None = None,
         token: str | None = None,
-        cache_dir: str | None = None,
     ) -> str:
         """Shares the path: a branch for each node; `path.json` and a card on `main`. Can be repeated.
 
@@ -473,7 +495,6 @@ class DegradationPath:
                 requests have none.
             commit_message (`str`, *optional*): Of the commit to `main`.
             token (`str`, *optional*): By default that of `hf auth login`. It is never written anywhere.
-            cache_dir (`str`, *optional*): Where the teacher was downloaded to.
 
         Returns:
             `str`: The repository's full id.
@@ -485,12 +506,12 @@ class DegradationPath:
         self.check_teachers_place()
         repository = Repository(repo_id, token)
         repository.create(private)
-        manifest = self.push_nodes(repository, cache_dir, claim=not create_pr)
+        manifest = self.push_nodes(repository, claim=not create_pr)
         files: Files = {MANIFEST: to_bytes(manifest)}
         if "model_index.json" not in repository.tree(repository.head()):  # a student has a card of its own
             picture = inside(Path(self.where), "path.png", self.where)
             files |= {"path.png": picture} if picture.is_file() else {}
-            card = path_card(manifest, repository.repo_id, self.teacher.card(cache_dir), picture.is_file())
+            card = path_card(manifest, repository.repo_id, self.local_teacher().card(), picture.is_file())
             files["README.md"] = card.encode()
         repository.commit(
             files,
@@ -500,12 +521,11 @@ class DegradationPath:
         )
         return repository.repo_id
 
-    def push_nodes(self, repository: Repository, cache_dir: str | None = None, claim: bool = True) -> dict[str, Any]:
+    def push_nodes(self, repository: Repository, claim: bool = True) -> dict[str, Any]:
         """Pushes the nodes alone. Returns the manifest for `main`, with the commit of each.
 
         Args:
             repository (`Repository`): It exists.
-            cache_dir (`str`, *optional*): Where the teacher was downloaded to.
             claim (`bool`): First write to `main` whose it is.
 
         Raises:
@@ -514,7 +534,7 @@ class DegradationPath:
         """
         self.check_teachers_place()
         dtype = self.nodes[0]["dtype"] if self.kind == "full" else "float32"  # of the network beside the text encoder
-        teacher_files = self.teacher.component_files(dtype, cache_dir)
+        teacher_files = self.local_teacher().component_files(dtype)
         check_teacher_may_be_shared(self.teacher, repository)
         return push_nodes(self.manifest, self.folders, teacher_files, repository, claim)
 

@@ -13,8 +13,8 @@ from ..backtracking import BacktrackingConfig
 from ..data.prompts import CAPACITY
 from ..models.adapters import TARGET_MODULES, SharedNetwork, lora_config
 from ..models.denoiser import check_denoiser
-from ..models.pipeline_folder import UNREADABLE, check_classes, components_of
-from ..models.reference import ModelReference
+from ..models.pipeline_folder import UNREADABLE, components_of
+from ..models.reference import LocalModel
 from ..training.config import TrainingConfig
 from .allocations import TOKENS, PassMemory, checkpointed, evaluation_memory, pass_memory, size
 
@@ -129,11 +129,11 @@ class Planner:
         self._adapters: dict[Any, list[Tensor]] = {}
 
     @classmethod
-    def of(cls, teacher: ModelReference, cache_dir: str | None = None) -> "Planner":
+    def of(cls, teacher: LocalModel) -> "Planner":
         """Of a teacher, of which only configs are read."""
-        others = skeletons_beside(teacher, cache_dir)
+        others = meta_networks_beside(teacher)
         stride = 2 ** (len(others["vae"].config.block_out_channels) - 1)
-        return cls(lambda: teacher.skeleton(cache_dir), stride, others)
+        return cls(teacher.meta_network, stride, others)
 
     @cached_property
     def network(self) -> nn.Module:
@@ -294,7 +294,7 @@ class Planner:
         return rungs
 
 
-def skeletons_beside(teacher: ModelReference, cache_dir: str | None = None) -> dict[str, nn.Module]:
+def meta_networks_beside(teacher: LocalModel) -> dict[str, nn.Module]:
     """A teacher's text encoders and autoencoder on the meta device, from their configs.
 
     Raises:
@@ -305,11 +305,8 @@ def skeletons_beside(teacher: ModelReference, cache_dir: str | None = None) -> d
 
     made = {}
     try:
-        index = teacher.index(cache_dir)
-        check_classes(index, f"the model {teacher.name_or_path!r}")
+        index, root = teacher.index, teacher.folder
         encoders = [name for name in ("text_encoder", "text_encoder_2") if name in components_of(index)]
-        libraries = {name: index[name][0] for name in encoders}
-        root = teacher.configs({**libraries, "vae": "diffusers"}, cache_dir)
         for name in encoders:
             network_class = getattr(transformers, index[name][1])
             config = network_class.config_class.from_pretrained(root, subfolder=name)

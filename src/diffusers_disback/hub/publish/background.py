@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ...models.reference import LocalModel
 from ...path.path import DegradationPath
 from ...training.config import TrainingConfig
 from ..repository import Repository
@@ -88,10 +89,12 @@ class RunUpload:
 
     Args:
         training (`TrainingConfig`): With `push_to_hub`.
+        teacher (`LocalModel`, *optional*): The run's teacher, if it was loaded.
     """
 
-    def __init__(self, training: TrainingConfig):
+    def __init__(self, training: TrainingConfig, teacher: LocalModel | None = None):
         self.training = training
+        self.teacher = teacher
         self.repository = repository_of(training)
         self.background = BackgroundUpload(
             push_command(training, self.repository.repo_id),
@@ -117,11 +120,13 @@ class RunUpload:
     def _push_path(self) -> None:
         training = self.training
         self._create()
-        path = DegradationPath.from_pretrained(training.path_folder, teacher=training.teacher)
+        path = DegradationPath.from_pretrained(
+            training.path_folder, teacher=self.teacher or training.teacher, cache_dir=training.cache_dir
+        )
         if path.complete:
-            path.push_to_hub(self.repository.repo_id, token=training.hub_token, cache_dir=training.cache_dir)
+            path.push_to_hub(self.repository.repo_id, token=training.hub_token)
         else:
-            path.push_nodes(self.repository, training.cache_dir)
+            path.push_nodes(self.repository)
 
     def _push_all(self) -> None:
         training = self.training
@@ -131,5 +136,6 @@ class RunUpload:
             training.hub_private_repo or None,
             token=training.hub_token,
             cache_dir=training.cache_dir,
-            teacher=training.teacher if os.path.exists(training.pretrained_model_name_or_path) else None,
+            teacher=self.teacher
+            or (training.teacher if os.path.exists(training.pretrained_model_name_or_path) else None),
         )

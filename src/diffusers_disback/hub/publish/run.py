@@ -11,7 +11,7 @@ from ...evaluation.report import REPORT, read_report
 from ...models.adapters import Lora, save_lora
 from ...models.components import check_whole
 from ...models.pipeline_folder import INDEX, components_of, files_of, licences_of, read_index
-from ...models.reference import ModelReference
+from ...models.reference import LocalModel, ModelReference
 from ...path.manifest import MANIFEST
 from ...path.path import DegradationPath
 from ...path.sharing import check_empty, check_main, check_teacher_may_be_shared
@@ -26,7 +26,6 @@ from ..repository import Files, HubError, Repository, is_repo_id, write_files
 
 
 logger = logging.getLogger(__name__)
-Stamps = dict[str, tuple[int, int, int]]  # of files, by name: size, time of change in nanoseconds, inode
 LORA = "lora"
 _PICTURES = ("samples.png", "convergence.png", "path.png")
 _CARD = "README.md"
@@ -36,41 +35,28 @@ _DRAFT = "student.draft"
 _OWN = ("path", "settings", "checkpoints", "logs", "conditions")
 
 
-def check_teacher_files(teacher: ModelReference, cache_dir: str | None = None) -> Stamps:
+def check_teacher_files(teacher: LocalModel) -> None:
     """Checks, before anything is trained, that what a student or a node takes over of its teacher can be read.
 
-    Returns:
-        `dict`: Of each of these files, by its name in the student, what tells whether it is written to afterwards.
-
     Raises:
-        ValueError: If a file of it is missing, or a config is no JSON.
+        ValueError: If a config is no JSON.
     """
-    files = teacher.component_files("float32", cache_dir)
-    published_files(files)
-    stats = {name: file.stat() for name, file in files.items() if isinstance(file, Path)}
-    return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()}
+    published_files(teacher.files)
 
 
 def save_student(
-    pipeline: DisBackOneStepPipeline,
-    teacher: ModelReference,
-    folder: str | Path,
-    cache_dir: str | None = None,
-    lora: Lora | None = None,
-    as_read: Stamps | None = None,
+    pipeline: DisBackOneStepPipeline, teacher: LocalModel, folder: str | Path, lora: Lora | None = None
 ) -> None:
     """Writes the student's pipeline into its folder, whole or not at all: `model_index.json` is there when all else is.
 
     Args:
-        pipeline, teacher, folder, cache_dir, lora: As of `write_student`.
-        as_read (`dict`, *optional*): What `check_teacher_files` gave when the teacher was loaded.
+        pipeline, teacher, folder, lora: As of `write_student`.
 
     Raises:
         OSError: If it cannot be written, as on a full disk. What the folder held is as it was.
-        ValueError: If a file that is taken over of the teacher was written to since.
+        ValueError: If a file that is taken over of the teacher was written to since the teacher was resolved.
     """
-    folder = Path(folder)
-    changed = sorted(dict(as_read.items() ^ check_teacher_files(teacher, cache_dir).items())) if as_read else []
+    folder, changed = Path(folder), teacher.changed_files()
     if changed:
         raise ValueError(
             f"{changed[0]} of {teacher.name_or_path} was written to since the run began, so the student would be put beside "
@@ -82,7 +68,7 @@ def save_student(
     try:
         draft.mkdir(parents=True)
         with writing(draft):
-            write_student(pipeline, teacher, draft, cache_dir, lora)
+            write_student(pipeline, teacher, draft, lora)
         for file in draft.rglob("*"):
             if file.is_file():
                 with open(file, "rb") as stream:
@@ -99,11 +85,7 @@ def save_student(
 
 
 def write_student(
-    pipeline: DisBackOneStepPipeline,
-    teacher: ModelReference,
-    folder: str | Path,
-    cache_dir: str | None = None,
-    lora: Lora | None = None,
+    pipeline: DisBackOneStepPipeline, teacher: LocalModel, folder: str | Path, lora: Lora | None = None
 ) -> None:
     """Writes the student's pipeline: its own UNet and scheduler, and the teacher's files as they are.
 
@@ -112,9 +94,8 @@ def write_student(
 
     Args:
         pipeline (`DisBackOneStepPipeline`): The student's.
-        teacher (`ModelReference`): Where the teacher's files lie.
+        teacher (`LocalModel`): Of which files go along.
         folder (`str` or `Path`): Other files in it stay.
-        cache_dir (`str`, *optional*): Where downloads are kept.
         lora (`Lora`, *optional*): The adapter that was trained, if one was, and its config. It is written to `lora/`, with
             the one-step scheduler beside it.
 
@@ -127,13 +108,13 @@ def write_student(
         pipeline.scheduler.save_pretrained(folder / LORA / "scheduler")
     pipeline.unet.save_pretrained(folder / "unet")
     pipeline.scheduler.save_pretrained(folder / "scheduler")
-    theirs = teacher.index(cache_dir)
+    theirs = teacher.index
     # Text encoders may have left memory; their files are the teacher's.
     released = [name for name in ("text_encoder", "text_encoder_2") if name in theirs]
     components = {name for name, component in pipeline.components.items() if component is not None or name in released}
     dtype = str(pipeline.unet.dtype).split(".")[-1]
     wanted = {}
-    for path, content in teacher.component_files(dtype, cache_dir).items():
+    for path, content in teacher.component_files(dtype).items():
         component, *rest = path.split("/")
         if component != INDEX and component != "scheduler" and (not rest or component in components):
             wanted[path] = content
@@ -208,12 +189,15 @@ def check_student_is_whole(folder: Path, report: dict[str, Any]) -> None:
         logger.warning(f"{folder} has no {', '.join(without)}: it is pushed without.")
 
 
-def path_of_run(folder: str | Path, teacher: ModelReference | None = None) -> DegradationPath | None:
+def path_of_run(
+    folder: str | Path, teacher: ModelReference | LocalModel | None = None, cache_dir: str | None = None
+) -> DegradationPath | None:
     """The path that a run recorded or went along; `None` if it went along none, or along one on the Hub.
 
     Args:
         folder (`str` or `Path`): Of the run, or of a path.
-        teacher (`ModelReference`, *optional*): Where the teacher lies on this machine.
+        teacher (`ModelReference` or `LocalModel`, *optional*): Where the teacher lies on this machine.
+        cache_dir (`str`, *optional*): Where the teacher is downloaded to.
 
     Raises:
         ValueError: If it went along another path than the one that is there.
@@ -227,7 +211,7 @@ def path_of_run(folder: str | Path, teacher: ModelReference | None = None) -> De
     found = [place for place in places if (place / MANIFEST).is_file()]
     if "student" not in report:
         for place in found:
-            path = DegradationPath.from_pretrained(place, teacher=teacher)
+            path = DegradationPath.from_pretrained(place, teacher=teacher, cache_dir=cache_dir)
             # The path's own folder may lie in the run's.
             inner = place == folder and not settings
             own = RunFolder(Path(os.path.abspath(folder)).parent).settings() if inner else settings
@@ -239,7 +223,7 @@ def path_of_run(folder: str | Path, teacher: ModelReference | None = None) -> De
     if report["path"] is None or "repo_id" in report["path"]:
         return None
     for place in found:
-        path = DegradationPath.from_pretrained(place, teacher=teacher)
+        path = DegradationPath.from_pretrained(place, teacher=teacher, cache_dir=cache_dir)
         if path.manifest["id"] == report["path"]["id"]:
             path.teacher_was_told |= _has_its_teacher(path, settings)  # which it recorded, or went along
             return path
@@ -270,7 +254,7 @@ def push_run(
     commit_message: str | None = None,
     token: str | None = None,
     cache_dir: str | None = None,
-    teacher: ModelReference | None = None,
+    teacher: ModelReference | LocalModel | None = None,
 ) -> str:
     """Pushes what a run left: a branch for each node of its path, and on `main` the student, or the path's own card.
 
@@ -285,7 +269,8 @@ def push_run(
         commit_message (`str`, *optional*): Of the commit to `main`.
         token (`str`, *optional*): By default that of `hf auth login`. It is never written anywhere.
         cache_dir (`str`, *optional*): Where the teacher was downloaded to.
-        teacher (`ModelReference`, *optional*): Where the teacher lies on this machine; by default where the run says.
+        teacher (`ModelReference` or `LocalModel`, *optional*): Where the teacher lies on this machine; by default where
+            the run says.
 
     Returns:
         `str`: The repository's full id.
@@ -296,13 +281,13 @@ def push_run(
     """
     folder, report = Path(folder), _report_to_push(Path(folder))
     check_student_is_whole(folder, report)
-    path = path_of_run(folder, teacher)
+    path = path_of_run(folder, teacher, cache_dir)
     if "student" not in report:
         if path is None:
             raise ValueError(
                 f"{folder} holds neither a finished student nor a degradation path: nothing can be pushed."
             )
-        return path.push_to_hub(repo_id, private, create_pr, commit_message, token, cache_dir)
+        return path.push_to_hub(repo_id, private, create_pr, commit_message, token)
     if path is not None:
         path.check_teachers_place()
     repository = Repository(repo_id, token)
@@ -316,12 +301,13 @@ def push_run(
     files[REPORT] = to_bytes(published_report(report))
     if path is None:
         settings = RunFolder(folder).settings() or report["settings"]
-        teacher = teacher or ModelReference(
+        said = ModelReference(
             settings["pretrained_model_name_or_path"], vae=settings.get("pretrained_vae_model_name_or_path")
         )
-        check_teacher_may_be_shared(teacher, repository)  # as the path does of its own
+        reference = teacher.reference if isinstance(teacher, LocalModel) else teacher
+        check_teacher_may_be_shared(reference or said, repository)  # as the path does of its own
     else:
-        files[MANIFEST] = to_bytes(path.push_nodes(repository, cache_dir, claim=not create_pr))
+        files[MANIFEST] = to_bytes(path.push_nodes(repository, claim=not create_pr))
     message = commit_message or "Add the one-step student"
     repository.commit(files, message, exact=("unet/",), check=check, create_pr=create_pr)
     return repository.repo_id
