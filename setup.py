@@ -34,6 +34,7 @@ setup(
     keywords="diffusion distillation diffusers text-to-image one-step score-distillation",
     package_dir={"": "src"},
     packages=find_packages("src"),
+    package_data={"": ["templates/*.md"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

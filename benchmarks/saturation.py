@@ -24,7 +24,8 @@ class Looker:
     """Measures the drift from the teacher's pictures, and keeps the last that it saw."""
 
     def __init__(self, reference: Tensor):
-        self.drift = DriftEvaluator(reference)
+        self.drift = DriftEvaluator()
+        self.drift.prepare(reference)
         self.pictures = reference
 
     def __call__(self, pictures: Tensor) -> dict[str, float]:

@@ -46,7 +46,7 @@ ORDER = {
         {"scores", "stage"},
     ],
     "objectives": [{"base"}, {"variational"}, {"__init__"}],
-    "evaluation": [{"distance", "drift", "pictures"}, {"__init__"}, {"report"}, {"sweep"}],
+    "evaluation": [{"base", "report_format"}, {"distance", "drift", "pictures"}, {"__init__"}, {"report"}, {"sweep"}],
     "hub.publish": [{"export", "run"}, {"background"}],
     "planning": [{"allocations"}, {"plan"}],
     "commands": [{"command_line"}, {"cli"}],
@@ -58,7 +58,6 @@ DOORS = {
         "training/processes.py",
         "training/stage.py",
         "session.py",
-        "evaluation/report.py",
     },
     "torchmetrics": {"evaluation/distance.py"},
     "matplotlib": {"evaluation/pictures.py"},
@@ -67,10 +66,7 @@ DOORS = {
         *("models/pipeline_folder.py", "models/single_file.py", "models/model_files.py"),
     },
     "datasets": {"data/prompts.py"},
-    "transformers": {
-        *("pipelines/one_step.py", "models/components.py", "evaluation/report.py", "planning/plan.py"),
-        "commands/cli.py",
-    },
+    "transformers": {"pipelines/one_step.py", "models/components.py", "planning/plan.py", "commands/cli.py"},
     "peft": {"models/weights.py", "models/adapters.py"},
     "bitsandbytes": {"training/optim.py"},
 }

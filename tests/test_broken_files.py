@@ -182,7 +182,10 @@ def test_every_value_of_a_report_has_its_kind(tmp_path):
         "stages": {"backtracking": {"steps": 1, "seconds": 1.0, "peak_memory_mb": 1.0}},
         "lora": {"rank": 2, "alpha": 2, "folder": "lora"},
         "files": {"model_index.json": 2, "unet/config.json": 3},
+        "behind": {"teacher": ["drift_psnr"], "initial": []},
     }
+    metric = {"label": "drift", "panel": "drift", "direction": "lower"}
+    full["evaluation"] = {**full["evaluation"], "metrics": {"drift_psnr": metric}}
     assert "user/repo" in student_card(full, "title", "user/repo", path_picture=False)
     draw = random.Random(0)
     for place in places(full):

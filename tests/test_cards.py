@@ -17,7 +17,8 @@ from diffusers_disback.hub.markdown import LONGEST, address, fenced, inline_code
 from diffusers_disback.hub.published import published
 
 
-REPORT = json.loads((Path(__file__).parents[1] / "docs" / "quickstart_report.json").read_text())
+ROOT = Path(__file__).parents[1]
+REPORT = json.loads((ROOT / "docs" / "quickstart_report.json").read_text())
 HARMLESS = "harmless"
 HOSTILE = [
     "a\n---\nlicense: mit\n---\nb",
@@ -185,10 +186,12 @@ def test_a_table_keeps_its_columns():
 def student(value: str) -> str:
     """A student's card in which all that can be another's is one value."""
     flags = ["--pretrained_model_name_or_path", value, "--validation_prompts", value, f"--teacher_lora={value}"]
+    metrics = {name: {"label": value, "panel": value, "direction": "lower"} for name in ("distance", f"x{value}")}
     report = {
         **REPORT,
         "example_prompt": value,
-        "evaluation": {**REPORT["evaluation"], "name": value, "type": value},
+        "evaluation": {**REPORT["evaluation"], "name": value, "type": value, "metrics": metrics},
+        "behind": {"teacher": ["distance"]},
         "teacher_card": {"license": value, "license_name": value, "license_link": "x:" + value, "base_model": value},
         "lora": {"rank": 4},
         "path": {**REPORT["path"], "repo_id": "alice/path", "commit": value},
@@ -287,3 +290,17 @@ def test_a_report_that_is_none_makes_no_card():
     settings = {**REPORT["settings"], "conditioning_timestep": "1\nimport os"}
     with pytest.raises(ValueError, match="conditioning_timestep has to be a whole number, but is '1"):
         student_card({**REPORT, "settings": settings}, "x", "alice/x", False)
+
+
+def test_a_template_without_a_value_is_no_card():
+    for name in ("example_prompt", "resolution", "machine", "stages"):
+        report = {key: value for key, value in {**REPORT, "command": "x"}.items() if key != name}
+        with pytest.raises(ValueError, match=rf"No card can be made of this report.json: .*{name}|{name} has to be"):
+            student_card(report, "x", "alice/x", False)
+
+
+def test_the_wheel_holds_the_templates():
+    package, tree = ROOT / "src" / "diffusers_disback", ast.parse((ROOT / "setup.py").read_text())
+    (globs,) = (node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "package_data")
+    packed = {file for glob in ast.literal_eval(globs)[""] for file in package.glob(f"**/{glob}")}
+    assert packed == set(package.rglob("*.md")) and {"student.md", "path.md"} <= {file.name for file in packed}

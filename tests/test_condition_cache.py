@@ -9,9 +9,9 @@ import pytest
 import tiny
 import torch
 
-from diffusers_disback.data import cache as condition_cache
 from diffusers_disback.data.cache import ConditionCache, choose_cache
 from diffusers_disback.data.prompts import PromptBatches, PromptData, PromptFile
+from diffusers_disback.data.prompts import cache as condition_cache
 from diffusers_disback.families import family_of
 
 

@@ -1,3 +1,4 @@
+import json
 import warnings
 
 import numpy as np
@@ -5,11 +6,24 @@ import pytest
 import scipy.linalg
 import tiny
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from torch import nn
 
-from diffusers_disback.evaluation import EVALUATORS, DriftEvaluator, Evaluation, FrechetDistance
-from diffusers_disback.evaluation.report import many_step_pipeline
+from diffusers_disback.evaluation import (
+    EVALUATORS,
+    DriftEvaluator,
+    Evaluation,
+    Evaluator,
+    FrechetDistance,
+    Metric,
+    check_evaluators,
+)
+from diffusers_disback.evaluation.pictures import convergence_plot, pyplot
+from diffusers_disback.evaluation.report import REPORT, Report, many_step_pipeline, summary
+from diffusers_disback.evaluation.report_format import check_report
+from diffusers_disback.hub.cards import student_card
+from diffusers_disback.models.generator import to_pipeline
 from shapes.evaluator import ShapesEvaluator, load_judge
 from shapes.world import CAPTIONS, pixels
 
@@ -53,7 +67,8 @@ def test_the_distance_can_be_asked_again():
 
 def test_drift():
     reference = torch.full((4, 3, 8, 8), 100, dtype=torch.uint8)
-    drift = DriftEvaluator(reference)
+    drift = DriftEvaluator()
+    drift.prepare(reference)
     assert drift(reference) == {"drift_mean": 0, "drift_std": 0, "drift_saturation": 0}
     red = reference.clone()
     red[:, 0] += 51
@@ -65,9 +80,166 @@ def test_drift():
 
 @pytest.mark.parametrize("name", EVALUATORS)
 def test_every_evaluator_gives_named_numbers(name):
-    arguments = (Colours(), pictures(0)) if name == "distance" else (pictures(0),)
-    measures = EVALUATORS[name](*arguments)(pictures(1), ["a prompt"] * 300)
-    assert measures and all(isinstance(value, float) for value in measures.values())
+    evaluator, prompts = EVALUATORS[name](*([Colours()] if name == "distance" else [])), ["a prompt"] * 300
+    evaluator.prepare(pictures(0), prompts)
+    measures = evaluator(pictures(1), prompts)
+    assert measures.keys() == evaluator.metrics.keys() and all(isinstance(value, float) for value in measures.values())
+    for metric in evaluator.metrics.values():
+        assert metric.label and metric.panel and metric.direction in ("higher", "lower", "zero")
+
+
+def test_the_distance_is_to_the_teachers_images_unless_there_are_others():
+    given, own = FrechetDistance(Colours()), FrechetDistance(Colours(), pictures(0))
+    given.prepare(pictures(0), [])
+    own.prepare(pictures(2, shift=0.3), [])
+    assert given(pictures(1)) == own(pictures(1))
+    with pytest.raises(ValueError, match="in 5 features needs more .* but has 5: raise --num_validation_images"):
+        FrechetDistance(Colours()).prepare(pictures(0, count=5), [])
+
+
+def test_which_of_two_values_is_worse():
+    assert Metric("", "", "lower").is_worse(2, 1) and not Metric("", "", "lower").is_worse(-2, 1)
+    assert Metric("", "", "higher").is_worse(1, 2) and not Metric("", "", "higher").is_worse(2, 1)
+    assert Metric("", "", "zero").is_worse(-2, 1) and not Metric("", "", "zero").is_worse(-1, 2)
+    assert not any(Metric("", "", direction).is_worse(1, 1) for direction in ("higher", "lower", "zero"))
+
+
+# A made-up evaluator -------------------------------------------------------------------------------------------------
+
+
+class Taste(Evaluator):
+    """Says what it was told to say, whatever it sees: of the teacher, the initial student and the student."""
+
+    metrics = {"dullness": Metric("dullness of it", "taste", "lower"), "charm": Metric("charm", "grace", "higher")}
+
+    def __init__(self):
+        self.answers = iter([(1.0, 0.5), (3.0, 0.7), (2.0, 0.6)])
+
+    def prepare(self, teacher_images, prompts):
+        assert teacher_images.dtype == torch.uint8 and len(teacher_images) == len(prompts)
+        self.is_prepared = True
+
+    def __call__(self, images, prompts):
+        assert self.is_prepared and len(images) == len(prompts)
+        return dict(zip(self.metrics, next(self.answers), strict=True))
+
+
+@pytest.fixture(scope="module")
+def tasted():
+    """The report of three pipelines, and its content."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EVALUATORS, "taste", Taste)
+        evaluation = Evaluation(tiny.PROMPTS, batch_size=3)
+        evaluation.add(["drift", "taste"])
+    teacher = tiny.pipeline()
+    report = Report(evaluation, tiny.PROMPTS[:1], tiny.pipeline(), 1.0, teacher_steps=2)
+    report.add_teacher()
+    for name, timestep in (("initial", 399), ("student", 199)):
+        report.add_student(name, to_pipeline(teacher.unet, timestep, teacher))
+    places = dict.fromkeys(("generator_model_name_or_path", "teacher_lora", "revision", "variant"))
+    places |= dict.fromkeys(("pretrained_vae_model_name_or_path", "single_file_config"))
+    settings = {
+        "pretrained_model_name_or_path": "a/teacher",
+        "output_dir": "out",
+        "conditioning_timestep": 199,
+        **places,
+    }
+    others = {"stages": {}, "machine": {}, "versions": {"diffusers_disback": "0"}, "teacher_card": {}, "path": None}
+    others |= {"pipeline_class": "StableDiffusionPipeline", "command": "train", "resolution": 16, "seed": 0}
+    return report, report.content(settings=settings, **others)
+
+
+def test_a_report_says_in_what_the_student_is_behind(tasted, tmp_path):
+    _, content = tasted
+    check_report(content, "it")
+    measured = {name: content[name] for name in ("teacher", "initial", "student")}
+    assert [measures["dullness"] for measures in measured.values()] == [1.0, 3.0, 2.0]
+    metrics = content["evaluation"]["metrics"]
+    assert metrics["dullness"] == {"label": "dullness of it", "panel": "taste", "direction": "lower"}
+    assert metrics.keys() == {"dullness", "charm", "drift_mean", "drift_std", "drift_saturation"}
+    drifted = [
+        name
+        for name in ("drift_mean", "drift_std", "drift_saturation")
+        if abs(content["student"][name]) > abs(content["initial"][name])
+    ]
+    assert content["behind"] == {"teacher": ["dullness"], "initial": [*drifted, "charm"]}
+    (tmp_path / REPORT).write_text(json.dumps(content))
+    (line,) = (line for line in summary(tmp_path).splitlines() if line.startswith("student: "))
+    assert line.endswith(
+        f"; behind the teacher in dullness; behind the initial one in {', '.join([*drifted, 'charm'])}"
+    )
+
+
+def test_a_card_says_which_direction_is_better(tasted):
+    card = student_card(tasted[1], "it", "alice/it", False)
+    assert "Higher is better: `charm`.\nLower is better: `dullness`.\nDifferences to the teacher's" in card
+    assert "0 is best: `drift_mean`, `drift_std`, `drift_saturation`." in card
+    assert "behind its teacher in dullness of it (2 against 1).\n" in card
+    assert {"name": "dullness of it", "type": "taste", "value": 2.0} in [
+        metric
+        for result in ModelCard(card).data.to_dict()["model-index"][0]["results"]
+        for metric in result["metrics"]
+    ]
+
+
+def test_a_measure_is_drawn_on_its_own_panel(tasted, tmp_path, monkeypatch):
+    report, figures = tasted[0], []
+    monkeypatch.setattr(pyplot(), "close", figures.append)
+    row = dict.fromkeys(("drift_mean", "drift_std", "drift_saturation"), 0.1) | {
+        "charm": 0.5,
+        "student_to_target": 1.0,
+    }
+    report.write_convergence(
+        [{"step": 0, "node": 1, "dullness": 2.0, **row}, {"step": 9, "seconds": 3.0, "node": 0, **row}],
+        [4],
+        tmp_path / "x.png",
+    )
+    drift, taste, grace = figures[0].axes
+    assert [line.get_label() for line in taste.lines] == ["dullness of it", "teacher: dullness of it", "target switch"]
+    assert list(taste.lines[0].get_xdata()) == [0], "a resumed run may not have measured it everywhere"
+    assert [axis.get_yscale() for axis in (drift, taste, grace)] == ["linear", "log", "linear"]
+    assert [line.get_label() for line in drift.lines][::2] == [
+        "drift mean",
+        "drift std",
+        "drift saturation",
+        "target switch",
+    ]
+    assert (tmp_path / "x.png").stat().st_size > 1000
+    convergence_plot([{"step": 0, "other": 1.0}], [0], {}, report.metrics, tmp_path / "none.png")
+    assert len(figures[1].axes) == 1, "nothing of it was measured"
+
+
+def test_evaluators_that_do_not_fit_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"--evaluators taste: known evaluators are distance, drift\."):
+        check_evaluators(["drift", "taste"])
+    with pytest.raises(ValueError, match="known evaluators are"):
+        check_evaluators([])
+    evaluation = Evaluation(["a prompt"])
+    evaluation.add(["drift"])
+    evaluation.add(["drift"])
+    with pytest.raises(ValueError, match="Two evaluators measure drift_mean, drift_saturation, drift_std"):
+        _ = evaluation.metrics
+    monkeypatch.setattr(DriftEvaluator, "__call__", lambda *_: {"other": 1.0})
+    with pytest.raises(ValueError, match="DriftEvaluator measures other, but its metrics are drift_mean, "):
+        evaluation.measure(pictures(0, count=1))
+
+
+def test_reports_of_earlier_versions_are_read_without_directions(tasted, tmp_path):
+    evaluation = {name: value for name, value in tasted[1]["evaluation"].items() if name != "metrics"}
+    content = {name: value for name, value in tasted[1].items() if name != "behind"} | {"evaluation": evaluation}
+    check_report(content, "it")
+    (tmp_path / REPORT).write_text(json.dumps(content))
+    assert "behind" not in summary(tmp_path) and "dullness 2" in summary(tmp_path)
+    card = student_card(content, "it", "alice/it", False)
+    assert "behind" not in card and "| student | " in card and "is better" not in card
+    for metrics in ([], {"charm": []}, {"charm": {"label": "charm", "panel": "grace", "direction": "up"}}):
+        with pytest.raises(ValueError, match="it.* is not as its format says"):
+            check_report({**content, "evaluation": {**evaluation, "metrics": metrics}}, "it")
+    for behind in ([], {"teacher": "charm"}, {"teacher": [1]}):
+        with pytest.raises(ValueError, match="it is not as its format says: 'behind' cannot be"):
+            check_report({**content, "behind": behind}, "it")
+    with pytest.raises(ValueError, match="No card can be made"):
+        student_card({**content, "behind": {"teacher": ["nothing"]}}, "it", "alice/it", False)
 
 
 def test_the_same_noise_for_every_pipeline():

@@ -17,7 +17,7 @@ from script import SCRIPT, arguments, student
 from stages import equal, interrupted_at
 from write_faults import Fault, full
 
-from diffusers_disback import DegradationPath, DisBackOneStepPipeline, TrainingConfig
+from diffusers_disback import EVALUATORS, DegradationPath, DisBackOneStepPipeline, Evaluator, Metric, TrainingConfig
 from diffusers_disback.commands.command_line import run as command_line
 from diffusers_disback.session import picture_evaluation
 
@@ -506,7 +506,7 @@ def test_a_variant_is_read_and_its_name_is_dropped(run, tmp_path):
 
 def test_validation_as_asked(run):
     prompts = ["a red circle", 'a "$5 #1" and $6% sign_']
-    folder = run(validation_prompts=prompts, num_validation_images=3, validation_steps=3)
+    folder = run(validation_prompts=prompts, num_validation_images=3, validation_steps=3, evaluators=["drift"])
     report = json.loads((folder / "report.json").read_text())
     assert report["settings"]["validation_prompts"] == prompts
     assert [row["step"] for row in report["curve"]] == [0, 3, 4]
@@ -514,6 +514,21 @@ def test_validation_as_asked(run):
     assert evaluation.prompts == [prompts[0]] * 3 + [prompts[1]] * 3
     more = json.loads((run("more", validation_prompts=prompts) / "report.json").read_text())
     assert more["student"]["drift_mean"] != report["student"]["drift_mean"], "another number of pictures is measured"
+
+
+def test_evaluators_are_chosen_by_name(run, monkeypatch):
+    with pytest.raises(ValueError, match="--evaluators charm: known evaluators are distance, drift"):
+        run("unknown", evaluators=["drift", "charm"], pretrained_model_name_or_path="nowhere")
+
+    class Charm(Evaluator):
+        metrics = {"charm": Metric("charm", "charm", "higher")}
+
+        def __call__(self, images, prompts):
+            return {"charm": float(len(images))}
+
+    monkeypatch.setitem(EVALUATORS, "charm", Charm)
+    report = json.loads((run(evaluators=["charm"]) / "report.json").read_text())
+    assert report["student"]["charm"] == report["curve"][-1]["charm"] == 3 and "drift_mean" not in report["student"]
 
 
 def test_revision_and_cache_reach_the_library(run, monkeypatch, tmp_path):

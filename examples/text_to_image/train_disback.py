@@ -131,6 +131,7 @@ def distil(configs: Configs, state: PartialState, arguments: list[str]) -> None:
         wanted = validation_prompts(training, prompts)
         shapes = is_shapes_teacher(reference.name_or_path)
         evaluation = shapes_evaluation() if shapes else picture_evaluation(training, wanted)
+        evaluation.add(training.evaluators)
         size = teacher.resolution(training.resolution)
         report = Report(evaluation, wanted, teacher.pipeline, backtracking.guidance_scale, dtype=dtype, size=size)
     if data.is_encoded:

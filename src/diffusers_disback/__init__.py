@@ -25,6 +25,7 @@ _MODULE_OF_NAME = {
     "FrechetDistance": "evaluation.distance",
     "HubError": "hub.repository",
     "Measure": "path.target_schedule",
+    "Metric": "evaluation",
     "MismatchProbe": "training.probe",
     "ModelFamily": "families",
     "ModelReference": "models.reference",

@@ -24,7 +24,7 @@ from .data.cache import ConditionCache, choose_cache, digest
 from .data.prompts import CAPACITY, PromptData, PromptFile, dataset_prompts, spool_captions
 from .data.truncation import truncation
 from .degradation import DegradationConfig
-from .evaluation import Evaluation
+from .evaluation import Evaluation, check_evaluators
 from .evaluation.report import REPORT, Report, read_report, summary, versions
 from .families import ModelFamily
 from .hub.files import write_json, writing, written_whole
@@ -53,7 +53,7 @@ _OF_THE_SCHEDULE = {
 
 def check_settings(configs: Configs) -> None:
     """What can be seen before anything is loaded: step counts that do not fit, results that are another run's, folders that
-    are files, a tracker that is not installed.
+    are files, a tracker that is not installed, an evaluator that is not known.
 
     Raises:
         ValueError: With what, where and what to do instead.
@@ -64,6 +64,7 @@ def check_settings(configs: Configs) -> None:
         if getattr(training, name) is not None and not (name == "degradation_path" and training.path_is_shared):
             check_folder(name, getattr(training, name))
     check_tracker(training.report_to)
+    check_evaluators(training.evaluators)
     for name, own in _stages(configs).items():
         folder.check(name, flat(training, own), resume)
     folder.check_named_checkpoint(resume)

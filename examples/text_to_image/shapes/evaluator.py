@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusers_disback import Evaluation, FrechetDistance
+from diffusers_disback import Evaluation, Evaluator, FrechetDistance, Metric
 
 from .judge import ATTRIBUTES, Judge
 from .world import SCENE_OF_CAPTION, SCENES, pixels
@@ -24,13 +24,18 @@ def is_shapes_teacher(name_or_path: str) -> bool:
     return (Path(name_or_path) / MARKER).is_file()
 
 
-class ShapesEvaluator:
+class ShapesEvaluator(Evaluator):
     """`distance` (Frechet, in the judge's features, to fresh real pictures), and an accuracy per attribute.
 
     Args:
         judge (`Judge`): Float32.
         num_reference (`int`): Real pictures.
     """
+
+    metrics = {
+        **FrechetDistance.metrics,
+        **{f"{name}_accuracy": Metric(f"{name} accuracy", "accuracy", "higher") for name in ATTRIBUTES},
+    }
 
     def __init__(self, judge: Judge, num_reference: int = NUM_PICTURES):
         self.judge = judge

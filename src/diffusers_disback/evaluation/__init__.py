@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -10,21 +10,26 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..data.truncation import told_once
+from .base import Evaluator, Metric
 from .distance import FrechetDistance
 from .drift import DriftEvaluator
-
-
-class Evaluator(Protocol):
-    """Pictures and prompts -> named measures."""
-
-    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        """Measures `pictures` (`Tensor`), RGB in 0..255, `[N, 3, H, W]` uint8, drawn for `prompts`."""
 
 
 EVALUATORS: dict[str, type[Evaluator]] = {
     "distance": FrechetDistance,
     "drift": DriftEvaluator,
 }
+
+
+def check_evaluators(names: Sequence[str]) -> None:
+    """Checks that names are in `EVALUATORS`, and that there is one.
+
+    Raises:
+        ValueError: With those that are not, and all that are known.
+    """
+    unknown = [name for name in names if name not in EVALUATORS]
+    if unknown or not names:
+        raise ValueError(f"--evaluators {' '.join(unknown)}: known evaluators are {', '.join(EVALUATORS)}.")
 
 
 class Evaluation:
@@ -38,7 +43,7 @@ class Evaluation:
         type (`str`): The same as an identifier.
 
     Attributes:
-        evaluators (`list[Evaluator]`): What measures the pictures.
+        evaluators (`list[Evaluator]`): What measures the pictures; `add` adds registered ones.
         size (`int`, *optional*): The pictures' side in pixels; by default the pipeline's own.
         references (`dict`): Measures to set beside those of pipelines, by name, such as the `floor` of a distance.
     """
@@ -61,6 +66,34 @@ class Evaluation:
         self.size: int | None = None
         self._encoded: dict[str, Tensor] = {}  # the arguments of a pipeline's call, a row for each distinct prompt
         self._negative: dict[str, Tensor] = {}
+
+    def add(self, names: Sequence[str]) -> None:
+        """Adds evaluators of `EVALUATORS`.
+
+        Raises:
+            ValueError: If a name is unknown.
+        """
+        check_evaluators(names)
+        self.evaluators += [EVALUATORS[name]() for name in names]
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """All evaluators' metrics, by name.
+
+        Raises:
+            ValueError: If two evaluators measure under one name.
+        """
+        metrics: dict[str, Metric] = {}
+        for evaluator in self.evaluators:
+            if twice := metrics.keys() & evaluator.metrics.keys():
+                raise ValueError(f"Two evaluators measure {', '.join(sorted(twice))}. Leave one of them out.")
+            metrics |= evaluator.metrics
+        return metrics
+
+    def prepare(self, teacher_images: Tensor) -> None:
+        """Gives all evaluators the teacher's images of the prompts."""
+        for evaluator in self.evaluators:
+            evaluator.prepare(teacher_images, self.prompts)
 
     @torch.no_grad()
     @told_once()
@@ -118,8 +151,21 @@ class Evaluation:
         return torch.cat(pictures), (time.monotonic() - started) / len(self.prompts)
 
     def measure(self, pictures: Tensor) -> dict[str, float]:
-        """All evaluators' measures of what `draw` drew."""
-        return {name: value for e in self.evaluators for name, value in e(pictures, self.prompts).items()}
+        """All evaluators' measures of what `draw` drew.
+
+        Raises:
+            ValueError: If an evaluator does not return what it says that it measures.
+        """
+        measures: dict[str, float] = {}
+        for evaluator in self.evaluators:
+            values = evaluator(pictures, self.prompts)
+            if values.keys() != evaluator.metrics.keys():
+                raise ValueError(
+                    f"{type(evaluator).__name__} measures {', '.join(values)}, but its metrics are "
+                    f"{', '.join(evaluator.metrics)}."
+                )
+            measures |= values
+        return measures
 
 
-__all__ = ["EVALUATORS", "DriftEvaluator", "Evaluation", "Evaluator", "FrechetDistance"]
+__all__ = ["EVALUATORS", "DriftEvaluator", "Evaluation", "Evaluator", "FrechetDistance", "Metric", "check_evaluators"]

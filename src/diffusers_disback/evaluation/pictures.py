@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..hub.files import printable, written_whole
+from .base import Metric
 
 
 LABEL = 110  # characters of a caption that are shown beside its pictures; the card and the report have all of it
@@ -77,30 +78,47 @@ def glyphs_told_once(file: Path) -> Iterator[None]:
 
 
 def convergence_plot(
-    curve: list[dict[str, float]], switches: list[int], levels: dict[str, dict[str, float]], file: Path
+    curve: list[dict[str, float]],
+    switches: list[int],
+    levels: dict[str, dict[str, float]],
+    metrics: dict[str, Metric],
+    file: Path,
 ) -> None:
-    """Writes the measures over generator updates, one panel for distances and one for shares in 0..1.
+    """Writes the measures over generator updates, on the panels that their metrics name. A panel of which lower is better is
+    logarithmic, if it can be.
 
     Args:
         curve (`list[dict]`): Rows with `step` and measures.
         switches (`list[int]`): Steps at which the target changed.
         levels (`dict[str, dict[str, float]]`): Horizontal lines: label -> measures, as of the teacher.
+        metrics (`dict[str, Metric]`): Which measures are drawn.
         file (`Path`): PNG.
     """
     plt = pyplot()
-    names = [name for name in curve[0] if name not in ("step", "seconds", "node")]
-    panels = [[n for n in names if n == "distance"], [n for n in names if n != "distance"]]
-    panels = [panel for panel in panels if panel]
+    rows = {
+        name: [row for row in curve if name in row] for name in metrics
+    }  # a resumed run may measure something else
+    names = [name for name in metrics if rows[name]]
+    kinds = dict.fromkeys(metrics[name].panel for name in names)
+    panels = [[name for name in names if metrics[name].panel == kind] for kind in kinds] or [[]]
     figure, axes = plt.subplots(len(panels), 1, figsize=(7, 3 * len(panels)), sharex=True, squeeze=False)
     for axis, panel in zip(axes[:, 0], panels, strict=True):
         for colour, name in enumerate(panel):
-            axis.plot([row["step"] for row in curve], [row[name] for row in curve], "o-", ms=3, label=name)
+            steps, values = [row["step"] for row in rows[name]], [row[name] for row in rows[name]]
+            axis.plot(steps, values, "o-", ms=3, label=metrics[name].label)
             for style, (label, level) in zip(("--", ":"), levels.items(), strict=False):
                 if name in level:
-                    axis.axhline(level[name], ls=style, lw=1, color=f"C{colour}", alpha=0.7, label=f"{label}: {name}")
+                    axis.axhline(
+                        level[name],
+                        ls=style,
+                        lw=1,
+                        color=f"C{colour}",
+                        alpha=0.7,
+                        label=f"{label}: {metrics[name].label}",
+                    )
         for number, step in enumerate(switches):
             axis.axvline(step, color="0.6", lw=1, label="target switch" if number == 0 else None)
-        if panel == ["distance"]:
+        if all(metrics[name].direction == "lower" and row[name] > 0 for name in panel for row in rows[name]):
             axis.set_yscale("log")
         axis.legend(fontsize=7, loc="best")
     axes[-1, 0].set_xlabel("generator updates")

@@ -1,8 +1,11 @@
 """What a run found out: measures of teacher, initial student and student, pictures, and `report.json`."""
 
 import copy
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +14,15 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..hub.files import inside, read_json
+from .. import __version__
 from ..models.adapters import base_of
 from ..models.noise_schedule import NoiseSchedule
-from ..path.manifest import check_fields, is_count, is_number, is_record, is_text, is_text_or_none
 from ..path.path import DegradationPath
 from . import Evaluation
-from .drift import DriftEvaluator
 from .pictures import convergence_plot, picture_grid
+from .report_format import REPORT, read_report
 
 
-REPORT = "report.json"
 TEACHER_STEPS = 25
 
 
@@ -87,13 +88,16 @@ class Report:
     """Measures pipelines as a run goes on, and writes what it found.
 
     Args:
-        evaluation (`Evaluation`): Prompts and evaluators; drift from the teacher is added to them.
+        evaluation (`Evaluation`): Prompts and evaluators.
         wanted (`list[str]`): Prompts whose pictures are shown.
         teacher (`DiffusionPipeline`): The teacher's pipeline.
         guidance_scale (`float`): The teacher's guidance.
         teacher_steps (`int`, *optional*): Steps of the teacher's sampler (DDIM); by default 25.
         dtype (`torch.dtype`): In which UNets draw.
         size (`int`, *optional*): The pictures' side in pixels; by default that which the teacher was made for.
+
+    Raises:
+        ValueError: If two evaluators measure under one name.
     """
 
     def __init__(
@@ -106,7 +110,7 @@ class Report:
         dtype: torch.dtype = torch.float32,
         size: int | None = None,
     ):
-        self.evaluation = evaluation
+        self.evaluation, self.metrics = evaluation, evaluation.metrics
         self.dtype = dtype
         self.gallery = Evaluation(wanted, evaluation.seed, evaluation.batch_size)
         self.guidance_scale = guidance_scale
@@ -122,7 +126,7 @@ class Report:
         self.shown: dict[str, Tensor] = {}
 
     def add_teacher(self) -> None:
-        """Measures the teacher in many steps; the others' drift is from these pictures. Its UNet is on the device just for
+        """Measures the teacher in many steps, and gives these pictures to the evaluators. Its UNet is on the device just for
         that."""
         arguments = {"num_inference_steps": self.teacher_steps, "guidance_scale": self.guidance_scale}
         own = self.teacher.unet
@@ -130,7 +134,7 @@ class Report:
             pictures, seconds = self.evaluation.draw(self.teacher, **arguments)
             shown, _ = self.gallery.draw(self.teacher, **arguments)
         self.teacher.unet = own
-        self.evaluation.evaluators.append(DriftEvaluator(pictures))
+        self.evaluation.prepare(pictures)
         self._keep("teacher", pictures, seconds, shown)
         self.measures["teacher"] |= arguments
 
@@ -153,13 +157,7 @@ class Report:
 
     def write_convergence(self, curve: list[dict[str, float]], switches: list[int], file: Path) -> None:
         """The measures over generator updates, with the teacher's as levels."""
-        names = [name for name in curve[0] if not name.startswith("drift")] if "distance" in curve[0] else curve[0]
-        convergence_plot(
-            [{name: row[name] for name in names} for row in curve],
-            switches,
-            {"teacher": self.measures["teacher"]},
-            file,
-        )
+        convergence_plot(curve, switches, {"teacher": self.measures["teacher"]}, self.metrics, file)
 
     def write_path(self, path: DegradationPath, scales: list[float], file: Path) -> None:
         """What each node of the path draws, from the teacher to the last node, and the initial student at the end.
@@ -180,8 +178,21 @@ class Report:
             "type": self.evaluation.type,
             "num_pictures": len(self.evaluation.prompts),
             "seed": self.evaluation.seed,
+            "metrics": {name: asdict(metric) for name, metric in self.metrics.items()},
         }
-        return {**self.measures, "evaluation": evaluation, "example_prompt": self.gallery.prompts[0], **others}
+        content = {**self.measures, "evaluation": evaluation, "example_prompt": self.gallery.prompts[0], **others}
+        if "student" in self.measures:
+            content["behind"] = {name: self._behind(name) for name in ("teacher", "initial") if name in self.measures}
+        return content
+
+    def _behind(self, name: str) -> list[str]:
+        """The measures by which the student is worse than another pipeline. Differences to the teacher are not held against it."""
+        student, other = self.measures["student"], self.measures[name]
+        return [
+            key
+            for key, metric in self.metrics.items()
+            if metric.is_worse(student[key], other[key]) and not (name == "teacher" and metric.direction == "zero")
+        ]
 
     def _keep(self, name: str, pictures: Tensor, seconds: float, shown: Tensor) -> dict[str, float]:
         measures = {key: round(value, 6) for key, value in self.evaluation.measure(pictures).items()}
@@ -239,90 +250,17 @@ def draw_path(
     picture_grid(rows, list(columns), file)
 
 
-def read_report(folder: Path) -> dict[str, Any]:
-    """The content of a folder's `report.json`; empty if there is none.
-
-    Raises:
-        ValueError: If it is not as `Report.write` writes it.
-    """
-    file = inside(folder, REPORT, str(folder))
-    if not file.exists():
-        return {}
-    report = read_json(file)
-    check_report(report, str(file))
-    return report
-
-
-def check_report(report: dict[str, Any], what: str) -> None:
-    """Sees that a report, which somebody else may have written, holds what is read of it, in the right kinds.
-
-    Raises:
-        ValueError: With the first that is missing or wrong.
-    """
-    check_fields(report, {"files?": _are_counts}, what)
-    measures = {name: report[name] for name in ("floor", "teacher", "initial", "student") if name in report}
-    for name, values in [*measures.items(), *_records(report, "stages", what).items()]:
-        if not is_record(values) or not all(type(v) is float or is_number(v) for v in values.values()):
-            raise ValueError(f"{what} is not as its format says: {name!r} holds no numbers by name.")
-    for name, stage in _records(report, "stages", what).items():
-        check_fields(stage, {"steps": is_count, "seconds": is_number, "peak_memory_mb": is_number}, f"{what}, {name},")
-    if "settings" in report or "student" in report:
-        settings = _records(report, "settings", what)
-        names = ("degradation_path", "pretrained_vae_model_name_or_path", "generator_model_name_or_path")
-        kinds = {f"{name}?": is_text_or_none for name in (*names, "teacher_lora", "single_file_config")}
-        check_fields(settings, {"pretrained_model_name_or_path?": is_text, "output_dir?": is_text, **kinds}, what)
-    if "student" not in report:
-        return
-    check_fields(report, _OF_A_STUDENT, what)
-    check_fields(report["evaluation"], _OF_AN_EVALUATION, what)
-    check_fields(report["settings"], _OF_SETTINGS, what)
-    check_fields(report["versions"], {"diffusers_disback": is_text}, what)
-    if report["path"] is not None:
-        kinds = {"id": is_text, "num_nodes": is_count, "repo_id?": is_text}
-        check_fields(report["path"], kinds | ({"commit": is_text} if "repo_id" in report["path"] else {}), what)
-    if "teacher" not in report:
-        raise ValueError(f"{what} is not as its format says: 'teacher' is missing.")
-
-
-_OF_A_STUDENT = {
-    **dict.fromkeys(("evaluation", "settings", "teacher_card", "stages", "machine", "versions"), is_record),
-    **dict.fromkeys(("example_prompt", "pipeline_class", "command"), is_text),
-    **{"resolution": is_count, "seed": is_number, "path": lambda value: value is None or is_record(value)},
-}
-_OF_AN_EVALUATION = {"name": is_text, "type": is_text, "num_pictures": is_count, "seed": is_number}
-_OF_SETTINGS = {
-    **{"pretrained_model_name_or_path": is_text, "output_dir": is_text, "conditioning_timestep": is_count},
-    **{"revision": is_text_or_none, "variant": is_text_or_none},
-    **dict.fromkeys(
-        (
-            *("generator_model_name_or_path", "teacher_lora"),
-            *("pretrained_vae_model_name_or_path", "single_file_config"),
-        ),
-        is_text_or_none,
-    ),
-}
-
-
-def _are_counts(value: Any) -> bool:
-    return is_record(value) and all(map(is_count, value.values()))
-
-
-def _records(report: dict[str, Any], name: str, what: str) -> dict[str, Any]:
-    """A part of a report that is a dictionary; empty if it is missing."""
-    check_fields(report, {f"{name}?": is_record}, what)
-    return report.get(name, {})
-
-
 def summary(folder: Path) -> str:
     """Six lines of figures, from `report.json`."""
     report = read_report(folder)
     lines = []
     for name in ("teacher", "initial", "student"):
         if name in report:
-            measures = report[name]
-            shown = [key for key in measures if not key.startswith("drift")] if "distance" in measures else measures
-            figures = ", ".join(f"{key} {measures[key]:.4g}" for key in shown)
-            lines.append(f"{name}: {figures}")
+            lines.append(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in report[name].items()))
+    behind = report.get("behind", {}) if "student" in report else {}
+    for name, words in (("teacher", "the teacher"), ("initial", "the initial one")):
+        if worse := behind.get(name):
+            lines[-1] += f"; behind {words} in {', '.join(worse)}"
     for name, stage in report["stages"].items():
         lines.append(
             f"{name}: {stage['steps']} steps, {stage['seconds']:.0f} s, peak memory {stage['peak_memory_mb']:.0f} MB"
@@ -333,19 +271,5 @@ def summary(folder: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that figures depend on."""
-    import platform
-
-    import accelerate
-    import diffusers
-    import transformers
-
-    from .. import __version__
-
-    return {
-        "python": platform.python_version(),
-        "diffusers_disback": __version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-    }
+    libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
+    return {"python": platform.python_version(), "diffusers_disback": __version__, **libraries}

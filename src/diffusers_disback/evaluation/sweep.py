@@ -39,7 +39,8 @@ def timestep_sweep(
     many_step = many_step_pipeline(teacher)
     arguments = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     reference, _ = evaluation.draw(many_step, **arguments)
-    drift = DriftEvaluator(reference)
+    drift = DriftEvaluator()
+    drift.prepare(reference, evaluation.prompts)
     columns, measures = {f"teacher\n{num_inference_steps} steps": reference}, {}
     for t in timesteps:
         pictures, _ = evaluation.draw(unadorned(to_pipeline(teacher.unet, t, teacher)))

@@ -77,7 +77,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def python(value: str | None) -> str:
     """A literal of Python on one line, in double quotes where that needs no escapes."""
-    literal = repr(value)
+    literal = repr(value if value is None else str(value))
     return f'"{literal[1:-1]}"' if literal[0] == "'" and '"' not in literal else literal
 
 

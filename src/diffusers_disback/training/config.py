@@ -199,6 +199,11 @@ class TrainingConfig:
         "Pictures of each validation prompt that are measured. (The shapes teacher is measured on 2,000 others.)",
         minimum=1,
     )
+    evaluators: list[str] = setting(
+        ["drift"],
+        "What measures the pictures: names of evaluators, which docs/evaluation.md lists. (The shapes teacher is measured by "
+        "its judge, too.)",
+    )
     validation_steps: int = setting(500, "Measure and draw the student every so many generator updates.", minimum=1)
 
     @property

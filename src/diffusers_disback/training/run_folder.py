@@ -19,7 +19,7 @@ FREE_SETTINGS = {
     *("checkpointing_steps", "checkpoints_total_limit", "mixed_precision", "allow_tf32", "gradient_checkpointing"),
     *("offload_idle_role", "offload_ema", "enable_xformers_memory_efficient_attention", "channels_last", "compile"),
     *("dataloader_num_workers", "report_to", "logging_dir", "logging_steps", "tracker_project_name"),
-    *("validation_prompts", "num_validation_images", "validation_steps"),
+    *("validation_prompts", "num_validation_images", "validation_steps", "evaluators"),
     *("push_to_hub", "hub_model_id", "hub_private_repo"),
     *("degradation_path_revision", "path_disk_budget_gb"),
 }

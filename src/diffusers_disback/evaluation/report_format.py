@@ -1,0 +1,83 @@
+"""The format of `report.json`: it is read, and checked before anything in it is believed."""
+
+from pathlib import Path
+from typing import Any
+
+from ..hub.files import inside, read_json
+from ..path.manifest import check_fields, is_count, is_number, is_record, is_text, is_text_or_none
+
+
+REPORT = "report.json"
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The content of a folder's `report.json`; empty if there is none.
+
+    Raises:
+        ValueError: If it is not as `Report.write` writes it.
+    """
+    file = inside(folder, REPORT, str(folder))
+    if not file.exists():
+        return {}
+    report = read_json(file)
+    check_report(report, str(file))
+    return report
+
+
+def check_report(report: dict[str, Any], what: str) -> None:
+    """Sees that a report, which somebody else may have written, holds what is read of it, in the right kinds.
+
+    Raises:
+        ValueError: With the first that is missing or wrong.
+    """
+    check_fields(report, {"files?": _are_counts, "stages?": is_record, "settings?": is_record}, what)
+    has_student = "student" in report
+    if has_student:
+        check_fields(report, _OF_A_STUDENT, what)
+    stages = report.get("stages", {})
+    measures = {name: report[name] for name in ("floor", "teacher", "initial", "student") if name in report}
+    for name, values in [*measures.items(), *stages.items()]:
+        if not is_record(values) or not all(type(v) is float or is_number(v) for v in values.values()):
+            raise ValueError(f"{what} is not as its format says: {name!r} holds no numbers by name.")
+    for name, stage in stages.items():
+        check_fields(stage, {"steps": is_count, "seconds": is_number, "peak_memory_mb": is_number}, f"{what}, {name},")
+    needed = _OF_SETTINGS if has_student else {f"{name}?": kind for name, kind in _OF_SETTINGS.items()}
+    check_fields(report.get("settings", {}), {**needed, "degradation_path?": is_text_or_none}, what)
+    if not has_student:
+        return
+    check_fields(report["evaluation"], _OF_AN_EVALUATION, what)
+    for name, metric in report["evaluation"].get("metrics", {}).items():
+        check_fields(metric if is_record(metric) else {}, _OF_A_METRIC, f"{what}, {name},")
+    check_fields(report["versions"], {"diffusers_disback": is_text}, what)
+    if report["path"] is not None:
+        kinds = {"id": is_text, "num_nodes": is_count, "repo_id?": is_text}
+        check_fields(report["path"], kinds | ({"commit": is_text} if "repo_id" in report["path"] else {}), what)
+
+
+def _are_counts(value: Any) -> bool:
+    return is_record(value) and all(map(is_count, value.values()))
+
+
+def _are_names(value: Any) -> bool:
+    return is_record(value) and all(isinstance(names, list) and all(map(is_text, names)) for names in value.values())
+
+
+_OF_A_STUDENT = {
+    **dict.fromkeys(("evaluation", "settings", "teacher_card", "teacher", "stages", "machine", "versions"), is_record),
+    **dict.fromkeys(("example_prompt", "pipeline_class", "command"), is_text),
+    **{"resolution": is_count, "seed": is_number, "path": lambda value: value is None or is_record(value)},
+    "behind?": _are_names,  # reports of earlier versions have neither this nor metrics
+}
+_OF_AN_EVALUATION = {
+    "name": is_text,
+    "type": is_text,
+    "num_pictures": is_count,
+    "seed": is_number,
+    "metrics?": is_record,
+}
+_OF_A_METRIC = {"label": is_text, "panel": is_text, "direction": lambda value: value in ("higher", "lower", "zero")}
+_OF_SETTINGS = {
+    **{"pretrained_model_name_or_path": is_text, "output_dir": is_text, "conditioning_timestep": is_count},
+    **dict.fromkeys(("revision", "variant", "generator_model_name_or_path", "teacher_lora"), is_text_or_none),
+    **dict.fromkeys(("pretrained_vae_model_name_or_path", "single_file_config"), is_text_or_none),
+}
