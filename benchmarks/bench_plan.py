@@ -20,11 +20,19 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from configurations import UNETS, machine, unet_config
+from diffusers_disback import BacktrackingConfig, TrainingConfig
 from diffusers_disback.models.adapters import SharedNetwork, lora_config
-from diffusers_disback.planning.allocations import Allocations, checkpointed, pass_memory
-from diffusers_disback.planning.plan import Planner, Setup, fits
+from diffusers_disback.planning.allocations import Allocations
+from diffusers_disback.planning.plan import Planner
 
 
+SETTINGS = {
+    "full, bf16": {},
+    "full, + --gradient_checkpointing": {"gradient_checkpointing": True},
+    "full, + --offload_idle_role": {"gradient_checkpointing": True, "offload_idle_role": True},
+    "rank 64, bf16": {"lora_rank": 64},
+    "rank 64, + --gradient_checkpointing": {"lora_rank": 64, "gradient_checkpointing": True},
+}
 SMALL = {"sd15": (0.2, 48), "sd21": (0.2, 48), "sdxl": (0.1, 64)}
 CASES = {
     "full": (None, False),
@@ -34,25 +42,26 @@ CASES = {
 }
 
 
-def original(name: str) -> Planner:
-    """The planner of a model at full size."""
+def planner(config: dict[str, Any], **settings: Any) -> Planner:
+    """What is planned for a UNet of a config."""
 
     def skeleton() -> torch.nn.Module:
         with torch.device("meta"):
-            return UNet2DConditionModel(**unet_config(name))
+            return UNet2DConditionModel(**config)
 
-    return Planner(skeleton)
+    return Planner(skeleton, TrainingConfig(**settings), BacktrackingConfig())
 
 
-def network_of(name: str, case: str, device: str) -> torch.nn.Module:
+def network_of(name: str, case: str) -> torch.nn.Module:
     """A UNet that is trained, or on which an adapter is."""
-    rank, _ = CASES[case]
-    with torch.device(device):
-        network = UNet2DConditionModel(**unet_config(name, *SMALL[name])).eval()
-        if rank is not None:
-            shared = SharedNetwork(network)
-            shared.add("generator", lora_config(rank))
-            shared.activate("generator")
+    rank, checkpoints = CASES[case]
+    network = UNet2DConditionModel(**unet_config(name, *SMALL[name])).eval()
+    if rank is not None:
+        shared = SharedNetwork(network)
+        shared.add("generator", lora_config(rank))
+        shared.activate("generator")
+    if checkpoints:
+        network.enable_gradient_checkpointing()
     return network
 
 
@@ -72,9 +81,7 @@ def measure(name: str, case: str) -> dict[str, float]:
     torch.set_num_threads(1)
     side = SMALL[name][1]
     run(UNet2DConditionModel(**unet_config(name, 0.1, 8)), 8)
-    network = network_of(name, case, "cpu")
-    if CASES[case][1]:
-        network.enable_gradient_checkpointing()
+    network = network_of(name, case)
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     run(network, side)
@@ -90,7 +97,9 @@ def main(line: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=UNETS, default=["sd15", "sdxl"])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "plan.json")
-    parser.add_argument("--tables", action="store_true", help="print what fits for the originals, and measure nothing")
+    parser.add_argument(
+        "--tables", action="store_true", help="print peaks of both stages for the originals, and measure nothing"
+    )
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args(line)
     if arguments.measure:
@@ -98,17 +107,17 @@ def main(line: list[str]) -> None:
         return
     if arguments.tables:
         for name in arguments.models:
-            print(f"{name}\n{fits(original(name), Setup())}\n", flush=True)
+            for what, settings in SETTINGS.items():
+                planned = planner(unet_config(name), mixed_precision="bf16", **settings)
+                print(name, what, *(f"{planned.total(stage) / 1e9:.1f} GB" for stage in (1, 2)), sep=", ", flush=True)
         return
     found = []
     for name in arguments.models:
-        for case, (_, checkpoints) in CASES.items():
-            planned = network_of(name, case, "meta")
-            if checkpoints:
-                planned.enable_gradient_checkpointing(checkpointed(None))
-            side = SMALL[name][1]
-            memory = pass_memory(planned, 1, (4, side, side))
-            row: dict[str, Any] = {"model": name, "case": case, "planned_mb": memory.peak / 1e6}
+        for case, (rank, checkpoints) in CASES.items():
+            config = unet_config(name, *SMALL[name])
+            planned = planner(config, lora_rank=rank, gradient_checkpointing=checkpoints)
+            peak = planned.updates["fake_score"].peak
+            row: dict[str, Any] = {"model": name, "case": case, "planned_mb": peak / 1e6}
             command = [sys.executable, __file__, "--measure", name, case]
             row |= json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
             for what in ("allocated", "resident"):

@@ -12,10 +12,10 @@ from statistics import median
 
 import shapes_world
 from convergence import cost
+from experimental import dense_steps
 from scripts import set_threads
 from toy_world import REGIMES, SCHEDULES, Arm, Run, teacher
 
-from diffusers_disback.path.node_spacing import footprints
 from diffusers_disback.path.target_schedule import AdaptiveSchedule
 
 
@@ -82,7 +82,7 @@ def look(regime: str, changes: dict, arm: Arm) -> None:
 
 def walk(regime: str, seeds: list[int]) -> None:
     task = REGIMES[regime]
-    kept = footprints(300, task.num_path_nodes)
+    kept = dense_steps(300, task.num_path_nodes)
     _, losses = Run(task, MISMATCH, seeds, teacher(task.teacher_steps)).walk(kept)
     for step, loss in zip([0, *kept], losses, strict=True):
         print(regime, step, *(f"{value:.4f}" for value in loss.tolist()))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from experimental import DenseDegradation, keep_evenly_spaced
 from torch import Tensor, nn
 from toy_world import shuffled
 
@@ -109,6 +110,7 @@ class Arm:
         shuffled (`bool`): Nodes 1..N-1 are targets in a random order.
         is_default (`bool`): The regime's `default` lengths, and all policies as they are if nothing is said.
         direct (`bool`): The path is not used but for its end: the teacher is the only target.
+        spaced_by_mismatch (`bool`): Nodes are evenly spaced in mismatch, not in steps.
     """
 
     degradation: dict[str, Any] = field(default_factory=dict)
@@ -116,6 +118,7 @@ class Arm:
     shuffled: bool = False
     is_default: bool = False
     direct: bool = False
+    spaced_by_mismatch: bool = False
 
 
 ARMS = {
@@ -124,7 +127,7 @@ ARMS = {
     "path": Arm(),
     "shuffled": Arm(shuffled=True),
     "adaptive": Arm({}, {"target_schedule": "adaptive"}),
-    "mismatch": Arm({"node_spacing": "mismatch"}),
+    "mismatch": Arm(spaced_by_mismatch=True),
     "default": Arm(is_default=True),
     "warm_default": Arm(is_default=True, direct=True),
 }
@@ -214,7 +217,7 @@ def one(
         steps, nodes, per_target = task.degradation_steps, task.num_path_nodes, task.steps_per_target
         if arm.is_default:
             steps, nodes, per_target = task.default
-        degradation = DegradationConfig(
+        degradation = (DenseDegradation if arm.spaced_by_mismatch else DegradationConfig)(
             **{
                 "degradation_steps": steps,
                 "num_path_nodes": nodes,
@@ -249,6 +252,8 @@ def one(
             own = fingerprint(teacher.network)
             path = DegradationPath.create(training.path_folder, teacher.model, own, start, {})
             path = DegradationRecorder(training, degradation, teacher, generator, data, path).record()
+            if arm.spaced_by_mismatch:
+                keep_evenly_spaced(path, nodes)
             cost = path.manifest["cost"]
             stage_1 = {"updates": cost["steps"], "evaluations": counter.total, "seconds": cost["seconds"]}
 

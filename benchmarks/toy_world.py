@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import worlds
+from experimental import GeometricSchedule, dense_steps, evenly_spaced
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from worlds import Draws, Weights
 
 from diffusers_disback import DegradationConfig
-from diffusers_disback.path.node_spacing import earliest_end, evenly_spaced, footprints, is_flat
-from diffusers_disback.path.target_schedule import AdaptiveSchedule, FixedSchedule, GeometricSchedule, Measure
+from diffusers_disback.path.node_spacing import candidate_steps, earliest_end, evenly_spaced_steps, is_flat
+from diffusers_disback.path.target_schedule import TARGET_SCHEDULES, AdaptiveSchedule, Measure
 
 
 @dataclass(frozen=True)
@@ -137,12 +138,7 @@ class NearSchedule(AdaptiveSchedule):
         return bool(before) and min(m.mismatch for m in recent) > 0.98 * min(m.mismatch for m in before)
 
 
-SCHEDULES = {
-    "fixed": FixedSchedule,
-    "geometric": GeometricSchedule,
-    "near": NearSchedule,
-    "adaptive": AdaptiveSchedule,
-}
+SCHEDULES = {**TARGET_SCHEDULES, "geometric": GeometricSchedule, "near": NearSchedule}
 MISMATCH_EVERY, BANDS, PROBED = 10, 4, 64
 
 
@@ -206,11 +202,8 @@ class Run:
         if arm.path == "none":
             return [self.start], [0] * seeds, [0] * seeds
         nodes, steps = regime.num_path_nodes, regime.degradation_steps
-        if arm.path == "mismatch":
-            wanted = footprints(steps, nodes)
-        else:
-            wanted = [round(i * steps / nodes) for i in range(1, nodes + 1)]
-        kept = sorted({*wanted, *footprints(steps, 1)}) if arm.stop else wanted
+        wanted = dense_steps(steps, nodes) if arm.path == "mismatch" else evenly_spaced_steps(steps, nodes)
+        kept = sorted({*wanted, *candidate_steps(steps)}) if arm.stop else wanted
         footprint, losses = self.walk(kept)
         chosen, spent, counts = [], [], []
         for seed in range(seeds):

@@ -30,7 +30,7 @@ def training(output_dir: Path, **changes) -> TrainingConfig:
     )
 
 
-def recorder(config, teacher_folder, steps=4, nodes=2, **changes) -> DegradationRecorder:
+def recorder(config, teacher_folder, steps=4, nodes=2, degradation=None, **changes) -> DegradationRecorder:
     teacher = ModelReference(str(teacher_folder)).resolve()
     family = family_of(tiny.pipeline(), teacher)
     generator = family.initial_generator(shared=config.all_adapters)
@@ -43,7 +43,7 @@ def recorder(config, teacher_folder, steps=4, nodes=2, **changes) -> Degradation
         start = {"name_or_path": None, "sha256": fingerprint(generator), "conditioning_timestep": 399}
         path = DegradationPath.create(folder, teacher, fingerprint(family.network), start, {})
     wanted = {"degradation_stop": 0.0, **changes}
-    degradation = DegradationConfig(degradation_steps=steps, num_path_nodes=nodes, **wanted)
+    degradation = degradation or DegradationConfig(degradation_steps=steps, num_path_nodes=nodes, **wanted)
     return DegradationRecorder(config, degradation, family, generator, PromptData(tiny.PROMPTS, family.encode), path)
 
 

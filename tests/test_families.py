@@ -270,7 +270,7 @@ ASKING = [
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_network_that_asks_for_more_is_refused(name, tmp_path):
     """As a teacher, as a student's start, as a student, and in a plan."""
-    from diffusers_disback import ModelReference
+    from diffusers_disback import BacktrackingConfig, ModelReference, TrainingConfig
     from diffusers_disback.planning.plan import Planner
 
     plain = tiny.PIPELINES[name]()
@@ -283,7 +283,7 @@ def test_a_network_that_asks_for_more_is_refused(name, tmp_path):
             (family_of, (pipe,)),
             (to_pipeline, (pipe.unet, 399, plain)),
             (family.initial_generator, (start.resolve_denoiser(),)),
-            (lambda unet: Planner(lambda: unet).network, (pipe.unet,)),
+            (lambda unet: Planner(lambda: unet, TrainingConfig(), BacktrackingConfig()).network, (pipe.unet,)),
         ):
             with pytest.raises(ValueError, match=message):
                 call(*arguments)

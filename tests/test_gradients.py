@@ -10,6 +10,8 @@ from diffusers_disback.objectives import OBJECTIVES, Objective
 class ThroughScores(Objective):
     """A loss whose gradient passes through both scores, as that of score identity distillation does."""
 
+    differentiates_scores = True
+
     def generator_loss(self, x0, batch, target, fake_score):
         t = batch.draw_timesteps(20, 979)
         x_t = target.schedule.diffuse(x0, batch.draw_noise(), t)

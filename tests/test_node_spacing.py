@@ -1,37 +1,24 @@
-"""Where nodes lie and when the walk ends, on losses that are known."""
+"""After which steps nodes are recorded and when the walk ends, on losses that are known."""
 
 import pytest
 
-from diffusers_disback.path.node_spacing import evenly_spaced, footprints, is_flat
+from diffusers_disback.path.node_spacing import candidate_steps, evenly_spaced_steps, is_flat
 
 
-def test_footprints_are_dense_at_first_and_end_with_the_last():
-    assert footprints(1000, 4) == [1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512, 724, 1000]
-    assert footprints(12, 2) == [1, 2, 3, 4, 6, 8, 11, 12]
+def test_nodes_are_evenly_spaced_in_steps():
+    assert evenly_spaced_steps(1000, 4) == [250, 500, 750, 1000] and evenly_spaced_steps(7, 3) == [2, 5, 7]
+    assert evenly_spaced_steps(5, 5) == [1, 2, 3, 4, 5] and evenly_spaced_steps(5, 0) == []
 
 
-@pytest.mark.parametrize(
-    "steps, num_nodes", [(1, 1), (2, 2), (7, 7), (7, 3), (12, 10), (40, 19), (100, 30), (1000, 10)]
-)
-def test_there_are_enough_footprints(steps, num_nodes):
-    found = footprints(steps, num_nodes)
-    assert found == sorted(set(found)) and found[0] >= 1 and found[-1] == steps
-    assert len(found) >= min(2 * num_nodes, steps)
+def test_candidates_are_dense_at_first_and_end_with_the_last():
+    assert candidate_steps(1000) == [1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362, 512, 724, 1000]
+    assert candidate_steps(12) == [1, 2, 3, 4, 6, 8, 11, 12] and candidate_steps(1) == [1]
 
 
-def test_nodes_lie_where_the_loss_has_fallen_evenly():
-    losses = [1.0, 0.9, 0.7, 0.6, 0.4, 0.31, 0.2, 0.1]
-    assert evenly_spaced(losses, 3) == [2, 4, 7]
-    assert evenly_spaced(losses, 1) == [7] and evenly_spaced(losses, 0) == []
-    assert evenly_spaced([1.0, 0.2, 0.19, 0.18, 0.17], 3) == [1, 2, 4], "all at once: the first place, then the next"
-
-
-@pytest.mark.parametrize("losses", [[1.0, 0.5, 0.7, 0.2, 0.3], [0.2, 0.3, 0.4, 0.5, 0.6], [0.5] * 5])
-@pytest.mark.parametrize("num_nodes", range(7))
-def test_whatever_the_losses_nodes_are_distinct_and_end_with_the_last(losses, num_nodes):
-    places = evenly_spaced(losses, num_nodes)
-    assert len(places) == min(num_nodes, 4) == len(set(places)) and places == sorted(places)
-    assert not places or (places[0] >= 1 and places[-1] == 4)
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 12, 40, 100, 20_000])
+def test_there_are_candidates_before_and_at_the_end(steps):
+    found = candidate_steps(steps)
+    assert found == sorted(set(found)) and found[0] == 1 and found[-1] == steps
 
 
 def test_the_walk_ends_when_doubling_it_brings_little():

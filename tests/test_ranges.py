@@ -9,7 +9,6 @@ import pytest
 
 from diffusers_disback.backtracking import BacktrackingConfig
 from diffusers_disback.degradation import DegradationConfig
-from diffusers_disback.path.target_schedule import GeometricSchedule
 from diffusers_disback.training.config import TrainingConfig
 from diffusers_disback.training.ranges import LARGEST, Range, number
 
@@ -133,10 +132,3 @@ def test_commands_refuse_numbers_before_they_look_for_a_model(capsys):
         with pytest.raises(SystemExit):
             main(line)
         assert flag in capsys.readouterr().err
-
-
-def test_phases_that_grow_beyond_all_numbers_are_refused():
-    assert len(GeometricSchedule(150, 2, 400, 100.0).switches()) == 149
-    for nodes, ratio in ((200, 100.0), (3, math.nan), (3, 0.0), (3, math.inf)):
-        with pytest.raises(ValueError, match=f"--target_ratio {ratio} does not do for {nodes} nodes"):
-            GeometricSchedule(nodes, 2, 400, ratio)

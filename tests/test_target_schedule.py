@@ -6,15 +6,12 @@ from itertools import product
 import pytest
 
 from diffusers_disback.backtracking import BacktrackingConfig, target_schedule
-from diffusers_disback.path.target_schedule import TARGET_SCHEDULES, AdaptiveSchedule, GeometricSchedule, Measure
+from diffusers_disback.path.target_schedule import TARGET_SCHEDULES, AdaptiveSchedule, Measure
 
 
 SIZES = [(0, 3, 5), (1, 3, 5), (2, 1, 2), (4, 3, 12), (4, 3, 40), (9, 1, 9), (5, 20, 100)]
 POLICIES = [
     ("fixed", {}),
-    ("geometric", {"target_ratio": 1.5}),
-    ("geometric", {"target_ratio": 0.2}),
-    ("geometric", {"target_ratio": 9.0}),
     ("adaptive", {"target_share": 0.1}),
     ("adaptive", {"target_share": 1.0}),
     ("adaptive", {"target_share": 1.0, "target_fall": 0.01}),
@@ -82,13 +79,6 @@ def test_the_mismatch_is_measured_ten_times_with_each_node_by_default():
 def test_the_fixed_schedule_stays_as_long_with_each():
     nodes, _ = walk(make("fixed", (4, 3, 14), {}), 0)
     assert nodes == [3, 3, 3, 2, 2, 2, 1, 1, 1, 0, 0, 0, 0, 0]
-
-
-def test_geometric_phases_grow_or_shrink():
-    assert GeometricSchedule(4, 70, 280, 2.0).switches() == [30, 90, 210]
-    assert GeometricSchedule(4, 70, 280, 0.5).switches() == [120, 180, 210]
-    assert GeometricSchedule(4, 70, 280, 1.0).switches() == [70, 140, 210]
-    assert GeometricSchedule(4, 1, 4, 100.0).switches() == [1, 2, 3], "no phase is empty"
 
 
 def test_the_adaptive_schedule_leaves_a_node_that_is_no_stepping_stone():

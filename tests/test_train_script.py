@@ -19,6 +19,7 @@ from write_faults import Fault, full
 
 from diffusers_disback import EVALUATORS, DegradationPath, DisBackOneStepPipeline, Evaluator, Metric, TrainingConfig
 from diffusers_disback.commands.command_line import run as command_line
+from diffusers_disback.evaluation.report import read_report
 from diffusers_disback.session import picture_evaluation
 
 
@@ -237,7 +238,6 @@ def test_what_a_finished_run_lacks_is_made_anew(run, teacher_folder, prompts_fil
     import shutil
 
     from diffusers_disback.commands.cli import main as command
-    from diffusers_disback.evaluation.report import read_report
     from diffusers_disback.hub.publish.run import check_student_is_whole
     from diffusers_disback.session import is_finished
 
@@ -327,11 +327,8 @@ def test_resuming_from_a_named_checkpoint(run):
         {"num_path_nodes": 0},
         {"degradation_steps": 6},
         {"degradation_lr_multiplier": 2.0},
-        {"degradation_steps": 9, "node_spacing": "mismatch"},
         {"degradation_steps": 9, "degradation_stop": 0.9},
         {"steps_per_target": 1},
-        {"num_path_nodes": 3, "max_train_steps": 6, "target_schedule": "geometric"},
-        {"num_path_nodes": 3, "max_train_steps": 6, "target_schedule": "geometric", "target_ratio": 3.0},
         {"target_schedule": "adaptive", "mismatch_steps": 1, "target_share": 0.1},
         {"max_train_steps": 5},
         {"fake_score_updates": 2},
@@ -706,6 +703,50 @@ def test_anothers_unfinished_path_is_left_alone(run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is unfinished: 1 nodes are recorded"):
         run("b", degradation_path=tmp_path / "path", resume_from_checkpoint="latest")
     assert len(DegradationPath.from_pretrained(tmp_path / "path")) == 1
+
+
+def write_of_earlier_version(folder, spacing):
+    """Notes settings that earlier versions had, where they noted them."""
+    for file in (folder / "settings" / "degradation.json", folder / "path" / "path.json"):
+        content = json.loads(file.read_text())
+        content.get("recording", content)["node_spacing"] = spacing
+        file.write_text(json.dumps(content))
+
+
+def test_a_recording_of_an_earlier_version_is_resumed(run, monkeypatch):
+    from diffusers_disback.degradation import DegradationRecorder
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DegradationRecorder, "train_step", interrupted_at(3, DegradationRecorder.train_step))
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpointing_steps=2)
+    folder = run.folder / "run"
+    write_of_earlier_version(folder, "mismatch")
+    with pytest.raises(ValueError, match="other settings: node_spacing was 'mismatch', is 'steps'"):
+        run(checkpointing_steps=2, resume_from_checkpoint="latest")
+    write_of_earlier_version(folder, "steps")
+    run(checkpointing_steps=2, resume_from_checkpoint="latest")
+    assert json.loads((folder / "path" / "path.json").read_text())["recording"]["node_spacing"] == "steps"
+    assert equal(student(folder), student(run("unbroken", checkpointing_steps=2)))
+
+
+def test_results_of_an_earlier_version_are_read(run):
+    """A path whose nodes were spaced by mismatch, and a report with a flag that is gone."""
+    folder = run(max_train_steps=2, steps_per_target=1)
+    write_of_earlier_version(folder, "mismatch")
+    report = json.loads((folder / "report.json").read_text())
+    report["settings"] |= {"target_schedule": "geometric", "target_ratio": 1.5, "node_spacing": "mismatch"}
+    (folder / "report.json").write_text(json.dumps(report))
+    assert read_report(folder)["settings"]["target_ratio"] == 1.5
+    assert len(DegradationPath.from_pretrained(folder / "path")) == 2
+    again = run("again", stage="backtrack", degradation_path=folder / "path", max_train_steps=2, steps_per_target=1)
+    assert equal(student(again), student(folder))
+
+
+@pytest.mark.parametrize("flag", ["node_spacing", "target_ratio"])
+def test_a_flag_that_is_gone_is_unknown(run, flag):
+    with pytest.raises(ValueError, match=f"unrecognized arguments: --{flag}"):
+        run(**{flag: 1})
 
 
 def test_a_learning_rate_that_explodes_is_told_and_no_student_is_written(run, tmp_path):

@@ -16,7 +16,7 @@ from .models.batch import Batch
 from .models.generator import OneStepGenerator
 from .models.score_model import ScoreModel
 from .path.path import DegradationPath
-from .path.target_schedule import FALL, SHARE, TARGET_SCHEDULES, Measure, TargetSchedule
+from .path.target_schedule import FALL, SHARE, TARGET_SCHEDULES, AdaptiveSchedule, Measure, TargetSchedule
 from .training.config import TrainingConfig, setting
 from .training.learner import AdapterLearner, Learner
 from .training.networks import add_adapter, shared_base
@@ -31,7 +31,7 @@ class BacktrackingConfig:
     """The settings of stage 2.
 
     Raises:
-        ValueError: If a number is out of its range.
+        ValueError: If a number is out of its range, or a name is unknown.
     """
 
     max_train_steps: int = setting(
@@ -45,14 +45,10 @@ class BacktrackingConfig:
         "steps with one generator update in five.",
         minimum=1,
     )
-    target_schedule: Literal["fixed", "geometric", "adaptive"] = setting(
+    target_schedule: str = setting(
         "adaptive",
-        "When to leave a node: fixed after --steps_per_target; geometric after phases that grow by --target_ratio, "
-        "--steps_per_target on average; adaptive as soon as it is hardly nearer to the student than the next node is, or "
-        "the student is on its way to it, after --steps_per_target at the latest.",
-    )
-    target_ratio: float = setting(
-        1.5, "Of the geometric schedule: the length of a phase over that of the one before.", above=0, maximum=100
+        "When to leave a node: fixed after --steps_per_target; adaptive as soon as it is hardly nearer to the student than "
+        "the next node is, or the student is on its way to it, after --steps_per_target at the latest.",
     )
     target_share: float = setting(
         SHARE,
@@ -88,6 +84,8 @@ class BacktrackingConfig:
 
     def __post_init__(self):
         check_settings(self)
+        if self.target_schedule not in TARGET_SCHEDULES:
+            raise ValueError(f"--target_schedule {self.target_schedule!r} is none of {', '.join(TARGET_SCHEDULES)}.")
 
     @property
     def mismatch_every(self) -> int:
@@ -101,12 +99,9 @@ def target_schedule(config: BacktrackingConfig, num_nodes: int) -> TargetSchedul
     Raises:
         ValueError: If the teacher would get fewer than `steps_per_target` of the updates.
     """
-    own = {
-        "geometric": {"ratio": config.target_ratio},
-        "adaptive": {"share": config.target_share, "fall": config.target_fall},
-    }
-    policy, name = TARGET_SCHEDULES[config.target_schedule], config.target_schedule
-    return policy(num_nodes, config.steps_per_target, config.max_train_steps, **own.get(name, {}))
+    policy = TARGET_SCHEDULES[config.target_schedule]
+    own = {"share": config.target_share, "fall": config.target_fall} if issubclass(policy, AdaptiveSchedule) else {}
+    return policy(num_nodes, config.steps_per_target, config.max_train_steps, **own)
 
 
 def guidance_of_node(node: int, num_nodes: int, config: BacktrackingConfig) -> float:

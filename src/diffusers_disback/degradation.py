@@ -1,8 +1,8 @@
-"""Stage 1: the fake score walks from the teacher to the initial generator, and its footprints are kept."""
+"""Stage 1: the fake score walks from the teacher to the initial generator, and nodes of its way are kept."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from .families import ModelFamily
 from .hub.files import writing
 from .models.batch import Batch
 from .models.generator import OneStepGenerator
-from .path.node_spacing import earliest_end, evenly_spaced, footprints, is_flat
+from .path.node_spacing import candidate_steps, earliest_end, evenly_spaced_steps, is_flat
 from .path.path import DegradationPath
 from .training.config import TrainingConfig, setting
 from .training.probe import MismatchProbe, denoising_losses, mean, predictions
@@ -47,11 +47,6 @@ class DegradationConfig:
         "the steps.",
         above=0,
     )
-    node_spacing: Literal["steps", "mismatch"] = setting(
-        "steps",
-        "In what nodes are evenly spaced: fake-score updates; or their denoising loss on the initial student's samples, "
-        "for which more nodes are written while stage 1 goes on, and N of them are kept.",
-    )
     degradation_stop: float = setting(
         0.2,
         "End stage 1 when its denoising loss has flattened: when doubling the updates brought less than this share of "
@@ -78,11 +73,8 @@ class DegradationConfig:
 
     @property
     def node_steps(self) -> list[int]:
-        """The steps after which nodes are recorded; the last is the last step. Spaced by mismatch, N of them are kept."""
-        if self.node_spacing == "mismatch" and self.num_path_nodes:
-            return footprints(self.degradation_steps, self.num_path_nodes)
-        nodes, steps = self.num_path_nodes, self.degradation_steps
-        return [round(i * steps / nodes) for i in range(1, nodes + 1)]
+        """The steps after which nodes are recorded; the last is the last step."""
+        return evenly_spaced_steps(self.degradation_steps, self.num_path_nodes)
 
 
 class DegradationRecorder(Stage):
@@ -120,7 +112,7 @@ class DegradationRecorder(Stage):
         self.node_steps = degradation.node_steps
         self.measured_steps = set(self.node_steps)
         if degradation.degradation_stop:
-            self.measured_steps |= set(footprints(degradation.degradation_steps, 1))
+            self.measured_steps |= set(candidate_steps(degradation.degradation_steps))
         self.loss_history: list[dict[str, Any]] = []  # the fake score's denoising loss in each band, step by step
         updates = degradation.degradation_steps
         self.warmup_steps = min(config.lr_warmup_steps, updates // 10)
@@ -186,23 +178,9 @@ class DegradationRecorder(Stage):
             learner = self.fake_score
             with writing(self.path.folder):
                 self.path.append(learner.unwrapped(), done, loss, learner.adapter, self.node_dtype, measured)
-            self.notify_recorded()
+            self.recorded()
         self.accelerator.wait_for_everyone()
         self._loss_since_node = torch.zeros_like(self._loss_since_node)
-
-    def kept_steps(self) -> list[int]:
-        """The steps of the nodes that make the path, now that the walk is over."""
-        steps = [node["step"] for node in self.path.nodes]
-        if self.degradation.node_spacing == "steps":
-            return steps
-        rows = [row for row in self.loss_history if row["step"] in (0, *steps)]
-        places = evenly_spaced([mean(row["losses"]) for row in rows], self.degradation.num_path_nodes)
-        return [rows[place]["step"] for place in places]
-
-    def notify_recorded(self) -> None:
-        """Notifies `recorded` that there is something new in the path's folder, unless it may not stay there."""
-        if self.degradation.node_spacing == "steps" or self.path.complete:
-            self.recorded()
 
     @property
     def node_dtype(self) -> torch.dtype:
@@ -216,8 +194,8 @@ class DegradationRecorder(Stage):
         if self.accelerator.is_main_process:
             if self.rate_changes:  # its settings stay those that it was begun with
                 self.path.manifest["rate_changes"] = self.rate_changes
-            self.path.finish(self.summary(), self.kept_steps())
-            self.notify_recorded()
+            self.path.finish(self.summary())
+            self.recorded()
         self.accelerator.wait_for_everyone()
         self.path.reread()
         self.fake_score.release()
@@ -227,7 +205,7 @@ class DegradationRecorder(Stage):
         done = super().resume()
         if self.accelerator.is_main_process:
             self.path.begin(done)
-            self.notify_recorded()
+            self.recorded()
         self.accelerator.wait_for_everyone()
         self.path.reread()
         expected = [step for step in self.node_steps if step <= done]

@@ -40,7 +40,7 @@ from .path.storage import HubNodes
 from .training.config import TrainingConfig
 from .training.lock import locked
 from .training.processes import decided_by_main
-from .training.run_folder import FREE_SETTINGS, RATES, RunFolder, flat
+from .training.run_folder import FREE_SETTINGS, IMPLIED_SETTINGS, RATES, RunFolder, flat
 from .training.signals import Interrupted
 
 
@@ -270,6 +270,7 @@ def open_path(
 
 def _same_recording(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two recordings have the same settings, learning rates apart."""
+    one, other = IMPLIED_SETTINGS | one, IMPLIED_SETTINGS | other
     return all(one.get(name) == other.get(name) for name in (one.keys() | other.keys()) - RATES)
 
 

@@ -61,7 +61,7 @@ FLAGS = [
     of_flag("resolution", 17),
     of_flag("lr_warmup_steps", -1),
     of_flag("output_dir", ""),
-    of_flag("target_ratio", "nan", target_schedule="geometric"),
+    of_flag("target_schedule", "geometric"),
     of_flag("train_batch_size", 0),
     of_flag("dataloader_num_workers", 100_000),
     of_flag("ema_decay", 1.5, use_ema=True),

@@ -186,7 +186,7 @@ def plan(parsed: argparse.Namespace) -> None:
 
     from ..backtracking import BacktrackingConfig
     from ..degradation import DegradationConfig
-    from ..planning.plan import REMARKS, Planner, Setup, fits, table
+    from ..planning.plan import REMARKS, Planner, table
     from ..training.config import TrainingConfig
 
     flags = HfArgumentParser(
@@ -197,12 +197,10 @@ def plan(parsed: argparse.Namespace) -> None:
     training, _, backtracking = parse_flags(flags, parsed.flags)
     if training.pretrained_model_name_or_path is None:
         raise ValueError("Say whose distillation is planned: --pretrained_model_name_or_path.")
-    planner, setup = Planner.of(training.teacher.resolve_configs(training.cache_dir)), Setup.of(training, backtracking)
-    _, height, width = planner.latent_shape(setup)
+    planner = Planner.of(training, backtracking)
     print(
-        f"{training.pretrained_model_name_or_path}: {height * planner.stride} x {width * planner.stride} pixels, batches of "
-        f"{setup.train_batch_size}, mixed precision {setup.mixed_precision}\n\n{table(planner, setup)}\n\n"
-        f"{fits(planner, setup)}\n\n{REMARKS}"
+        f"{training.pretrained_model_name_or_path}: {planner.resolution} x {planner.resolution} pixels, batches of "
+        f"{training.train_batch_size}, mixed precision {training.mixed_precision or 'no'}\n\n{table(planner)}\n\n{REMARKS}"
     )
 
 

@@ -9,7 +9,14 @@ from ..models.score_model import ScoreModel
 
 
 class Objective(ABC):
-    """Two losses. Noise levels and noise are drawn inside, from `batch`; hyperparameters live in the constructor."""
+    """Two losses. Noise levels and noise are drawn inside, from `batch`; hyperparameters live in the constructor.
+
+    Attributes:
+        differentiates_scores (`bool`): Whether the gradient of the generator's loss passes through both scores: the planner
+            counts their graphs.
+    """
+
+    differentiates_scores = False
 
     @abstractmethod
     def generator_loss(self, x0: Tensor, batch: Batch, target: ScoreModel, fake_score: ScoreModel) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which footprints of stage 1 become nodes, and when the walk has come to its end: from denoising losses on the way.
+"""After which steps of stage 1 nodes are recorded and losses are measured, and when it has come to its end.
 
 The losses are the fake score's on the initial student's samples, the same prompts and noise every time; the first is the
 teacher's, after 0 updates.
@@ -8,45 +8,17 @@ import math
 from collections.abc import Sequence
 
 
-_PER_OCTAVE = 2
+def evenly_spaced_steps(steps: int, num_nodes: int) -> list[int]:
+    """The updates after which nodes 1..N are recorded; the last is `steps`."""
+    return [round(i * steps / num_nodes) for i in range(1, num_nodes + 1)]
 
 
-def footprints(steps: int, num_nodes: int) -> list[int]:
-    """The updates after which a node can be kept if nodes are spaced by mismatch: 1, 2, 3, 4, 6, 8, 11, ..., `steps`.
+def candidate_steps(steps: int) -> list[int]:
+    """The updates after which stage 1 may end, spaced by their logarithm: 1, 2, 3, 4, 6, 8, 11, ..., `steps`.
 
-    The loss falls fast at first and slowly later, so they are dense at first. They are two an octave; more, if that would
-    be fewer than twice the nodes.
-
-    Args:
-        steps (`int`): Of stage 1, at most.
-        num_nodes (`int`): N, at most `steps`.
+    The loss falls fast at first and slowly later, so they are dense at first: two each time that the updates double.
     """
-    for per_octave in range(_PER_OCTAVE, 2 * steps):
-        octaves = math.log2(steps)
-        found = sorted({round(2 ** (k / per_octave)) for k in range(int(octaves * per_octave) + 1)} | {steps})
-        if len(found) >= min(2 * num_nodes, steps):
-            return found
-    return list(range(1, steps + 1))
-
-
-def evenly_spaced(losses: Sequence[float], num_nodes: int) -> list[int]:
-    """Which of the measured places become nodes 1..N: those between which the loss falls by about as much each time.
-
-    Args:
-        losses (`Sequence[float]`): After 0 updates, and at each footprint.
-        num_nodes (`int`): N. If there are fewer footprints, all of them are taken.
-
-    Returns:
-        `list[int]`: Indices into `losses`, rising, without 0; the last is the last.
-    """
-    last = len(losses) - 1
-    num_nodes = min(num_nodes, last)
-    chosen = [0]
-    for i in range(1, num_nodes):
-        level = losses[0] + i / num_nodes * (losses[last] - losses[0])
-        possible = range(chosen[-1] + 1, last - (num_nodes - i) + 1)
-        chosen.append(min(possible, key=lambda k: abs(losses[k] - level)))
-    return [*chosen[1:], last] if num_nodes else []
+    return sorted({round(2 ** (k / 2)) for k in range(int(2 * math.log2(steps)) + 1)} | {steps})
 
 
 def earliest_end(steps: int, warmup_steps: int = 0) -> int:

@@ -5,7 +5,6 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
@@ -254,24 +253,16 @@ class DegradationPath:
         """Takes over what another process wrote."""
         self.manifest = read_manifest(self.folder / MANIFEST, self.where, pinned=False)
 
-    def finish(self, cost: dict[str, float], steps: Collection[int] | None = None) -> None:
-        """Marks the path as complete, and notes what it cost: `steps`, `seconds`, `peak_memory_mb`.
-
-        Args:
-            cost (`dict`): Of its recording.
-            steps (`Collection[int]`, *optional*): Of the nodes to keep; by default all.
-        """
+    def finish(self, cost: dict[str, float]) -> None:
+        """Marks the path as complete, and notes what it cost: `steps`, `seconds`, `peak_memory_mb`."""
         self.manifest["complete"], self.manifest["cost"] = True, cost
-        self._keep(lambda node: steps is None or node["step"] in steps)
+        self._write()
 
     def begin(self, step: int = 0) -> None:
         """Writes the manifest, and drops the nodes recorded after a step, for a recording that is resumed there."""
         self.manifest["complete"] = False
-        self._keep(lambda node: node["step"] <= step)
-
-    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        dropped = [node for node in self.nodes if not wanted(node)]
-        self.manifest["nodes"] = [node for node in self.nodes if wanted(node)]
+        dropped = [node for node in self.nodes if node["step"] > step]
+        self.manifest["nodes"] = [node for node in self.nodes if node["step"] <= step]
         self._write()
         for node in dropped:
             shutil.rmtree(self.folder / node["name"])

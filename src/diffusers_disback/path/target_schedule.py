@@ -1,6 +1,5 @@
 """When the target changes: policies that take generator updates, and recorded measures, to a node of the path."""
 
-import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -77,37 +76,6 @@ class FixedSchedule(TargetSchedule):
         return [i * self.steps_per_target for i in range(1, self.num_nodes)]
 
 
-class GeometricSchedule(TargetSchedule):
-    """Phases that are `ratio` times as long as the one before, `steps_per_target` on average, at least one update each.
-
-    Args:
-        num_nodes, steps_per_target, steps (`int`): As of `TargetSchedule`.
-        ratio (`float`): Above 1 phases grow towards the teacher, below 1 they shrink; 1 is the fixed schedule.
-
-    Raises:
-        ValueError: Also if the last phase would be longer than numbers go.
-    """
-
-    def __init__(self, num_nodes: int, steps_per_target: int, steps: int, ratio: float):
-        super().__init__(num_nodes, steps_per_target, steps)
-        if not 0 < ratio < math.inf or num_nodes * math.log(ratio) > 700:
-            raise ValueError(
-                f"--target_ratio {ratio} does not do for {num_nodes} nodes: the last phase would be {ratio}^{num_nodes - 2} "
-                "times as long as the first."
-            )
-        self.ratio = ratio
-
-    def switches(self, measures: Sequence[Measure] = ()) -> list[int]:
-        phases = self.num_nodes - 1
-        lengths = [self.ratio**i for i in range(phases)]
-        total, ends, gone = phases * self.steps_per_target, [], 0.0
-        for i, length in enumerate(lengths):
-            gone += length / sum(lengths)
-            earliest, latest = (ends[-1] if ends else 0) + 1, total - (phases - 1 - i)
-            ends.append(min(max(round(gone * total), earliest), latest))
-        return ends
-
-
 class AdaptiveSchedule(TargetSchedule):
     """Stays with a node while it is a stepping stone that the student is not yet on its way to, `steps_per_target` updates
     at most.
@@ -150,6 +118,5 @@ class AdaptiveSchedule(TargetSchedule):
 
 TARGET_SCHEDULES: dict[str, type[TargetSchedule]] = {
     "fixed": FixedSchedule,
-    "geometric": GeometricSchedule,
     "adaptive": AdaptiveSchedule,
 }

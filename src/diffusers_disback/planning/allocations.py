@@ -15,9 +15,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 
-TOKENS = 77  # of a prompt, for CLIP
-
-
 class Allocations(TorchDispatchMode):
     """Counts the bytes of tensors that operations make within it, and their peak. On any device.
 
@@ -102,38 +99,13 @@ def checkpointed(autocast: torch.dtype | None) -> Callable:
     return run
 
 
-def forward(
-    network: nn.Module, batch: int, latent_shape: tuple[int, int, int], autocast: torch.dtype | None
-) -> Tensor:
-    """The output of a UNet on the meta device, `[B, C, H, W]`, in float32.
-
-    Args:
-        network (`nn.Module`): A `UNet2DConditionModel`.
-        batch (`int`): Samples.
-        latent_shape (`tuple[int, int, int]`): `(C, H, W)`.
-        autocast (`torch.dtype`, *optional*): The precision that it computes in where that is not its own.
-    """
-    config, dtype = network.config, next(network.parameters()).dtype
-    condition = {"encoder_hidden_states": torch.empty(batch, TOKENS, config.cross_attention_dim, dtype=dtype)}
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        shapes = {"text_embeds": (batch, pooled), "time_ids": (batch, 6)}
-        added = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-        condition["added_cond_kwargs"] = added
-    condition["encoder_hidden_states"] = condition["encoder_hidden_states"].to("meta")
-    x_t = torch.empty(batch, *latent_shape, dtype=dtype, device="meta")
-    t = torch.empty(batch, dtype=torch.long, device="meta")
-    with OnGPU(autocast):
-        return network(x_t, timestep=t, return_dict=False, **condition)[0].float()
-
-
 @dataclass(frozen=True)
 class PassMemory:
-    """What a forward and a backward pass hold, in bytes.
+    """What a pass holds, in bytes.
 
     Args:
-        activations (`int`): Between the two: what is kept for the backward pass.
-        gradients (`int`): After the backward pass.
+        activations (`int`): After the forward pass: what is kept for the backward pass, and the output.
+        gradients (`int`): Of parameters, after the backward pass.
         peak (`int`): At the worst moment. Activations go as gradients come, so it is less than the sum.
     """
 
@@ -143,29 +115,29 @@ class PassMemory:
 
 
 def pass_memory(
-    network: nn.Module, batch: int, latent_shape: tuple[int, int, int], autocast: torch.dtype | None = None
+    network: nn.Module, inputs: Callable[[], dict[str, Any]], autocast: torch.dtype | None = None
 ) -> PassMemory:
-    """What a forward and a backward pass of a network on the meta device would hold on a GPU. Arguments as of `forward`."""
+    """What a forward pass of a network on the meta device would hold on a GPU; and a backward pass, if there is a graph.
+
+    Args:
+        network (`nn.Module`): A diffusers denoiser.
+        inputs (`Callable`): Makes its arguments, which count as well.
+        autocast (`torch.dtype`, *optional*): The precision that it computes in where that is not its own.
+    """
     with Allocations(network.parameters()) as allocations:
-        output = forward(network, batch, latent_shape, autocast)
+        arguments = inputs()
+        with OnGPU(autocast):
+            output = network(**arguments, return_dict=False)[0].float()
+        del arguments
         activations = allocations.live
-        output.square().mean().backward()
+        if output.requires_grad:
+            output.square().mean().backward()
         del output
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     network.zero_grad(set_to_none=True)
-    return PassMemory(activations, sum(map(size, gradients)), allocations.peak)
+    return PassMemory(activations, size(*gradients), allocations.peak)
 
 
-@torch.no_grad()
-def evaluation_memory(
-    network: nn.Module, batch: int, latent_shape: tuple[int, int, int], autocast: torch.dtype | None = None
-) -> int:
-    """The most that a forward pass without a graph would hold on a GPU, in bytes. Arguments as of `forward`."""
-    with Allocations(network.parameters()) as allocations:
-        forward(network, batch, latent_shape, autocast)
-    return allocations.peak
-
-
-def size(tensor: Tensor) -> int:
+def size(*tensors: Tensor) -> int:
     """In bytes."""
-    return tensor.numel() * tensor.element_size()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

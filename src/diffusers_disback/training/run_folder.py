@@ -25,6 +25,8 @@ FREE_SETTINGS = {
 }
 # These, too: they are taken from the checkpoint on, which is told and noted in it.
 RATES = {"generator_learning_rate", "fake_score_learning_rate", "degradation_lr_multiplier"}
+# Settings that earlier versions had, with the value at which they did what is always done now.
+IMPLIED_SETTINGS = {"node_spacing": "steps"}
 INPUTS = {
     "prompts": "the prompts (of the file or data set)",
     "teacher": "the teacher's UNet (or the LoRA that is fused into it)",
@@ -69,10 +71,10 @@ class RunFolder:
                 "latest to go on with that run, or choose another --output_dir."
             )
         if file.exists():
-            before = read_json(file)
+            before = IMPLIED_SETTINGS | read_json(file)
             changed = {
                 name: (before.get(name), value)
-                for name, value in settings.items()
+                for name, value in (IMPLIED_SETTINGS | settings).items()
                 if name not in FREE_SETTINGS | RATES and before.get(name) != value
             }
             if changed:
