@@ -75,7 +75,7 @@ def impatient(monkeypatch):
 
     clock = SimpleNamespace(monotonic=time.monotonic, time=time.time, sleep=lambda seconds: None)
     monkeypatch.setattr(http, "time", clock)
-    monkeypatch.setattr(repository, "WAITS", ())
+    monkeypatch.setattr(repository, "time", clock)
 
 
 @pytest.fixture

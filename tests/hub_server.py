@@ -80,12 +80,11 @@ class Repo:
     private: bool = False
     gated: bool = False
     branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
     pull_requests: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
 
     def resolve(self, revision: str) -> Commit:
-        refs = {**self.branches, **self.tags, **self.pull_requests}
+        refs = {**self.branches, **self.pull_requests}
         oid = refs.get(revision, revision)
         if oid not in self.commits:
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -119,7 +118,6 @@ class HubServer:
         repos (`dict[str, Repo]`): By `user/name`.
         requests (`list[Request]`): All since the last `clear`.
         fault (`Callable`, *optional*): Asked with each request before it is served.
-        redirects (`bool`): Large files are answered with a 302 to `/cdn/`, as the real Hub does.
     """
 
     def __init__(self):
@@ -138,7 +136,6 @@ class HubServer:
             self.tokens: dict[str, str] = {}
             self.requests: list[Request] = []
             self.fault: Callable[[Request], Fault | None] | None = None
-            self.redirects = False
 
     def close(self) -> None:
         self.server.shutdown()
@@ -258,11 +255,6 @@ class _Handler(BaseHTTPRequestHandler):
                 return answer if isinstance(answer, tuple) else (200, answer, {})
         raise Refusal(404, None, f"{self.command} {path} is not served here")
 
-    def whoami(self) -> Any:
-        if self._user() is None:
-            raise Refusal(401, None, "Invalid username or password.")
-        return {"name": self._user(), "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
-
     def create_repo(self) -> Any:
         wanted, user = json.loads(self.body), self._user()
         owner = wanted.get("organization") or user
@@ -279,13 +271,6 @@ class _Handler(BaseHTTPRequestHandler):
         repo.branches["main"] = repo.add({".gitattributes": self.hub.keep(b"*.png lfs\n")}, "initial commit", None).oid
         return body
 
-    def delete_repo(self) -> Any:
-        wanted = json.loads(self.body)
-        name = f"{wanted.get('organization') or self._user()}/{wanted['name']}"
-        self._repo(name, write=True)
-        del self.hub.repos[name]
-        return {}
-
     def branch(self, name: str, branch: str) -> Any:
         repo = self._repo(name, write=True)
         if self.command == "DELETE":
@@ -296,18 +281,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(409, None, f"Reference already exists: refs/heads/{branch}")
         start = json.loads(self.body or b"{}").get("startingPoint") or "main"
         repo.branches[branch] = repo.resolve(start).oid
-        return {}
-
-    def tag(self, name: str, revision: str) -> Any:
-        repo = self._repo(name, write=True)
-        if self.command == "DELETE":
-            if repo.tags.pop(revision, None) is None:
-                raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            return {}
-        tag = json.loads(self.body)["tag"]
-        if tag in repo.tags:
-            raise Refusal(409, None, f"Reference already exists: refs/tags/{tag}")
-        repo.tags[tag] = repo.resolve(revision).oid
         return {}
 
     def preupload(self, name: str, revision: str) -> Any:
@@ -371,8 +344,6 @@ class _Handler(BaseHTTPRequestHandler):
                 case "deletedFile":
                     if tree.pop(value["path"], None) is None:
                         raise Refusal(404, "EntryNotFound", f"{value['path']} does not exist")
-                case "deletedFolder":
-                    tree = {path: key for path, key in tree.items() if not path.startswith(value["path"])}
         commit = repo.add(tree, header["value"]["summary"], parent)
         answer = {"success": True, "commitOid": commit.oid, "commitUrl": f"{self.hub.url}/{name}/commit/{commit.oid}"}
         if self._proposes():
@@ -383,17 +354,9 @@ class _Handler(BaseHTTPRequestHandler):
         return answer
 
     def refs(self, name: str) -> Any:
-        repo = self._repo(name)
-
-        def listed(refs: dict[str, str], prefix: str) -> list[dict[str, str]]:
-            return [{"name": n, "ref": f"{prefix}{n}", "targetCommit": oid} for n, oid in refs.items()]
-
-        answer = {
-            "branches": listed(repo.branches, "refs/heads/"),
-            "converts": [],
-            "tags": listed(repo.tags, "refs/tags/"),
-        }
-        return {**answer, "pullRequests": listed(repo.pull_requests, "")}
+        branches = self._repo(name).branches.items()
+        listed = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid} for name, oid in branches]
+        return {"branches": listed, "converts": [], "tags": []}
 
     def _entry(self, path: str, key: str) -> dict[str, Any]:
         """A file with its id in git, which is that of its content or, if it is large, of the pointer to it."""
@@ -405,40 +368,16 @@ class _Handler(BaseHTTPRequestHandler):
         oid = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         return {"type": "file", "path": path, "size": size, "oid": oid, **lfs}
 
-    def tree(self, name: str, revision: str, folder: str | None = None) -> Any:
+    def tree(self, name: str, revision: str) -> Any:
         tree = self._repo(name).resolve(revision).tree
-        prefix = f"{folder}/" if folder else ""
-        entries, folders = [], set()
-        for path, key in sorted(tree.items()):
-            if path.startswith(prefix):
-                parts = path.removeprefix(prefix).split("/")
-                deep = range(1, len(parts) if "recursive" in self.query else min(len(parts), 2))
-                folders |= {prefix + "/".join(parts[:depth]) for depth in deep}
-                if len(parts) == 1 or "recursive" in self.query:
-                    entries.append(self._entry(path, key))
-        if folder and not entries and not folders:
-            raise Refusal(404, "EntryNotFound", f"{folder} does not exist")
-        return entries + [_folder(path) for path in sorted(folders)]
-
-    def paths_info(self, name: str, revision: str) -> Any:
-        tree = self._repo(name).resolve(revision).tree
-        wanted = parse_qs(self.body.decode()).get("paths", [])  # a form, the only one
         folders = {"/".join(path.split("/")[:depth]) for path in tree for depth in range(1, path.count("/") + 1)}
-        return [
-            self._entry(path, tree[path]) if path in tree else _folder(path)
-            for path in wanted
-            if path in {*tree, *folders}
-        ]
+        entries = [self._entry(path, key) for path, key in sorted(tree.items())]
+        return entries + [_folder(path) for path in sorted(folders)]
 
     def info(self, name: str, revision: str | None = None) -> Any:
         repo = self._repo(name)
         commit = repo.resolve(revision or "main")
         siblings: list[dict[str, Any]] = [{"rfilename": path} for path in sorted(commit.tree)]
-        if "blobs" in self.query:
-            entries = [self._entry(file["rfilename"], commit.tree[file["rfilename"]]) for file in siblings]
-            for file, entry in zip(siblings, entries, strict=True):
-                lfs = {"lfs": {**entry["lfs"], "sha256": entry["lfs"]["oid"]}} if "lfs" in entry else {}
-                file |= {"size": entry["size"], "blobId": entry["oid"], **lfs}
         card = self.hub.blobs[commit.tree["README.md"]].decode() if "README.md" in commit.tree else ""
         data = {} if card_errors(card) else card_data(card)
         answer = {
@@ -479,23 +418,10 @@ class _Handler(BaseHTTPRequestHandler):
         if "lfs" not in entry:
             return self._content(self.hub.blobs[key], {**headers, "ETag": f'"{entry["oid"]}"'})
         headers |= {"ETag": f'"{key}"', "X-Linked-Etag": f'"{key}"', "X-Linked-Size": str(entry["size"])}
-        if self.hub.redirects:
-            # Another host's name: a redirect to the same one the client follows, and then misses the headers.
-            return 302, b"", {**headers, "Location": f"http://localhost:{self.hub.server.server_port}/cdn/{key}"}
         return self._content(self.hub.blobs[key], headers)
 
-    def cdn(self, key: str) -> Any:
-        return self._content(self.hub.blobs[key], {"ETag": f'"{key}"'})
-
     def _content(self, content: bytes, headers: dict[str, str]) -> tuple[int, bytes, dict[str, str]]:
-        headers = {**headers, "Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"}
-        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if span:
-            first, last = int(span[1]), min(int(span[2] or len(content)), len(content) - 1)
-            if first > last:
-                raise Refusal(416, None, "Out of range", headers={"Content-Range": f"bytes */{len(content)}"})
-            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-            return 206, content[first : last + 1], headers
+        headers = {**headers, "Content-Type": "application/octet-stream"}
         if self.command == "HEAD":
             headers["Content-Length"] = str(len(content))
         return 200, content, headers
@@ -590,22 +516,17 @@ def _is_text(value: Any) -> bool:
 _ID, _PART = r"([^/]+/[^/]+)", r"([^/]+)"
 _API = rf"/api/models/{_ID}"
 ROUTES: dict[tuple[tuple[str, ...], str], Callable[..., Any]] = {
-    (("GET",), "/api/whoami-v2"): _Handler.whoami,
     (("POST",), "/api/repos/create"): _Handler.create_repo,
-    (("DELETE",), "/api/repos/delete"): _Handler.delete_repo,
     (("POST",), "/api/validate-yaml"): _Handler.validate,
     (("POST", "DELETE"), rf"{_API}/branch/{_PART}"): _Handler.branch,
-    (("POST", "DELETE"), rf"{_API}/tag/{_PART}"): _Handler.tag,
     (("POST",), rf"{_API}/preupload/{_PART}"): _Handler.preupload,
     (("POST",), rf"{_API}/commit/{_PART}"): _Handler.commit,
-    (("POST",), rf"{_API}/paths-info/{_PART}"): _Handler.paths_info,
     (("GET",), rf"{_API}/refs"): _Handler.refs,
-    (("GET",), rf"{_API}/tree/{_PART}(?:/(.+))?"): _Handler.tree,
+    (("GET",), rf"{_API}/tree/{_PART}"): _Handler.tree,
     (("GET",), rf"{_API}/commits/{_PART}"): _Handler.commits,
     (("GET",), rf"{_API}(?:/revision/{_PART})?"): _Handler.info,
     (("POST",), rf"/{_ID}\.git/info/lfs/objects/batch"): _Handler.lfs_batch,
     (("PUT",), rf"/{_ID}/lfs/upload/{_PART}"): _Handler.lfs_upload,
     (("POST",), rf"/{_ID}/lfs/verify"): _Handler.lfs_verify,
     (("GET", "HEAD"), rf"/{_ID}/resolve/{_PART}/(.+)"): _Handler.resolve,
-    (("GET", "HEAD"), rf"/cdn/{_PART}"): _Handler.cdn,
 }

@@ -24,7 +24,7 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Within a room, from the bottom up.
 ORDER = {
-    "hub": [{"files"}, {"markdown", "published"}, {"repository"}],
+    "hub": [{"files", "errors"}, {"markdown", "published"}, {"repository"}],
     "models": [
         {"batch", "denoiser", "noise_schedule"},
         {"weights", "score_model"},
@@ -47,7 +47,7 @@ ORDER = {
     ],
     "objectives": [{"base"}, {"variational"}, {"__init__"}],
     "evaluation": [{"base", "report_format"}, {"distance", "drift", "pictures"}, {"__init__"}, {"report"}, {"sweep"}],
-    "hub.publish": [{"export", "run"}, {"background"}],
+    "hub.publish": [{"export", "student"}, {"run"}, {"background"}],
     "planning": [{"allocations"}, {"plan"}],
     "commands": [{"command_line"}, {"cli"}],
 }
@@ -62,7 +62,7 @@ DOORS = {
     "torchmetrics": {"evaluation/distance.py"},
     "matplotlib": {"evaluation/pictures.py"},
     "huggingface_hub": {
-        *("hub/repository.py", "hub/cards.py", "hub/publish/run.py", "path/storage.py"),
+        *("hub/repository.py", "hub/errors.py", "hub/cards.py", "hub/publish/run.py", "path/storage.py"),
         *("models/pipeline_folder.py", "models/single_file.py", "models/model_files.py"),
     },
     "datasets": {"data/prompts.py"},

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from stages import equal, weights
 
 from diffusers_disback.families import load_family
-from diffusers_disback.hub.publish.run import save_student
+from diffusers_disback.hub.publish.student import save_student
 from diffusers_disback.models.components import check_whole
 from diffusers_disback.models.generator import to_pipeline
 from diffusers_disback.models.pipeline_folder import files_of, variant_taken
@@ -215,7 +215,7 @@ def test_a_conversion_is_read_where_nothing_can_be_written(other, teacher_folder
     with monkeypatch.context() as context:
         context.setattr("huggingface_hub.utils.WeakFileLock", refuse)
         context.setattr(Path, "mkdir", refuse)
-        context.setattr("diffusers_disback.hub.repository.sha256_of", lambda file: hashed.append(file) or 64 * "0")
+        context.setattr("diffusers_disback.hub.files.sha256_of", lambda file: hashed.append(file) or 64 * "0")
         assert reference.resolve(cache).vae_folder == folder
         assert not hashed, "a large file is hashed once in a process"
         with pytest.raises(ValueError, match="cannot be written to .*single_files .Read-only .*--cache_dir"):

@@ -1,13 +1,8 @@
 """That the real client finds in `HubServer` the Hub that it expects."""
 
-import time
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 import pytest
-import tiny
-import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
 from hub_server import Fault
 from huggingface_hub import (
     CommitOperationAdd,
@@ -79,8 +74,6 @@ def test_a_repository_and_a_branch_are_made_once(api, hub, repo):
     assert hub.repos[repo].private
     api.delete_branch(repo, branch="b")
     assert list(hub.repos[repo].branches) == ["main"]
-    api.delete_repo(repo)
-    assert not hub.repos
 
 
 def test_the_same_content_again_makes_no_commit(api, hub, repo):
@@ -97,20 +90,15 @@ def test_a_large_file_that_is_there_is_not_sent_again(api, hub, repo):
     start = len(hub.requests)
     commit(api, repo, {"other.safetensors": FILES[WEIGHTS], "big.txt": b"0" * (10 * 2**20 + 1)})
     assert asked(hub, start) == LARGE_FILE
-    assert [info.lfs is not None for info in api.get_paths_info(repo, [*FILES, "big.txt"])] == [
-        True,
-        False,
-        False,
-        True,
-    ]
+    large = {entry.path for entry in api.list_repo_tree(repo, recursive=True) if getattr(entry, "lfs", None)}
+    assert large == {WEIGHTS, "other.safetensors", "big.txt"}
 
 
-def test_files_and_folders_are_deleted(api, hub, repo):
+def test_files_are_deleted(api, hub, repo):
     api.create_repo(repo)
     commit(api, repo)
-    operations = [CommitOperationDelete("unet/"), CommitOperationDelete("a.txt")]
-    api.create_commit(repo, operations, commit_message="Away")
-    assert list(hub.files(repo)) == [".gitattributes"]
+    api.create_commit(repo, [CommitOperationDelete("a.txt")], commit_message="Away")
+    assert hub.files(repo).keys() == {".gitattributes", *FILES} - {"a.txt"}
     with pytest.raises(EntryNotFoundError):
         api.delete_file("a.txt", repo)
     titles = [commit.title for commit in api.list_repo_commits(repo)]
@@ -133,8 +121,7 @@ def test_a_pull_request_leaves_main_alone(api, hub, repo):
     assert commit(other, repo, create_pr=True).pr_revision == "refs/pr/1"
     assert list(hub.files(repo)) == [".gitattributes"]
     second = commit(api, repo, {"a.txt": b"b"}, revision="refs/pr/1")
-    (request,) = api.list_repo_refs(repo, include_pull_requests=True).pull_requests
-    assert (request.ref, request.target_commit) == ("refs/pr/1", second.oid)
+    assert hub.repos[repo].pull_requests == {"refs/pr/1": second.oid}
     assert hub.files(repo, "refs/pr/1")["a.txt"] == b"b"
     with pytest.raises(HfHubHTTPError):
         commit(HfApi(token=False), repo, create_pr=True)
@@ -143,53 +130,26 @@ def test_a_pull_request_leaves_main_alone(api, hub, repo):
 # What is read -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("redirects", [False, True])
-def test_a_snapshot_of_a_revision(api, hub, repo, redirects):
-    hub.redirects = redirects
+def test_a_snapshot_of_a_revision(api, hub, repo):
     api.create_repo(repo)
     head = commit(api, repo).oid
-    api.create_tag(repo, tag="v1")
+    api.create_branch(repo, branch="v1")
     commit(api, repo, {"a.txt": b"later"})
-    start, folder = len(hub.requests), snapshot_download(repo, revision="v1")
-    assert folder.endswith(head) and ("GET cdn" in asked(hub, start)) == redirects
+    folder = snapshot_download(repo, revision="v1")
+    assert folder.endswith(head)
     assert {path: Path(folder, path).read_bytes() for path in FILES} == FILES
-    api.delete_tag(repo, tag="v1")
     with pytest.raises(RevisionNotFoundError):
-        snapshot_download(repo, revision="v1")
-
-
-def test_a_part_of_a_file(api, hub, repo):
-    api.create_repo(repo)
-    commit(api, repo)
-    request = Request(f"{hub.url}/{repo}/resolve/main/{WEIGHTS}", headers={"Range": "bytes=2-4"})
-    with urlopen(request) as answer:
-        assert answer.read() == FILES[WEIGHTS][2:5] and answer.headers["Content-Range"] == "bytes 2-4/7"
+        snapshot_download(repo, revision="v2")
 
 
 def test_what_is_told_of_a_repository(api, hub, repo):
     api.create_repo(repo)
     commit(api, repo, {**FILES, "README.md": b"---\nlicense: mit\ntags: [x]\n---\n# Hi\n"})
-    info = api.model_info(repo, files_metadata=True)
-    sizes = {file.rfilename: file.size for file in info.siblings}
-    assert info.card_data.license == "mit" and info.tags == ["x"] and sizes[WEIGHTS] == 7
+    info = api.model_info(repo)
+    assert info.card_data.license == "mit" and info.tags == ["x"]
     entries = {entry.path: entry for entry in api.list_repo_tree(repo, recursive=True)}
-    assert entries.keys() == {".gitattributes", "README.md", "unet", *FILES}
+    assert entries.keys() == {".gitattributes", "README.md", "unet", *FILES} and entries[WEIGHTS].size == 7
     assert entries[WEIGHTS].lfs.sha256 == hub.snapshot(repo)["main"][WEIGHTS]
-    folders = [entry.path for entry in api.get_paths_info(repo, ["unet", "a.txt", "nope"])]
-    assert folders == ["unet", "a.txt"]
-
-
-def test_a_model_and_a_pipeline_from_a_branch(api, repo, teacher_folder, tmp_path):
-    api.create_repo(repo)
-    api.upload_folder(repo_id=repo, folder_path=teacher_folder)
-    api.create_branch(repo, branch="trained")
-    tiny.unet(seed=3).save_pretrained(tmp_path)
-    api.upload_folder(repo_id=repo, folder_path=tmp_path, path_in_repo="unet", revision="trained")
-    unet = UNet2DConditionModel.from_pretrained(repo, subfolder="unet", revision="trained")
-    pipe = DiffusionPipeline.from_pretrained(repo, revision="trained")
-    expected = tiny.unet(seed=3).state_dict()
-    for loaded in (unet, pipe.unet):
-        assert all(torch.equal(loaded.state_dict()[key], value) for key, value in expected.items())
 
 
 # Who may ----------------------------------------------------------------------------------------------------------
@@ -227,7 +187,6 @@ def test_only_the_owner_writes(api, hub, repo, who, status):
         lambda: stranger.create_repo("alice/theirs"),
         lambda: stranger.create_branch(repo, branch="b"),
         lambda: commit(stranger, repo),
-        lambda: stranger.delete_repo(repo),
     ):
         with pytest.raises(HfHubHTTPError) as error:
             change()
@@ -250,21 +209,7 @@ def test_a_lost_request_changes_nothing_and_a_lost_answer_does(api, hub, repo, a
     assert len(hub.repos[repo].commits) == 2
 
 
-def test_everything_is_lost_from_one_request_on(api, hub, repo):
-    api.create_repo(repo)
-    last = len(hub.requests) + 1
-    hub.fault = lambda request: Fault.drop() if request.number > last else None
-    api.create_branch(repo, branch="one")
-    api.create_branch(repo, branch="two")
-    for _ in range(2):
-        with pytest.raises(HTTPError):
-            api.create_branch(repo, branch="three")
-    hub.fault = None
-    api.create_branch(repo, branch="three")
-    assert list(hub.repos[repo].branches) == ["main", "one", "two", "three"]
-
-
-@pytest.mark.parametrize("status", [401, 403, 413, 429, 500, 502, 503])
+@pytest.mark.parametrize("status", [401, 413, 429, 503])
 def test_another_answer(api, hub, repo, status):
     api.create_repo(repo)
     headers = {"X-Error-Message": "Not today", "Retry-After": "7"}
@@ -280,12 +225,6 @@ def test_another_answer(api, hub, repo, status):
     assert hub.requests[-1].status == status and "b" not in hub.repos[repo].branches
 
 
-def test_the_clients_error_by_its_code(api, hub):
-    hub.fault = lambda request: Fault(status=404, headers={"X-Error-Code": "RevisionNotFound"})
-    with pytest.raises(RevisionNotFoundError):
-        api.model_info("alice/any")
-
-
 def test_the_client_tries_a_read_again(api, hub, repo, impatient):
     api.create_repo(repo)
     commit(api, repo)
@@ -293,19 +232,6 @@ def test_the_client_tries_a_read_again(api, hub, repo, impatient):
     hub.fault = lambda request: next(faults, None)
     assert Path(hf_hub_download(repo, "a.txt")).read_bytes() == b"a"
     assert [request.status for request in hub.requests[start:]] == [503, 429, 200, 200]
-
-
-def test_a_slow_answer(api, hub, repo):
-    hub.fault = lambda request: Fault(seconds=0.2)
-    start = time.monotonic()
-    api.create_repo(repo)
-    assert time.monotonic() - start >= 0.2 and repo in hub.repos
-
-
-def test_a_cleared_server_knows_nothing(api, hub, repo):
-    api.create_repo(repo)
-    hub.clear()
-    assert not hub.repos and not hub.requests and not hub.tokens and hub.fault is None
 
 
 # Cards ------------------------------------------------------------------------------------------------------------
@@ -345,17 +271,11 @@ def test_a_good_card_is_accepted(hub):
     [
         ("license: other", "license: [", "Invalid YAML"),
         ("license: other", "license: my-own", '"license" must be'),
-        ("license_name: mine", "x: y", "license_name"),
         ("alice/teacher", "/home/alice/teacher", "base_model"),
-        ("alice/teacher", "../teacher", "base_model"),
         ("finetune", "distillation", "base_model_relation"),
         ("pipeline_tag: text-to-image", "pipeline_tag: distillation", "pipeline_tag"),
         ("- diffusers", "- 1", "tags"),
-        ("tags:\n- diffusers", "tags: diffusers", "tags"),
-        ("- name: m", "- name: ''", "model-index[0].name"),
         ("      type: text-to-image", "      name: text-to-image", "task.type"),
-        ("      type: d", "      x: d", "dataset.type"),
-        ("      name: D", "      x: D", "dataset.name"),
         ("    - type: fid", "    - name: fid", "metrics[0].type"),
         ("value: 1.5", "value: [1.5]", "metrics[0].value"),
     ],
@@ -368,8 +288,3 @@ def test_a_bad_card_is_refused(api, hub, repo, old, new, message):
         commit(api, repo, {"README.md": card.encode(), "a.txt": b"a"})
     assert message in str(error.value)
     assert [request.path for request in hub.requests if request.changes][1:] == ["/api/validate-yaml"]
-
-
-def test_a_bad_card_is_refused_by_itself(hub):
-    with pytest.raises(ValueError, match="base_model"):
-        ModelCard(GOOD_CARD.replace("alice/teacher", "/home/alice/teacher")).validate()

@@ -14,7 +14,7 @@ import tiny
 
 from diffusers_disback import DegradationPath
 from diffusers_disback.backtracking import BacktrackingTrainer
-from diffusers_disback.hub.publish.run import check_teacher_files, save_student
+from diffusers_disback.hub.publish.student import check_teacher_files, save_student
 from diffusers_disback.hub.published import (
     clean_configs,
     published,

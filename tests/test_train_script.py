@@ -238,7 +238,8 @@ def test_what_a_finished_run_lacks_is_made_anew(run, teacher_folder, prompts_fil
     import shutil
 
     from diffusers_disback.commands.cli import main as command
-    from diffusers_disback.hub.publish.run import check_student_is_whole
+    from diffusers_disback.evaluation.report import read_report
+    from diffusers_disback.hub.publish.student import check_student_is_whole
     from diffusers_disback.session import is_finished
 
     folder = run()

@@ -24,8 +24,9 @@ from test_sharing import main_and_nodes
 from diffusers_disback import DegradationPath, DisBackOneStepPipeline
 from diffusers_disback.commands.cli import main as command
 from diffusers_disback.degradation import DegradationRecorder
-from diffusers_disback.hub.publish.background import BackgroundUpload
+from diffusers_disback.hub.publish.background import RunUpload
 from diffusers_disback.hub.repository import HubError, Repository
+from diffusers_disback.training.config import TrainingConfig
 
 
 def without_cache():
@@ -75,7 +76,7 @@ def test_a_student_of_a_shared_path_names_it(run, repo, hub, capsys):
     run("third", stage="record", push_to_hub=True, hub_model_id=f"{repo}-2")  # the same settings, another recording
     before = hub.snapshot(own)
     run("fourth", stage="backtrack", degradation_path=f"{repo}-2", push_to_hub=True, hub_model_id=own)
-    assert "holds the student of another run: path was" in capsys.readouterr().err and hub.snapshot(own) == before
+    assert "holds the student of another run: its path is" in capsys.readouterr().err and hub.snapshot(own) == before
 
 
 def test_a_recording_is_pushed_with_a_card_of_its_own_and_then_joined_by_a_student(run, repo, hub):
@@ -104,11 +105,11 @@ def test_the_student_of_another_run_is_not_overwritten(run, repo, hub, capsys, i
     same_path = {"stage": "backtrack", "degradation_path": f"{run.folder}/first/path"}
     run("second", push_to_hub=True, hub_model_id=repo, guidance_scale=2.0, **same_path)
     captured = capsys.readouterr()
-    assert "holds the student of another run: guidance_scale was 8.0, is 2.0" in captured.err
+    assert "holds the student of another run: its guidance_scale is 8.0, this one's is 2.0" in captured.err
     assert "not pushed; push it later with diffusers-disback push" in captured.out
     assert hub.snapshot(repo) == before
     run("third", push_to_hub=True, hub_model_id=repo, num_path_nodes=0)
-    assert "holds the student of another run: num_path_nodes was 2, is 0" in capsys.readouterr().err
+    assert "holds the student of another run: its num_path_nodes is 2, this one's is 0" in capsys.readouterr().err
     run("fourth", push_to_hub=True, hub_model_id=repo)  # the same settings, recorded once more
     assert "holds another degradation path: its id is" in capsys.readouterr().err
     assert hub.snapshot(repo) == before
@@ -353,7 +354,7 @@ def test_bad_names_and_flags_are_told_before_anything_is_loaded(run, tmp_path, a
             {"stage": "record", "degradation_path": "alice/x"},
             "--stage record writes a path into a folder. Write ./alice/x",
         ),
-        ({"degradation_path": "alice/nowhere"}, "alice/nowhere is no model on the Hub that this token may see"),
+        ({"degradation_path": "alice/nowhere"}, "The Hub knows no alice/nowhere for this token"),
     ]:
         with pytest.raises(ValueError, match=message):
             run(**changes)
@@ -398,18 +399,23 @@ def test_a_node_that_cannot_be_had_stops_the_run_and_resuming_goes_on(run, repo,
     assert [wait["node"] for wait in json.loads((again / "report.json").read_text())["waits"]] == [2, 1, 0]
 
 
-def test_an_upload_that_waits_stands_for_all_before_it():
+def test_an_upload_that_is_due_stands_for_all_before_it(tmp_path, monkeypatch, capsys):
     done, go = [], threading.Event()
-    upload = BackgroundUpload("push", done.append)
-    upload.submit(go.wait)
-    for number in range(5):
-        time.sleep(0.02)
-        upload.submit(lambda number=number: done.append(number))
+    monkeypatch.setattr(RunUpload, "_create", lambda upload: go.wait())
+    monkeypatch.setattr(RunUpload, "_push_path", lambda upload: done.append("path"))
+    monkeypatch.setattr(RunUpload, "_push_all", lambda upload: done.append("all"))
+    upload = RunUpload(TrainingConfig("teacher", output_dir=str(tmp_path), push_to_hub=True, hub_model_id="alice/x"))
+    for _ in range(5):
+        upload.submit_path()
     go.set()
-    assert upload.finish(lambda: done.append("all"))
-    assert done == [0, "all"]
-    assert not upload.finish(lambda: 1 / 0) and "ZeroDivisionError" in done[-1]
-    assert upload.finish(lambda: None), "a later push that works mends it"
+    while not done:
+        time.sleep(0.01)
+    assert upload.finish().startswith("pushed to ") and done == ["path", "all"]
+    monkeypatch.setattr(RunUpload, "_push_all", lambda upload: 1 / 0)
+    assert upload.finish().startswith("not pushed; push it later with ")
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    monkeypatch.setattr(RunUpload, "_push_all", lambda upload: None)
+    assert upload.finish().startswith("pushed to "), "a later push that works mends it"
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from diffusers_disback.backtracking import nodes_are_guided
 from diffusers_disback.commands.command_line import parse_flags, run
 from diffusers_disback.evaluation.report import Report, drawable, summary
 from diffusers_disback.hub.publish.background import RunUpload
-from diffusers_disback.hub.publish.run import check_teacher_files, save_student
+from diffusers_disback.hub.publish.student import check_teacher_files, save_student
 from diffusers_disback.models.generator import to_pipeline
 from diffusers_disback.session import (
     Configs,

@@ -25,13 +25,15 @@ from .data.prompts import CAPACITY, PromptData, PromptFile, dataset_prompts, spo
 from .data.truncation import truncation
 from .degradation import DegradationConfig
 from .evaluation import Evaluation, check_evaluators
-from .evaluation.report import REPORT, Report, read_report, summary, versions
+from .evaluation.report import Report, read_report, summary, versions
 from .families import ModelFamily
 from .hub.files import write_json, writing, written_whole
 from .hub.publish.background import repository_of
-from .hub.publish.run import INDEX, missing_results, results, write_model_card
-from .hub.published import published, published_command
+from .hub.publish.run import write_model_card
+from .hub.publish.student import missing_results, results
+from .hub.published import REPORT, published, published_command
 from .hub.repository import HubError
+from .models.pipeline_folder import INDEX
 from .models.reference import LocalModel
 from .models.weights import fingerprint
 from .path.manifest import MANIFEST

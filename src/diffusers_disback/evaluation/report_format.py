@@ -4,10 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.files import inside, read_json
+from ..hub.published import REPORT
 from ..path.manifest import check_fields, is_count, is_number, is_record, is_text, is_text_or_none
-
-
-REPORT = "report.json"
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Files: names of others stay inside their folder, JSON is read with its shape checked, and results are written whole."""
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -206,3 +208,20 @@ def printable(text: Any) -> str:
     """A text of somebody else for a terminal or a page: control characters, among them terminal escapes and marks that
     reverse the direction, are shown as escapes; line breaks and tabs, too."""
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), str(text))
+
+
+def sha256_of(file: Path) -> str:
+    """Of a file's content."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def known_sha256(file: Path) -> str:
+    """Of a file's content, which is read once in a process, and again only if its size or time of change is another."""
+    stat = file.stat()
+    return _known_sha256(file.resolve(), stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=512)
+def _known_sha256(file: Path, mtime_ns: int, size: int) -> str:
+    return sha256_of(file)

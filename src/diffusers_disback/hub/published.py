@@ -9,6 +9,7 @@ from typing import Any
 from .files import parse_json, read_json, to_bytes, write_json
 
 
+REPORT = "report.json"
 _ABSOLUTE = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|file:", re.IGNORECASE)
 _SEPARATORS = re.compile(r"[/\\]+")
 _CONFIG = re.compile(r"(?:.*_)?config\.json|model_index\.json")

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from ..hub.files import read_json
-from ..hub.repository import known_sha256, sha256_of
+from ..hub.files import known_sha256, read_json, sha256_of
 from .model_files import locate
 from .pipeline_folder import UNREADABLE, check_shards, files_of, of_variants, variant_taken
 from .single_file import made_once, single_file_of

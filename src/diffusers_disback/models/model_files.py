@@ -35,7 +35,7 @@ def locate(
     """
     if os.path.isdir(name):
         return Path(name), choose(_names_in(Path(name)))
-    repository = Repository(name, patient=False)
+    repository = Repository(name)
     try:
         names = list(repository.tree(repository.head(revision)))
     except HubError as error:
@@ -45,7 +45,7 @@ def locate(
     root = repository.download([glob.escape(one) for one in chosen], revision, cache_dir)
     missing = [one for one in chosen if not (root / one).exists()]
     if missing:
-        raise HubError(f"The Hub cannot be reached for {missing[0]} of {name}.", passes=True, kind="unreachable")
+        raise HubError(f"The Hub cannot be reached for {missing[0]} of {name}.", kind="unreachable")
     return root, chosen
 
 
@@ -53,7 +53,7 @@ def _cached(error: HubError, repo_id: str, revision: str | None, cache_dir: str 
     """The folder in the Hub's cache, if an error does not say that the Hub would refuse it."""
     from huggingface_hub import snapshot_download
 
-    if not (error.passes or error.kind == "offline"):
+    if error.kind not in ("unreachable", "offline"):
         raise error
     try:
         root = snapshot_download(

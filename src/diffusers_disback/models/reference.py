@@ -173,7 +173,7 @@ class ModelReference:
         except HubError as error:
             if repo_of(self.name_or_path) is not None:
                 raise
-            raise HubError(f"{error}{_OF_NO_ID}", error.passes, error.wait, error.kind) from error
+            raise HubError(f"{error}{_OF_NO_ID}", error.kind) from error
 
     def _card_beside_single_file(self, commit: str | None, cache_dir: str | None) -> Path | None:
         """The folder with the card and the licence of a single file's repository; `None` if there is none to be had."""

@@ -14,8 +14,8 @@ from urllib.parse import unquote
 import torch
 from torch import nn
 
-from ..hub.files import inside, read_json, write_json
-from ..hub.repository import HubError, Repository, is_repo_id, known_sha256, sha256_of
+from ..hub.files import inside, known_sha256, read_json, sha256_of, write_json
+from ..hub.repository import HubError, Repository, is_repo_id
 from .noise_schedule import with_said_otherwise
 from .pipeline_folder import INDEX, UNREADABLE, check_classes, components_of, files_of, read_index
 from .weights import HALVES, layout_of, open_weights, save_weights
@@ -144,7 +144,7 @@ class SingleFile:
                 )
             return Path(self.path)
         revision = revision or self.revision
-        file = Repository(self.repo_id, patient=False).file(self.path, revision, cache_dir)
+        file = Repository(self.repo_id).file(self.path, revision, cache_dir)
         if file is None:
             raise ValueError(f"{self.repo_id} has no file {self.path} at {revision or 'main'}.")
         return file
@@ -481,7 +481,7 @@ def _config_folder(config: str | None, shapes: dict[str, torch.Size], cache_dir:
         wanted = config or fetch_diffusers_config(_hollow(shapes))["pretrained_model_name_or_path"]
         patterns = [f"*{suffix}" for suffix in _CONFIGS]
         try:
-            folder = Repository(wanted, patient=False).download(patterns, None, cache_dir)
+            folder = Repository(wanted).download(patterns, None, cache_dir)
         except HubError as error:
             raise ValueError(
                 f"The config of the single file cannot be had from {wanted}. Pass the folder or Hub id of a diffusers "

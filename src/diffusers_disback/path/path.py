@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from ..hub.cards import path_card
-from ..hub.files import inside, to_bytes, write_json
+from ..hub.files import inside, sha256_of, to_bytes, write_json
 from ..hub.published import clean_configs
-from ..hub.repository import Files, HubError, Repository, in_background, is_repo_id, sha256_of
+from ..hub.repository import Files, HubError, Repository, in_background, is_repo_id
 from ..models.adapters import config_of, write_adapter
 from ..models.reference import LocalModel, ModelReference
 from ..models.weights import (
@@ -31,7 +31,7 @@ from ..models.weights import (
     save_weights,
 )
 from .manifest import FORMAT_VERSION, MANIFEST, name_of, read_manifest
-from .sharing import check_main, check_teacher_may_be_shared, push_nodes
+from .sharing import check_is_ours, check_teacher_may_be_shared, push_nodes
 from .storage import FolderNodes, HubNodes, Nodes
 
 
@@ -507,7 +507,7 @@ class DegradationPath:
         repository.commit(
             files,
             commit_message or f"Add the degradation path, {len(self)} nodes",
-            check=lambda head: check_main(repository, head, self.manifest),
+            check=lambda head: check_is_ours(repository, head, self.manifest),
             create_pr=create_pr,
         )
         return repository.repo_id

@@ -4,12 +4,16 @@ import re
 from typing import Any
 
 from ..hub.files import printable, read_text, to_bytes
-from ..hub.published import published_files, published_manifest
-from ..hub.repository import Files, HubError, Repository, is_file, is_licence
-from ..models.reference import ModelReference
+from ..hub.published import REPORT, published, published_files, published_manifest
+from ..hub.repository import Files, HubError, Repository, is_licence
+from ..models.pipeline_folder import INDEX
+from ..models.reference import CARD, ModelReference
 from ..models.single_file import repo_of
 from .manifest import MANIFEST, check_manifest, identity
 from .storage import Nodes, node_files
+
+
+_REMEDY = "Nothing was overwritten: push to another repository."
 
 
 def push_nodes(
@@ -34,7 +38,7 @@ def push_nodes(
     manifest = published_manifest(manifest)
 
     def check(head: str) -> None:
-        check_main(repository, head, manifest)
+        check_is_ours(repository, head, manifest)
 
     head = repository.head()
     if claim and MANIFEST not in repository.tree(head):
@@ -59,10 +63,10 @@ def _push_node(repository: Repository, node: dict[str, Any], path_id: str, files
     def check(head: str) -> None:
         # What a push that was cut off leaves is at a commit of main. A node of this recording that main does not list was
         # pushed and then recorded anew, by a run that was resumed from before it. Nothing is lost by writing over either.
-        there = repository.read_json("node.json", head)
-        if isinstance(there, dict) and there.get("path") == path_id and not _is_listed(repository, node, head):
+        before = repository.read_json("node.json", head)
+        if before is None and head in repository.history():
             return
-        if there is None and head in repository.history():
+        if before is not None and before.get("path") == path_id and not _is_published(repository, head):
             return
         raise HubError(
             f"The branch {node['name']} of {repository.repo_id} holds something else than this path's node. Nothing "
@@ -77,41 +81,67 @@ def _push_node(repository: Repository, node: dict[str, Any], path_id: str, files
 def _is_whole(repository: Repository, node: dict[str, Any], commit: str) -> bool:
     """Whether a commit holds a node's weights. What others added beside them is theirs."""
     tree = repository.tree(commit)
-    return "node.json" in tree and all(
-        is_file(tree.get(f"unet/{name}"), sha256) for name, sha256 in node["files"].items()
-    )
+    weights = {name: tree.get(f"unet/{name}") for name in node["files"]}
+    hashes = {name: entry.lfs.sha256 for name, entry in weights.items() if entry is not None and entry.lfs is not None}
+    return "node.json" in tree and hashes == node["files"]
 
 
-def _is_listed(repository: Repository, node: dict[str, Any], commit: str) -> bool:
+def _is_published(repository: Repository, commit: str) -> bool:
     """Whether `main` pins a branch at this commit, or says that the path is complete."""
     head = repository.head()
     if MANIFEST not in repository.tree(head):
         return False
     listed = _manifest_of(repository, head)
-    return listed["complete"] or any(other["commit"] == commit for other in listed["nodes"])
+    return listed["complete"] or any(node["commit"] == commit for node in listed["nodes"])
 
 
-def check_main(repository: Repository, commit: str, manifest: dict[str, Any]) -> None:
-    """Sees that a repository's `main` is empty, or holds this path.
+def check_is_ours(
+    repository: Repository, commit: str, manifest: dict[str, Any] | None, student: dict[str, Any] | None = None
+) -> None:
+    """Checks that nothing of others is lost by writing to a repository: it is empty, but for a licence and a card without
+    a text, or holds this run's path or student.
+
+    Args:
+        repository (`Repository`): To write to.
+        commit (`str`): Of its `main`.
+        manifest (`dict`, *optional*): Of the run's own path.
+        student (`dict`, *optional*): What makes a student another run's, if one is to be written: settings, as they are
+            published, and `path`, the id of its path.
 
     Raises:
-        HubError: With what differs.
+        HubError: With what it holds.
     """
-    if MANIFEST not in repository.tree(commit):
-        check_empty(repository, commit)
-        return
-    there = _manifest_of(repository, commit)
-    theirs, ours = identity(there), identity(manifest)
-    changed = [name for name in theirs | ours if theirs.get(name) != ours.get(name)]
-    if changed:
-        what = "; ".join(
-            f"its {printable(name)} is {printable(theirs.get(name))}, this one's is {ours.get(name)}"
-            for name in changed
-        )
-        raise HubError(
-            f"{repository.repo_id} holds another degradation path: {what}. Nothing was overwritten: push to another "
-            "repository."
-        )
+    tree, foreign = repository.tree(commit), []
+    report = None if student is None else repository.read_json(REPORT, commit)
+    if student is not None and report and "student" in report and isinstance(report.get("settings"), dict):
+        settings, path = published(report["settings"]), report.get("path")
+        theirs = {**settings, "path": path.get("id") if isinstance(path, dict) else None}
+        _compare(repository, "the student of another run", {name: theirs.get(name) for name in student}, student)
+    elif MANIFEST in tree:
+        foreign = [INDEX] if student is not None and INDEX in tree else []
+    else:
+        foreign = [path for path in sorted(tree) if not (path.startswith(".git") or is_licence(path))]
+        if CARD in tree:
+            text = read_text(repository.file(CARD, commit), f"{CARD} of {repository.repo_id}")
+            has_text = re.sub(r"\A\s*---\n.*?\n---\s*", "", text, flags=re.DOTALL).strip()
+            foreign = [path for path in foreign if path != CARD or has_text]
+    if foreign:
+        names = ", ".join(map(printable, foreign[:3]))
+        raise HubError(f"{repository.repo_id} holds {names}, which this run did not put there. {_REMEDY}")
+    if MANIFEST in tree:
+        own = {} if manifest is None else identity(manifest)
+        _compare(repository, "another degradation path", identity(_manifest_of(repository, commit)), own)
+
+
+def _compare(repository: Repository, what: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raises a `HubError` with the differences, if what a repository holds is another's."""
+    differences = [
+        f"its {printable(name)} is {printable(theirs.get(name))}, this one's is {printable(ours.get(name))}"
+        for name in theirs | ours
+        if theirs.get(name) != ours.get(name)
+    ]
+    if differences:
+        raise HubError(f"{repository.repo_id} holds {what}: {'; '.join(differences)}. {_REMEDY}")
 
 
 def _manifest_of(repository: Repository, commit: str) -> dict[str, Any]:
@@ -120,37 +150,16 @@ def _manifest_of(repository: Repository, commit: str) -> dict[str, Any]:
     Raises:
         HubError: If it is not as the format says.
     """
-    there = repository.read_json(MANIFEST, commit)
+    manifest = repository.read_json(MANIFEST, commit)
     try:
-        check_manifest(there, repository.repo_id, pinned=True)
+        check_manifest(manifest, repository.repo_id, pinned=True)
     except ValueError as error:
-        raise HubError(f"{error} Nothing was overwritten: push to another repository.") from error
-    return there
-
-
-def check_empty(repository: Repository, commit: str) -> None:
-    """Sees that nothing is lost by writing to a commit: it holds at most a licence, and a card without a text.
-
-    Raises:
-        HubError: With what it holds.
-    """
-    foreign = [
-        path
-        for path in sorted(repository.tree(commit))
-        if not (path.startswith(".git") or is_licence(path) or path == "README.md")
-    ]
-    if "README.md" in repository.tree(commit):
-        text = read_text(repository.file("README.md", commit), f"README.md of {repository.repo_id}")
-        foreign += ["README.md"] if re.sub(r"\A\s*---\n.*?\n---\s*", "", text, flags=re.DOTALL).strip() else []
-    if foreign:
-        raise HubError(
-            f"{repository.repo_id} holds {', '.join(map(printable, foreign[:3]))}, which this run did not put there. Nothing was "
-            "overwritten: push to another repository."
-        )
+        raise HubError(f"{error} {_REMEDY}") from error
+    return manifest
 
 
 def check_teacher_may_be_shared(teacher: ModelReference, repository: Repository) -> None:
-    """Sees that a private teacher's text encoder and autoencoder, which go along, do not become public.
+    """Checks that a private teacher's text encoder and autoencoder, which go along, do not become public.
 
     Raises:
         HubError: If they would, or the Hub fails for good.

@@ -20,13 +20,13 @@ class Nodes(Protocol):
     downloaded: list[str]  # names, of what was not on this machine before
 
     def fetch(self, node: dict[str, Any]) -> Path:
-        """The folder of a node, after a download if need be."""
+        """Returns the folder of a node, after a download if need be."""
 
     def copy(self, node: dict[str, Any], folder: Path) -> None:
         """Writes a node's files into a new folder."""
 
     def release(self, node: dict[str, Any]) -> None:
-        """Takes note that a node is not needed any more."""
+        """Marks a node as not needed any more."""
 
 
 class FolderNodes:
@@ -48,7 +48,7 @@ class FolderNodes:
         write_files(node_files(self.fetch(node)), folder)
 
     def release(self, node: dict[str, Any]) -> None:
-        """Nothing: what was recorded stays."""
+        """Keeps it: what was recorded stays."""
 
 
 class HubNodes:
@@ -117,14 +117,15 @@ class HubNodes:
         self._fetched = {name: self._nodes[name] for name in names} | self._fetched
 
     def _make_room(self, node: dict[str, Any]) -> None:
-        """Deletes released nodes from the cache until another one fits."""
+        """Deletes released nodes from the cache, oldest first, until another one fits."""
         if self.budget is None or node["name"] in self._kept:
             return
         from huggingface_hub import scan_cache_dir
 
-        others = [other for name, other in self._fetched.items() if name != node["name"]]
-        taken = sum(other["bytes"] for other in others) + node["bytes"]
-        while taken > self.budget and self._released:
+        def size() -> int:
+            return sum(each["bytes"] for each in {**self._fetched, node["name"]: node}.values())
+
+        while self._released and size() > self.budget:
             old = self._released.pop(0)
             if self._fetched.pop(old["name"], None) is None:
                 continue
@@ -132,29 +133,22 @@ class HubNodes:
                 scan_cache_dir(self.cache_dir).delete_revisions(old["commit"]).execute()
             except OSError as error:
                 logger.warning(f"{old['name']} of {self.where} could not be deleted from the cache: {error}")
-            taken -= old["bytes"]
-            logger.info(f"{old['name']} of {self.where} was deleted from the cache: it is behind.")
 
     def _is_cached(self, node: dict[str, Any]) -> bool:
         from huggingface_hub import try_to_load_from_cache
 
-        names = [f"unet/{name}" for name in node["files"]]
-        cached = (
-            try_to_load_from_cache(self.repository.repo_id, name, self.cache_dir, node["commit"]) for name in names
+        name, commit = self.repository.repo_id, node["commit"]
+        return all(
+            isinstance(try_to_load_from_cache(name, f"unet/{file}", self.cache_dir, commit), str)
+            for file in node["files"]
         )
-        return all(isinstance(file, str) for file in cached)
 
     def _compare(self, nodes: list[dict[str, Any]]) -> None:
-        """Sees that every branch is there, and tells of those that moved."""
-        from huggingface_hub import constants
-
-        if constants.is_offline_mode():
-            logger.warning(f"Offline: whether the branches of {self.where} have moved is not known.")
-            return
+        """Checks that every branch is there, and tells of those that moved."""
         try:
-            branches = Repository(self.where, self.repository.token, patient=False).branches()
+            branches = self.repository.branches()
         except HubError as error:
-            if not error.passes:
+            if error.kind not in ("unreachable", "offline"):
                 raise
             logger.warning(f"{error} Whether the branches of {self.where} have moved is not known.")
             return

@@ -5,8 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..hub.files import inside, read_json, write_json
-from ..hub.repository import sha256_of
+from ..hub.files import inside, read_json, sha256_of, write_json
 
 
 STATE = "stage.json"

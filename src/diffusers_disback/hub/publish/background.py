@@ -1,8 +1,6 @@
 """Uploading while training goes on: no step waits for the Hub, and training never dies of it."""
 
-import contextlib
 import os
-import queue
 import shlex
 import sys
 import threading
@@ -14,62 +12,8 @@ from tqdm.auto import tqdm
 from ...models.reference import LocalModel
 from ...path.path import DegradationPath
 from ...training.config import TrainingConfig
-from ..repository import Repository
+from ..repository import HubError, Repository
 from .run import push_run
-
-
-class BackgroundUpload:
-    """Does one push at a time in a thread of its own, which does not keep the process alive.
-
-    A push brings all that is on disk to the Hub and can be repeated, so one that waits stands for all that were asked for
-    before it. What fails is told once; all of it is on disk, and `command` pushes it later.
-
-    Args:
-        command (`str`): What pushes it later.
-        say (`Callable`): Prints a line.
-    """
-
-    def __init__(self, command: str, say: Callable[[str], None]):
-        self.command = command
-        self.say = say
-        self.problem: Exception | None = None
-        self._told: set[str] = set()
-        self._waiting: queue.Queue[Callable[[], object]] = queue.Queue(maxsize=1)
-        threading.Thread(target=self._work, daemon=True).start()
-
-    def submit(self, push: Callable[[], object]) -> None:
-        """Has something pushed, soon. Returns at once."""
-        # One that waits has not looked at the disk yet: it will see this, too.
-        with contextlib.suppress(queue.Full):
-            self._waiting.put_nowait(push)
-
-    def finish(self, push: Callable[[], object]) -> bool:
-        """Waits for a last push. Returns whether all is on the Hub."""
-        self._waiting.put(push)
-        self._waiting.join()
-        return self.problem is None
-
-    def _work(self) -> None:
-        while True:
-            push = self._waiting.get()
-            try:
-                push()
-                self.problem = None
-            except Exception as error:  # whatever it is, training goes on
-                self.problem = error
-                self._tell(error)
-            finally:
-                self._waiting.task_done()
-
-    def _tell(self, error: Exception) -> None:
-        kind = getattr(error, "kind", str(error))
-        if kind not in self._told:
-            self._told.add(kind)
-            problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            self.say(
-                f"Nothing is lost, but the Hub does not have it: {problem} All is on disk; push it later, from this "
-                f"folder, with\n  {self.command}"
-            )
 
 
 def push_command(training: TrainingConfig, repo_id: str) -> str:
@@ -85,7 +29,8 @@ def repository_of(training: TrainingConfig) -> Repository:
 
 
 class RunUpload:
-    """Pushes a run in the background: nodes as they are recorded, and at the end all of it. See `BackgroundUpload`.
+    """Pushes a run: nodes in the background, as they are recorded, and at the end all of it. What fails is told once; all of
+    it is on disk, and `command` pushes it later.
 
     Args:
         training (`TrainingConfig`): With `push_to_hub`.
@@ -96,23 +41,46 @@ class RunUpload:
         self.training = training
         self.teacher = teacher
         self.repository = repository_of(training)
-        self.background = BackgroundUpload(
-            push_command(training, self.repository.repo_id),
-            lambda line: tqdm.write(line, file=sys.stderr),
-        )
-        self.background.submit(self._create)  # tells early that it cannot be written to
+        self.command = push_command(training, self.repository.repo_id)
+        self._told: set[str] = set()
+        self._pushing = threading.Lock()
+        self._recorded = threading.Event()
+        # Not the client's `run_as_future`, whose thread keeps a process that was interrupted alive until it has uploaded.
+        threading.Thread(target=self._work, daemon=True).start()
 
     def submit_path(self) -> None:
         """Has the path pushed as far as it is recorded. Returns at once."""
-        self.background.submit(self._push_path)
+        self._recorded.set()  # a push brings all that is on disk: one that is due stands for those before it
 
     def finish(self) -> str:
         """Waits until all is pushed. Returns a line that says where it is, or how to push it later."""
         print(f"Pushing to {self.repository.repo_id}. All is on disk: it can be broken off and pushed later with")
-        print(f"  {self.background.command}")
-        if self.background.finish(self._push_all):
+        print(f"  {self.command}")
+        self._recorded.clear()
+        if self._push(self._push_all):
             return f"pushed to {self.repository.url}"
-        return f"not pushed; push it later with {self.background.command}"
+        return f"not pushed; push it later with {self.command}"
+
+    def _work(self) -> None:
+        self._push(self._create)  # tells early that it cannot be written to
+        while self._recorded.wait():
+            self._recorded.clear()
+            self._push(self._push_path)
+
+    def _push(self, push: Callable[[], object]) -> bool:
+        """Does one push at a time. Returns whether it is on the Hub."""
+        with self._pushing:
+            try:
+                push()
+            except Exception as error:  # whatever it is, training goes on
+                kind = error.kind if isinstance(error, HubError) else str(error)
+                if kind not in self._told:
+                    problem = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                    message = f"Nothing is lost, but the Hub does not have it: {problem} All is on disk; push it later"
+                    tqdm.write(f"{message}, from this folder, with\n  {self.command}", file=sys.stderr)
+                self._told.add(kind)
+                return False
+        return True
 
     def _create(self) -> None:
         self.repository.create(self.training.hub_private_repo or None)
