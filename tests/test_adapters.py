@@ -451,8 +451,8 @@ def test_an_overflow_under_loss_scaling_is_skipped_and_seen(tmp_path):
 
     config = training(tmp_path)
     network = torch.nn.Linear(2, 1)
-    assert optimizer_of(list(network.parameters()), 1e-3, config, False).defaults["fused"]
-    optimizer = optimizer_of(list(network.parameters()), 1e-3, config, True)
+    assert optimizer_of("generator", list(network.parameters()), 1e-3, config, False).defaults["fused"]
+    optimizer = optimizer_of("generator", list(network.parameters()), 1e-3, config, True)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     called = []
     optimizer.register_step_post_hook(lambda *_: called.append(1))
@@ -543,7 +543,7 @@ def test_settings_that_do_not_fit_together(run):
         ({"lora_alpha": 2.0}, "--lora_alpha and --lora_roles are of adapters: pass --lora_rank"),
         ({"lora_roles": ["generator"]}, "--lora_alpha and --lora_roles are of adapters: pass --lora_rank"),
         ({"lora_rank": 4, "lora_alpha": 0.0}, "--lora_alpha has to be above 0"),
-        ({"lora_rank": 4, "lora_roles": ["teacher"]}, "--lora_roles teacher: roles are generator and fake_score"),
+        ({"lora_rank": 4, "lora_roles": ["teacher"]}, "--lora_roles 'teacher' is none of generator, fake_score"),
         ({"lora_rank": 4, "lora_target_modules": ["nothing"]}, "Target modules .*nothing.* not found"),
         ({"use_paged_adam": True, "offload_idle_role": True}, "leave --offload_idle_role out"),
     ]:

@@ -12,8 +12,8 @@ import diffusers_disback
 
 SOURCE = Path(diffusers_disback.__file__).parent
 FLOORS = [
-    {"hub", "pipelines", "training.signals"},
-    {"models"},
+    {"hub", "pipelines", "training.signals", "training.settings"},
+    {"models", "hub.published"},
     {"data", "objectives", "hub.cards"},
     {"families", "path"},
     {"training", "evaluation"},
@@ -24,7 +24,7 @@ FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # Within a room, from the bottom up.
 ORDER = {
-    "hub": [{"files", "errors"}, {"markdown", "published"}, {"repository"}],
+    "hub": [{"files", "errors"}, {"markdown"}, {"repository"}],
     "models": [
         {"batch", "denoiser", "noise_schedule"},
         {"weights", "score_model"},
@@ -39,12 +39,13 @@ ORDER = {
     "path": [{"manifest", "node_spacing", "target_schedule"}, {"storage"}, {"sharing"}, {"path"}],
     "families": [{"stable_diffusion"}, {"stable_diffusion_xl"}, {"__init__"}],
     "training": [
-        {"ranges", "lock", "checkpoint", "processes"},
-        {"config"},
+        {"lock", "checkpoint", "processes"},
+        {"config", "settings_file"},
         {"run_folder", "networks", "optim", "probe"},
         {"learner"},
         {"scores", "stage"},
     ],
+    "training.settings": [{"fields"}, {"groups"}],
     "objectives": [{"base"}, {"variational"}, {"__init__"}],
     "evaluation": [{"base", "report_format"}, {"distance", "drift", "pictures"}, {"__init__"}, {"report"}, {"sweep"}],
     "hub.publish": [{"export", "student"}, {"run"}, {"background"}],
@@ -66,7 +67,7 @@ DOORS = {
         *("models/pipeline_folder.py", "models/single_file.py", "models/model_files.py"),
     },
     "datasets": {"data/prompts.py"},
-    "transformers": {"pipelines/one_step.py", "models/components.py", "planning/plan.py", "commands/cli.py"},
+    "transformers": {"pipelines/one_step.py", "models/components.py", "planning/plan.py"},
     "peft": {"models/weights.py", "models/adapters.py"},
     "bitsandbytes": {"training/optim.py"},
 }

@@ -95,9 +95,13 @@ def test_a_command_line_names_no_place_and_keeps_its_prompts():
         "--teacher_lora",
         "/x/a.safetensors",
         "../b",
+        "--objective_args",
+        "alpha=1.5",
+        "statistics=/x/a.npz",
     ]
     told = ["--output_dir", "run", "--prompts-file=prompts.txt", "--validation-prompts", "/imagine", "../b"]
     told += ["--lora_rank", "4", "--push_to_hub", "--validation_prompts=/c", "--teacher_lora", "a.safetensors", "b"]
+    told += ["--objective_args", "alpha=1.5", "statistics=a.npz"]
     assert published_command(line) == told
     report = {"settings": {"output_dir": "/x/run"}, "command": shlex.join(["python", "train.py", *line]), "seed": 0}
     assert published_report(report) == {

@@ -3,14 +3,14 @@
 import argparse
 import dataclasses
 import math
-import typing
 
 import pytest
 
 from diffusers_disback.backtracking import BacktrackingConfig
+from diffusers_disback.commands.command_line import number
 from diffusers_disback.degradation import DegradationConfig
 from diffusers_disback.training.config import TrainingConfig
-from diffusers_disback.training.ranges import LARGEST, Range, number
+from diffusers_disback.training.settings.fields import LARGEST, Range, choices_of, kind_of
 
 
 CONFIGS = (TrainingConfig, DegradationConfig, BacktrackingConfig)
@@ -21,13 +21,9 @@ NEEDED = {  # beside another
 }
 
 
-def kind_of(field):
-    kinds = [one for one in typing.get_args(field.type) or (field.type,) if one is not type(None)]
-    return kinds[0] if kinds[0] in (int, float, str) and typing.get_origin(field.type) is not list else None
-
-
 def settings(*kinds):
-    return [(config, field) for config in CONFIGS for field in dataclasses.fields(config) if kind_of(field) in kinds]
+    every = [(config, field) for config in CONFIGS for field in dataclasses.fields(config)]
+    return [(config, field) for config, field in every if kind_of(field) in kinds and not choices_of(field)]
 
 
 def taken(config, name, value):
@@ -37,7 +33,7 @@ def taken(config, name, value):
 def test_every_number_is_refused_out_of_its_range_with_its_name():
     assert len(settings(int, float)) > 35
     for config, field in settings(int, float):
-        whole, wanted = kind_of(field) is int, field.metadata["help"].range
+        whole, wanted = kind_of(field) is int, field.metadata["range"]
         assert wanted != Range(), f"{field.name} says which numbers it takes"
         bad = [-1, -(10**30), 10**30, True, "1"] if whole else [math.nan, math.inf, -math.inf, -1.0, True, "1"]
         bad += [bound for bound in (wanted.above, wanted.below) if bound is not None]

@@ -244,7 +244,9 @@ def test_what_a_finished_run_lacks_is_made_anew(run, teacher_folder, prompts_fil
 
     folder = run()
     before = student(folder)
-    configs = train_disback.parse(arguments(folder, teacher_folder, prompts_file, resume_from_checkpoint="latest"))
+    configs = (
+        train_disback.parse(arguments(folder, teacher_folder, prompts_file, resume_from_checkpoint="latest")),
+    ) * 3
     report = folder / "report.json"
     names = list(json.loads(report.read_text())["files"])
     assert is_finished(configs) and len(names) > 12
@@ -334,6 +336,7 @@ def test_resuming_from_a_named_checkpoint(run):
         {"max_train_steps": 5},
         {"fake_score_updates": 2},
         {"objective": "diff_instruct"},
+        {"objective_args": ["min_noise=0.3", "max_noise=0.9"]},
         {"generator_learning_rate": 2e-3},
         {"fake_score_learning_rate": 2e-3},
         {"lr_warmup_steps": 2},
@@ -342,6 +345,10 @@ def test_resuming_from_a_named_checkpoint(run):
         {"gradient_accumulation_steps": 2},
         {"adam_beta1": 0.5},
         {"adam_beta2": 0.9},
+        {"generator_adam_beta1": 0.5},
+        {"generator_adam_beta2": 0.9},
+        {"fake_score_adam_beta1": 0.5},
+        {"fake_score_adam_beta2": 0.9},
         {"adam_weight_decay": 0.5},
         {"adam_epsilon": 1e-2},
         {"max_grad_norm": 1e-8},
@@ -554,16 +561,12 @@ def test_abbreviated_flags_are_refused(tmp_path):
 
 
 def test_without_a_teacher_it_is_the_embedded_one(tmp_path):
-    training, degradation, backtracking = train_disback.parse(
-        ["--output_dir", str(tmp_path), "--max_train_steps", "999"]
-    )
+    training = train_disback.parse(["--output_dir", str(tmp_path), "--max_train_steps", "999"])
     assert Path(training.pretrained_model_name_or_path).resolve() == SCRIPT.parent / "shapes" / "teacher"
     assert Path(training.prompts_file).resolve() == SCRIPT.parent / "shapes" / "prompts.txt"
     assert not Path(training.pretrained_model_name_or_path).is_absolute(), "a card should not name a machine's folders"
-    assert training.train_batch_size == 32 and backtracking.max_train_steps == 999, (
-        "the command line has the last word"
-    )
-    own = train_disback.parse(["--pretrained_model_name_or_path", "mine"])[0]
+    assert training.train_batch_size == 32 and training.max_train_steps == 999, "the command line has the last word"
+    own = train_disback.parse(["--pretrained_model_name_or_path", "mine"])
     assert own.pretrained_model_name_or_path == "mine" and own.train_batch_size == 1 and own.prompts_file is None
 
 
@@ -586,9 +589,8 @@ def test_every_flag_has_a_test():
                     tested |= {key.value for key in node.keys if isinstance(key, ast.Constant)}
             for name in ("gradient_checkpointing", "dataloader_num_workers"):  # of a parametrised flag's name
                 tested |= {name} if name in ast.unparse(function) else set()
-    for config in (train_disback.TrainingConfig, train_disback.DegradationConfig, train_disback.BacktrackingConfig):
-        for field in dataclasses.fields(config):
-            assert field.metadata["help"] and field.name in tested, field.name
+    for field in dataclasses.fields(train_disback.DisBackConfig):
+        assert field.metadata["help"] and field.name in tested, field.name
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------

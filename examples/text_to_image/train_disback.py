@@ -18,19 +18,16 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from diffusers.utils import check_min_version
-from transformers import HfArgumentParser
 
 from diffusers_disback import (
-    BacktrackingConfig,
     BacktrackingTrainer,
-    DegradationConfig,
     DegradationRecorder,
+    DisBackConfig,
     ModelReference,
-    TrainingConfig,
     load_family,
 )
 from diffusers_disback.backtracking import nodes_are_guided
-from diffusers_disback.commands.command_line import parse_flags, run
+from diffusers_disback.commands.command_line import read_flags, run
 from diffusers_disback.evaluation.report import Report, drawable, summary
 from diffusers_disback.hub.publish.background import RunUpload
 from diffusers_disback.hub.publish.student import check_teacher_files, save_student
@@ -39,7 +36,6 @@ from diffusers_disback.session import (
     Configs,
     check_inputs,
     check_settings,
-    flag_of,
     in_use,
     is_finished,
     load_prompts,
@@ -51,6 +47,7 @@ from diffusers_disback.session import (
 )
 from diffusers_disback.training.networks import accelerator_of, compute_dtype
 from diffusers_disback.training.processes import process_state
+from diffusers_disback.training.settings_file import SETTINGS, write_settings
 from shapes.evaluator import is_shapes_teacher, shapes_evaluation
 
 
@@ -59,26 +56,26 @@ check_min_version("0.40.0")
 SHAPES = Path(__file__).parent / "shapes"
 
 
-def parse(arguments: list[str]) -> tuple[TrainingConfig, DegradationConfig, BacktrackingConfig]:
+def parse(arguments: list[str]) -> DisBackConfig:
     """The settings. Without a teacher, the embedded one with the settings of `shapes/quickstart.args`."""
-    embedded = "--pretrained_model_name_or_path" not in map(flag_of, arguments)
-    configs = (TrainingConfig, DegradationConfig, BacktrackingConfig)
-    parser = HfArgumentParser(configs, description=__doc__, allow_abbrev=False)
-    defaults = SHAPES / "quickstart.args" if embedded else None
-    training, degradation, backtracking = parse_flags(parser, arguments, args_filename=defaults)
-    if embedded:
+    given = read_flags(DisBackConfig, arguments, description=__doc__)
+    if "pretrained_model_name_or_path" not in given:
         # Relative, so that what is published names no machine's folders.
-        training.pretrained_model_name_or_path = os.path.relpath(SHAPES / "teacher")
-        if not (training.prompts_file or training.dataset_name or training.train_data_dir):
-            training.prompts_file = os.path.relpath(SHAPES / "prompts.txt")
-    if not nodes_are_guided(backtracking, degradation.num_path_nodes):
-        degradation.proportion_empty_prompts = 0.0
-    return training, degradation, backtracking
+        embedded = {"pretrained_model_name_or_path": os.path.relpath(SHAPES / "teacher")}
+        if not given.keys() & {"prompts_file", "dataset_name", "train_data_dir"}:
+            embedded["prompts_file"] = os.path.relpath(SHAPES / "prompts.txt")
+        quickstart = read_flags(DisBackConfig, (SHAPES / "quickstart.args").read_text().split())
+        given = {**quickstart, **embedded, **given}
+    config = DisBackConfig(**given)
+    if not nodes_are_guided(config, config.num_path_nodes):
+        config.proportion_empty_prompts = 0.0
+    return config
 
 
 def main(arguments: list[str]) -> None:
     """All of it. Errors are raised; `diffusers_disback.commands.command_line.run` makes lines and exit codes of them."""
-    training, degradation, backtracking = configs = parse(arguments)
+    training = parse(arguments)
+    configs = (training, training, training)
     folder = Path(training.output_dir)
     check_settings(configs)
     state = process_state()
@@ -143,7 +140,10 @@ def distil(configs: Configs, state: PartialState, arguments: list[str]) -> None:
     teacher.rest()
     state.wait_for_everyone()
 
-    # Stage 1: the fake score walks from the teacher to the initial generator; its footprints are the path.
+    if state.is_main_process:
+        write_settings(folder / SETTINGS, training)
+
+    # Stage 1: the fake score walks from the teacher to the initial generator; nodes of its way are the path.
     if path is not None and not path.complete:
         recorded = upload and upload.submit_path
         path = DegradationRecorder(training, degradation, teacher, generator, data, path, recorded, inputs).record()

@@ -9,13 +9,14 @@ import importlib
 __version__ = "0.1.0"
 
 _MODULE_OF_NAME = {
-    "BacktrackingConfig": "backtracking",
+    "BacktrackingConfig": "training.config",
     "BacktrackingTrainer": "backtracking",
     "ConditionCache": "data.cache",
     "Batch": "models.batch",
-    "DegradationConfig": "degradation",
+    "DegradationConfig": "training.config",
     "DegradationPath": "path.path",
     "DegradationRecorder": "degradation",
+    "DisBackConfig": "training.config",
     "DisBackOneStepPipeline": "pipelines.one_step",
     "DriftEvaluator": "evaluation.drift",
     "EVALUATORS": "evaluation",

@@ -4,8 +4,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,81 +16,13 @@ from .models.batch import Batch
 from .models.generator import OneStepGenerator
 from .models.score_model import ScoreModel
 from .path.path import DegradationPath
-from .path.target_schedule import FALL, SHARE, TARGET_SCHEDULES, AdaptiveSchedule, Measure, TargetSchedule
-from .training.config import TrainingConfig, setting
+from .path.target_schedule import TARGET_SCHEDULES, AdaptiveSchedule, Measure, TargetSchedule
+from .training.config import BacktrackingConfig, TrainingConfig
 from .training.learner import AdapterLearner, Learner
 from .training.networks import add_adapter, shared_base
 from .training.probe import MismatchProbe, compare, mean, mismatches, predictions
-from .training.ranges import check_settings
 from .training.scores import scores_of
 from .training.stage import Stage
-
-
-@dataclass
-class BacktrackingConfig:
-    """The settings of stage 2.
-
-    Raises:
-        ValueError: If a number is out of its range, or a name is unknown.
-    """
-
-    max_train_steps: int = setting(
-        20000,
-        "Generator updates of stage 2. DisBack, for SDXL: 100,000 steps with one generator update in five.",
-        minimum=1,
-    )
-    steps_per_target: int = setting(
-        200,
-        "Generator updates with each of the targets N-1..1; the teacher takes the rest. DisBack, for SDXL: 1,000 "
-        "steps with one generator update in five.",
-        minimum=1,
-    )
-    target_schedule: str = setting(
-        "adaptive",
-        "When to leave a node: fixed after --steps_per_target; adaptive as soon as it is hardly nearer to the student than "
-        "the next node is, or the student is on its way to it, after --steps_per_target at the latest.",
-    )
-    target_share: float = setting(
-        SHARE,
-        "Of the adaptive schedule: leave a node when its mismatch with the student is above this share of the next one's.",
-        above=0,
-        maximum=1,
-    )
-    target_fall: float = setting(
-        FALL,
-        "Of the adaptive schedule: leave a node when its mismatch with the student has fallen by this share of its "
-        "highest, at two measures running. 1: never.",
-        above=0,
-        maximum=1,
-    )
-    mismatch_steps: int | None = setting(
-        None,
-        "Of the adaptive schedule: measure the mismatch every so many generator updates; by default a tenth of "
-        "--steps_per_target. It takes three measures to see a fall.",
-        minimum=1,
-    )
-    guidance_scale: float = setting(
-        8.0, "The teacher's classifier-free guidance, w. DMD2 and DisBack, for SDXL: 8.", minimum=1
-    )
-    guidance_schedule: Literal["ramp", "constant"] = setting(
-        "ramp",
-        "Guidance of the targets: ramp grows from 1 at the most degraded target to w at the teacher; constant is w on "
-        "all of them, as in the published code.",
-    )
-    generator_learning_rate: float = setting(5e-7, "Of the generator. DMD2, for SDXL: 5e-7.", above=0)
-    fake_score_updates: int = setting(5, "Fake-score updates per generator update. DMD2: five.", minimum=1)
-    use_ema: bool = setting(False, "Keep an average of the student's weights, and publish it.")
-    ema_decay: float = setting(0.999, "Of that average.", minimum=0, below=1)
-
-    def __post_init__(self):
-        check_settings(self)
-        if self.target_schedule not in TARGET_SCHEDULES:
-            raise ValueError(f"--target_schedule {self.target_schedule!r} is none of {', '.join(TARGET_SCHEDULES)}.")
-
-    @property
-    def mismatch_every(self) -> int:
-        """After how many generator updates the adaptive schedule measures the mismatch."""
-        return max(self.steps_per_target // 10, 1) if self.mismatch_steps is None else self.mismatch_steps
 
 
 def target_schedule(config: BacktrackingConfig, num_nodes: int) -> TargetSchedule:
@@ -143,6 +75,7 @@ class BacktrackingTrainer(Stage):
 
     name = "backtracking"
     number = 2
+    own_class = BacktrackingConfig
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Stage 1: the fake score walks from the teacher to the initial generator, and nodes of its way are kept."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,69 +12,12 @@ from .families import ModelFamily
 from .hub.files import writing
 from .models.batch import Batch
 from .models.generator import OneStepGenerator
-from .path.node_spacing import candidate_steps, earliest_end, evenly_spaced_steps, is_flat
+from .path.node_spacing import candidate_steps, earliest_end, is_flat
 from .path.path import DegradationPath
-from .training.config import TrainingConfig, setting
+from .training.config import DegradationConfig, TrainingConfig
 from .training.probe import MismatchProbe, denoising_losses, mean, predictions
-from .training.ranges import check_settings
 from .training.scores import scores_of
 from .training.stage import Stage
-
-
-@dataclass
-class DegradationConfig:
-    """The settings of stage 1.
-
-    Raises:
-        ValueError: If there are more nodes than steps.
-    """
-
-    degradation_steps: int = setting(
-        1000,
-        "Fake-score updates of stage 1, with --degradation_stop at most. DisBack, for SDXL: 1,000 (its scripts; the "
-        "paper's are not known to us).",
-        minimum=1,
-    )
-    num_path_nodes: int = setting(
-        10,
-        "N, the nodes recorded, evenly spaced; fewer if stage 1 ends by itself. DisBack, for SDXL: 10. 0 records nothing: "
-        "plain DMD or Diff-Instruct.",
-        minimum=0,
-    )
-    degradation_lr_multiplier: float = setting(
-        1.0,
-        "Learning rate of stage 1 over --fake_score_learning_rate. Where that is low, 5 records the same path in a fifth of "
-        "the steps.",
-        above=0,
-    )
-    degradation_stop: float = setting(
-        0.2,
-        "End stage 1 when its denoising loss has flattened: when doubling the updates brought less than this share of "
-        "all that it has fallen by; not before a tenth of --degradation_steps, or twice the warm-up. The path then has "
-        "fewer nodes. 0: never before --degradation_steps.",
-        minimum=0,
-        below=1,
-    )
-    proportion_empty_prompts: float = setting(
-        0.1,
-        "Share of stage 1's prompts that are dropped, if a node is used with guidance: without it a node's "
-        "unconditional branch is never fitted.",
-        minimum=0,
-        below=1,
-    )
-
-    def __post_init__(self):
-        check_settings(self)
-        if self.num_path_nodes > self.degradation_steps:
-            raise ValueError(
-                f"--num_path_nodes {self.num_path_nodes} is more than --degradation_steps {self.degradation_steps}: "
-                "there is at most one node per step."
-            )
-
-    @property
-    def node_steps(self) -> list[int]:
-        """The steps after which nodes are recorded; the last is the last step."""
-        return evenly_spaced_steps(self.degradation_steps, self.num_path_nodes)
 
 
 class DegradationRecorder(Stage):
@@ -94,6 +37,7 @@ class DegradationRecorder(Stage):
 
     name = "degradation"
     number = 1
+    own_class = DegradationConfig
 
     def __init__(
         self,

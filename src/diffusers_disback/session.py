@@ -39,10 +39,11 @@ from .models.weights import fingerprint
 from .path.manifest import MANIFEST
 from .path.path import DegradationPath
 from .path.storage import HubNodes
-from .training.config import TrainingConfig
+from .training.config import TrainingConfig, changed, that_count, without_rates
 from .training.lock import locked
 from .training.processes import decided_by_main
-from .training.run_folder import FREE_SETTINGS, IMPLIED_SETTINGS, RATES, RunFolder, flat
+from .training.run_folder import RunFolder
+from .training.settings.fields import values
 from .training.signals import Interrupted
 
 
@@ -68,7 +69,7 @@ def check_settings(configs: Configs) -> None:
     check_tracker(training.report_to)
     check_evaluators(training.evaluators)
     for name, own in _stages(configs).items():
-        folder.check(name, flat(training, own), resume)
+        folder.check(name, values(training, TrainingConfig) | own, resume)
     folder.check_named_checkpoint(resume)
     if training.stage == "record" and degradation.num_path_nodes == 0:
         raise ValueError("--stage record with --num_path_nodes 0 has nothing to do.")
@@ -107,10 +108,13 @@ def _is_in(folder: Path, place: Any) -> bool:
     return isinstance(place, (str, Path)) and Path(place).resolve().is_relative_to(folder.resolve())
 
 
-def _stages(configs: Configs) -> dict[str, DegradationConfig | BacktrackingConfig]:
+def _stages(configs: Configs) -> dict[str, dict[str, Any]]:
     """The stages that are asked for, with their own settings."""
     training, degradation, backtracking = configs
-    stages = {"degradation": degradation, "backtracking": backtracking}
+    stages = {
+        "degradation": values(degradation, DegradationConfig),
+        "backtracking": values(backtracking, BacktrackingConfig),
+    }
     if training.stage != "all":
         stages.pop("backtracking" if training.stage == "record" else "degradation")
     return stages
@@ -237,7 +241,7 @@ def open_path(
         "sha256": inputs["start"] if inputs else fingerprint(generator),
         "conditioning_timestep": training.conditioning_timestep,
     }
-    recording = {k: v for k, v in flat(training, degradation).items() if k not in FREE_SETTINGS}
+    recording = that_count(values(training, TrainingConfig) | values(degradation, DegradationConfig))
     own = inputs["teacher"] if inputs else fingerprint(teacher.network)
     if training.path_is_shared:
         return _open_shared(configs, own, start, teacher.model, state)
@@ -272,8 +276,7 @@ def open_path(
 
 def _same_recording(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two recordings have the same settings, learning rates apart."""
-    one, other = IMPLIED_SETTINGS | one, IMPLIED_SETTINGS | other
-    return all(one.get(name) == other.get(name) for name in (one.keys() | other.keys()) - RATES)
+    return not changed(one, without_rates(other)) and not changed(other, without_rates(one))
 
 
 def _open_shared(
@@ -414,7 +417,7 @@ def write_results(
         "seed": training.seed,
         "versions": versions(),
         "machine": {"device": device_name(state.device), "num_processes": state.num_processes},
-        "settings": published(flat(*configs)),
+        "settings": published({name: value for config in configs for name, value in values(config).items()}),
     }
     if trainer is not None:
         precision = trainer.accelerator.mixed_precision

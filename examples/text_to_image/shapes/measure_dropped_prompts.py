@@ -45,12 +45,12 @@ def main() -> None:
     for share in SHARES:
         with tempfile.TemporaryDirectory() as folder:
             arguments = ["--output_dir", folder, "--report_to", "none", "--proportion_empty_prompts", str(share)]
-            configs = training, degradation, _ = train_disback.parse(arguments)
+            training = train_disback.parse(arguments)
             teacher = load_family(ModelReference(training.pretrained_model_name_or_path))
             data = PromptData(load_prompts(training), teacher.encode)
             network = teacher.initial_generator()
-            path = open_path(configs, teacher, network, process_state())
-            path = DegradationRecorder(training, degradation, teacher, network, data, path).record()
+            path = open_path((training,) * 3, teacher, network, process_state())
+            path = DegradationRecorder(training, training, teacher, network, data, path).record()
             generator = OneStepGenerator(teacher.score_model(network), training.conditioning_timestep)
             batches = PromptBatches(data.prompts, teacher.latent_shape(), 1234, 1, training.train_batch_size)
             node = teacher.score_model().copy().network

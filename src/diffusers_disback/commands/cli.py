@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..hub.files import printable
-from ..training.ranges import number
-from .command_line import parse_flags, run
+from .command_line import number, read_flags, run
 
 
 if TYPE_CHECKING:
@@ -182,25 +181,17 @@ def extract_lora(parsed: argparse.Namespace) -> None:
 
 def plan(parsed: argparse.Namespace) -> None:
     """Prints what a training run will take, before anything is loaded. Takes the training script's own flags."""
-    from transformers import HfArgumentParser
-
-    from ..backtracking import BacktrackingConfig
-    from ..degradation import DegradationConfig
     from ..planning.plan import REMARKS, Planner, table
-    from ..training.config import TrainingConfig
+    from ..training.config import DisBackConfig
 
-    flags = HfArgumentParser(
-        (TrainingConfig, DegradationConfig, BacktrackingConfig),
-        prog="diffusers-disback plan",
-        description=plan.__doc__,
-    )
-    training, _, backtracking = parse_flags(flags, parsed.flags)
-    if training.pretrained_model_name_or_path is None:
+    flags = read_flags(DisBackConfig, parsed.flags, prog="diffusers-disback plan", description=plan.__doc__)
+    config = DisBackConfig(**flags)
+    if config.pretrained_model_name_or_path is None:
         raise ValueError("Say whose distillation is planned: --pretrained_model_name_or_path.")
-    planner = Planner.of(training, backtracking)
+    planner = Planner.of(config, config)
     print(
-        f"{training.pretrained_model_name_or_path}: {planner.resolution} x {planner.resolution} pixels, batches of "
-        f"{training.train_batch_size}, mixed precision {training.mixed_precision or 'no'}\n\n{table(planner)}\n\n{REMARKS}"
+        f"{config.pretrained_model_name_or_path}: {planner.resolution} x {planner.resolution} pixels, batches of "
+        f"{config.train_batch_size}, mixed precision {config.mixed_precision or 'no'}\n\n{table(planner)}\n\n{REMARKS}"
     )
 
 

@@ -1,19 +1,27 @@
 """A command line's end: what it says of an error, in one or two lines, and its exit code. `--debug` shows the traceback."""
 
+import argparse
 import os
 import select
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import Field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, NoReturn, TextIO, get_origin
 
 from ..hub.files import printable
+from ..training.settings.fields import Range, Settings, check_number, choices_of, default_of, groups, kind_of
+from ..training.settings_file import read_settings
 from ..training.signals import Interrupted, SignalHandler
 
 
 THEIRS, OURS = 2, 1  # a user's error, as argparse has it, and a fault of this library
+_TRUTHS = {
+    **dict.fromkeys(("true", "yes", "t", "y", "1"), True),
+    **dict.fromkeys(("false", "no", "f", "n", "0"), False),
+}
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -113,29 +121,113 @@ def message(error: BaseException, code: int) -> str:
     return " ".join([said, *map(_lines, getattr(error, "__notes__", []))])
 
 
-def parse_flags(parser: Any, arguments: list[str], **how: Any) -> list[Any]:
-    """The dataclasses of an `HfArgumentParser`; an error is raised as any other, without a page of usage.
+def read_flags(config: type[Settings], arguments: list[str], **how: Any) -> dict[str, Any]:
+    """The settings that a command line gives; those of a file that it names with `--config` come before its own flags.
 
     Args:
-        parser (`HfArgumentParser`): Of the dataclasses.
+        config (`type[Settings]`): The dataclass that they are of.
         arguments (`list[str]`): The command line.
-        how: Passed on to `parse_args_into_dataclasses`.
+        **how: Of the `ArgumentParser`.
 
     Raises:
         ValueError: If a flag is unknown, or its value is of the wrong kind.
     """
+    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, **how)
+    parser.add_argument(
+        "--config", help="A YAML file of flags, as in `seed: 0`. Flags of the command line override it."
+    )
+    for group, own in groups(config).items():
+        section = parser.add_argument_group((group.__doc__ or "").split("\n")[0].rstrip("."))
+        for one in own:
+            add_flag(section, one)
 
-    def refuse(said: str) -> None:
+    def refuse(said: str) -> NoReturn:
         raise ValueError(f"{said}. --help tells all flags.")
 
-    parser.error = refuse
-    *configs, unknown = parser.parse_args_into_dataclasses(
-        arguments, look_for_args_file=False, return_remaining_strings=True, **how
-    )
+    parser.error = refuse  # type: ignore[method-assign]
+    known, unknown = parser.parse_known_args(arguments)
     if unknown:
         flags = [argument for argument in unknown if argument.startswith("-")]  # a value may be a secret
         refuse(f"unrecognized arguments: {' '.join(flags or unknown)}")
-    return configs
+    given = vars(known)
+    file = given.pop("config", None)
+    return given if file is None else {**read_settings(file, config), **given}
+
+
+def add_flag(parser: Any, one: Field) -> None:
+    """Adds the flag of a setting, also with dashes, to a parser or a group of one.
+
+    Args:
+        parser (`ArgumentParser`): Which is told types alone; `Settings` knows what values are taken.
+        one (`Field`): The setting.
+    """
+    kind, choices, default = kind_of(one), choices_of(one), default_of(one)
+    how: dict[str, Any] = {"type": kind}
+    if kind is bool:
+        how = {"type": _truth, "nargs": "?", "const": True, "metavar": "true"}
+    elif get_origin(kind) is list:
+        how = {"type": str, "nargs": "+"}
+    elif get_origin(kind) is dict:
+        how = {"action": _Arguments, "nargs": "+", "metavar": "name=value"}
+    elif get_origin(kind) is Literal:
+        how = {"type": str}
+    if choices and len(choices) < 5:
+        how["metavar"] = f"{{{','.join(choices)}}}"
+    told = " ".join(default) if isinstance(default, (list, dict)) else default
+    said = one.metadata["help"] + ("" if told in (None, "") or told is False else f" (default: {told})")
+    flags = dict.fromkeys([f"--{one.name}", f"--{one.name.replace('_', '-')}"])
+    parser.add_argument(*flags, help=said.replace("%", "%%"), **how)
+
+
+class _Arguments(argparse.Action):
+    """Collects arguments of the form `name=value`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        given: dict[str, Any] = {}
+        for pair in values:
+            name, equals, text = pair.partition("=")
+            if not name or not equals:
+                raise argparse.ArgumentError(self, f"{pair!r} is no name=value")
+            if name in given:
+                raise argparse.ArgumentError(self, f"{name} is given twice")
+            given[name] = _number_or_text(text)
+        setattr(namespace, self.dest, given)
+
+
+def _number_or_text(text: str) -> bool | int | float | str:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in _TRUTHS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(_TRUTHS)}")
+    return _TRUTHS[text.lower()]
+
+
+def number(whole: bool, **bounds: float) -> Callable[[str], float]:
+    """The `type` of a flag of `argparse` that takes the numbers of a range.
+
+    Args:
+        whole (`bool`): Whether it takes whole numbers alone.
+        bounds (`float`): Of `Range`.
+    """
+    wanted = Range(**bounds)
+
+    def parse(text: str) -> float:
+        try:
+            value = int(text) if whole else float(text)
+            check_number("it", value, wanted, whole)
+        except ValueError as error:
+            told = str(error) if str(error).startswith("it ") else f"it has to be a {'whole ' * whole}number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not taken: {told.rstrip('.')}") from error
+        return value
+
+    return parse
 
 
 def _is_of_another_process(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..models.single_file import repo_of, single_file_of
+from ..training.settings.groups import TEACHER_FLAGS
 from .markdown import address, fenced, inline_code, link, python, shell, table, text
 from .published import published_manifest, published_report
 from .repository import Repository
@@ -19,15 +20,6 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-# What a path's teacher may be taken otherwise in than its files say, and the flags that say so.
-_TEACHER_FLAGS = {
-    "variant": "variant",
-    "prediction_type": "prediction_type",
-    "vae": "pretrained_vae_model_name_or_path",
-    "lora": "teacher_lora",
-    "single_file_config": "single_file_config",
-    "rescale_betas_zero_snr": "rescale_betas_zero_snr",
-}
 # Settings by which a LoRA is of something else than the teacher as it lies there: no snippet of a few lines loads that.
 _OTHER_BASES = (
     *("generator_model_name_or_path", "teacher_lora"),
@@ -116,7 +108,7 @@ def path_card(manifest: dict[str, Any], repo_id: str, teacher_card: dict[str, An
         figures={node["name"]: {key: node[key] for key in ("step", "loss", "bytes")} for node in manifest["nodes"]},
         picture=picture,
         repo=repo_id,
-        teacher_flags=[[f"--{flag}", teacher[key]] for key, flag in _TEACHER_FLAGS.items() if teacher.get(key)],
+        teacher_flags=[[f"--{flag}", teacher[key]] for key, flag in TEACHER_FLAGS.items() if teacher.get(key)],
     )
 
 

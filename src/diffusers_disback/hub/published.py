@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ..training.settings.fields import named
+from ..training.settings.groups import LoggingSettings
 from .files import parse_json, read_json, to_bytes, write_json
 
 
@@ -13,7 +15,7 @@ REPORT = "report.json"
 _ABSOLUTE = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|file:", re.IGNORECASE)
 _SEPARATORS = re.compile(r"[/\\]+")
 _CONFIG = re.compile(r"(?:.*_)?config\.json|model_index\.json")
-_FREE_TEXT = ("validation_prompts",)  # settings that name no place, whatever they begin with
+_FREE_TEXT = named(LoggingSettings, is_free_text=True)
 _NAMELESS = "folder"  # what a place is called that has no name of its own to tell
 
 
@@ -63,6 +65,8 @@ def published_command(arguments: list[str]) -> list[str]:
         if argument.startswith("--"):
             free = name.removeprefix("--").replace("-", "_") in _FREE_TEXT
             told.append(f"{name}={value if free else published(value)}" if equals else argument)
+        elif equals and name.isidentifier() and not free:  # of --objective_args
+            told.append(f"{name}={published(value)}")
         else:
             told.append(argument if free else published(argument))
     return told

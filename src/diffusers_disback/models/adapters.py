@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..hub.files import parse_json
+from ..training.settings.groups import TARGET_MODULES
 from .score_model import ScoreModel
 from .weights import adapter_text, are_layers, fill_adapter, open_weights, save_weights
 
@@ -20,12 +21,6 @@ from .weights import adapter_text, are_layers, fill_adapter, open_weights, save_
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-
-TARGET_MODULES = [
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
-]
-"""The layers that are adapted by default: those of diffusers' script for an LCM-LoRA of SDXL."""
 
 Lora = tuple[dict[str, Tensor], "LoraConfig"]
 """An adapter off its network: its weights in peft's own names, and its config."""

@@ -19,9 +19,14 @@ class VariationalScoreDistillation(Objective):
     Args:
         min_noise, max_noise (`float`): The share of the schedule at which the generator asks; DMD2 and DisBack ask
             at 2 % to 98 % of it.
+
+    Raises:
+        ValueError: If they are no range of shares.
     """
 
     def __init__(self, min_noise: float = 0.02, max_noise: float = 0.98):
+        if not 0 <= min_noise <= max_noise <= 1 or min_noise == 1:
+            raise ValueError(f"Noise cannot be drawn from {min_noise} to {max_noise} of the schedule.")
         self.min_noise = min_noise
         self.max_noise = max_noise
 

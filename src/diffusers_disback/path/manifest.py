@@ -7,6 +7,8 @@ from typing import Any
 
 from ..hub.files import read_json
 from ..hub.published import published
+from ..training.settings.fields import named
+from ..training.settings.groups import DataSettings, ModelSettings
 
 
 FORMAT_VERSION = 1
@@ -15,8 +17,7 @@ ADAPTER = "pytorch_lora_weights.safetensors"
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# Settings that say where something lies.
-_PLACES = ("pretrained_model_name_or_path", "generator_model_name_or_path", "single_file_config", "prompts_file")
+_BY_CONTENT = named(ModelSettings, DataSettings, by_content=True)
 
 
 def name_of(step: int) -> str:
@@ -32,7 +33,7 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
         "teacher": manifest["teacher"]["sha256"][:12],
         "start": manifest["generator"]["sha256"][:12],
         "conditioning timestep": manifest["generator"]["conditioning_timestep"],
-        **published({name: value for name, value in manifest["recording"].items() if name not in _PLACES}),
+        **published({name: value for name, value in manifest["recording"].items() if name not in _BY_CONTENT}),
         "id": manifest["id"],
     }
 

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backtracking import BacktrackingConfig
 from ..models.adapters import SharedNetwork, lora_config
 from ..models.denoiser import check_denoiser
 from ..models.pipeline_folder import UNREADABLE, components_of
 from ..objectives import OBJECTIVES
-from ..training.config import TrainingConfig
+from ..training.config import BacktrackingConfig, TrainingConfig
 from .allocations import PassMemory, checkpointed, pass_memory, size
 
 

@@ -83,7 +83,9 @@ class Learner:
         self.accelerator = accelerator_of(config)
         self.found_nonfinite = torch.zeros((), dtype=torch.bool, device=self.accelerator.device)
         self.skipped_in_a_row = 0
-        self.optimizer = optimizer_of(parameters, learning_rate, config, self.accelerator.mixed_precision == "fp16")
+        self.optimizer = optimizer_of(
+            name, parameters, learning_rate, config, self.accelerator.mixed_precision == "fp16"
+        )
         self.lr_schedule = get_scheduler(
             config.lr_scheduler, self.optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=updates
         )

@@ -7,7 +7,7 @@ from .config import TrainingConfig
 
 
 def optimizer_of(
-    parameters: list[nn.Parameter], learning_rate: float, config: TrainingConfig, is_scaled: bool
+    role: str, parameters: list[nn.Parameter], learning_rate: float, config: TrainingConfig, is_scaled: bool
 ) -> torch.optim.Optimizer:
     """AdamW: torch's, or that of bitsandbytes with states of 8 bits, or in pages that a full GPU moves out.
 
@@ -18,7 +18,7 @@ def optimizer_of(
     """
     arguments = {
         "lr": learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
+        "betas": config.adam_betas(role),
         "weight_decay": config.adam_weight_decay,
         "eps": config.adam_epsilon,
     }

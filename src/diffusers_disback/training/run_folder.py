@@ -11,22 +11,9 @@ from typing import Any
 from ..hub.files import read_json, write_json
 from ..models.pipeline_folder import INDEX
 from .checkpoint import damage, is_sealed, seal
+from .config import changed, without_rates
 
 
-# A resumed run may change these and still be the same run.
-FREE_SETTINGS = {
-    *("output_dir", "resume_from_checkpoint", "stage", "degradation_path", "cache_dir", "max_train_steps"),
-    *("checkpointing_steps", "checkpoints_total_limit", "mixed_precision", "allow_tf32", "gradient_checkpointing"),
-    *("offload_idle_role", "offload_ema", "enable_xformers_memory_efficient_attention", "channels_last", "compile"),
-    *("dataloader_num_workers", "report_to", "logging_dir", "logging_steps", "tracker_project_name"),
-    *("validation_prompts", "num_validation_images", "validation_steps", "evaluators"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo"),
-    *("degradation_path_revision", "path_disk_budget_gb"),
-}
-# These, too: they are taken from the checkpoint on, which is told and noted in it.
-RATES = {"generator_learning_rate", "fake_score_learning_rate", "degradation_lr_multiplier"}
-# Settings that earlier versions had, with the value at which they did what is always done now.
-IMPLIED_SETTINGS = {"node_spacing": "steps"}
 INPUTS = {
     "prompts": "the prompts (of the file or data set)",
     "teacher": "the teacher's UNet (or the LoRA that is fused into it)",
@@ -71,14 +58,9 @@ class RunFolder:
                 "latest to go on with that run, or choose another --output_dir."
             )
         if file.exists():
-            before = IMPLIED_SETTINGS | read_json(file)
-            changed = {
-                name: (before.get(name), value)
-                for name, value in (IMPLIED_SETTINGS | settings).items()
-                if name not in FREE_SETTINGS | RATES and before.get(name) != value
-            }
-            if changed:
-                what = "; ".join(f"{name} was {was!r}, is {is_!r}" for name, (was, is_) in changed.items())
+            others = changed(read_json(file), without_rates(settings))
+            if others:
+                what = "; ".join(f"{name} was {was!r}, is {is_!r}" for name, (was, is_) in others.items())
                 raise ValueError(
                     f"{self.folder} holds the {stage} of a run with other settings: {what}. Choose another "
                     "--output_dir, or resume with the same settings."
@@ -96,10 +78,10 @@ class RunFolder:
         """
         file = self.settings_file(stage)
         before = read_json(file).get(_INPUTS, {}) if file.exists() else {}
-        changed = [INPUTS[name] for name, hash_ in inputs.items() if before.get(name, hash_) != hash_]
-        if changed:
+        others = [INPUTS[name] for name, hash_ in inputs.items() if before.get(name, hash_) != hash_]
+        if others:
             raise ValueError(
-                f"{self.folder} holds the {stage} of a run with other inputs: {' and '.join(changed)} changed since it began, "
+                f"{self.folder} holds the {stage} of a run with other inputs: {' and '.join(others)} changed since it began, "
                 "though the names are the same. Put back what was there, or choose another --output_dir."
             )
 
@@ -245,8 +227,3 @@ def _told_if_unsealed(folder: Path) -> Path:
     if not is_sealed(folder):
         print(f"{folder} was written by an older version, without hashes: it is taken unchecked.", file=sys.stderr)
     return folder
-
-
-def flat(*configs: Any) -> dict[str, Any]:
-    """The fields of dataclasses in one dictionary, for others to read: without the token."""
-    return {name: value for config in configs for name, value in vars(config).items() if name != "hub_token"}

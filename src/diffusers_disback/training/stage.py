@@ -19,12 +19,13 @@ from ..families import ModelFamily
 from ..hub.files import writing
 from ..models.batch import Batch
 from ..models.generator import OneStepGenerator
-from ..objectives import OBJECTIVES
+from ..objectives import make_objective
 from .checkpoint import read_state
 from .config import TrainingConfig
 from .learner import Learner
 from .processes import decided_by_main, peak_memory_mb
-from .run_folder import RunFolder, flat
+from .run_folder import RunFolder
+from .settings.fields import Settings, values
 from .signals import SignalHandler, signal_handler
 
 
@@ -36,7 +37,7 @@ class Stage(ABC):
 
     Args:
         config (`TrainingConfig`): What both stages share.
-        own (`DegradationConfig` or `BacktrackingConfig`): The stage's own settings.
+        own (`DegradationConfig` or `BacktrackingConfig`): The stage's own settings; of `own_class`.
         family (`ModelFamily`): The teacher.
         data (`PromptData`): Prompts and their conditions.
         learners (`list[Learner]`): The trained networks.
@@ -52,11 +53,12 @@ class Stage(ABC):
 
     name: str
     number: int
+    own_class: type[Settings]
 
     def __init__(
         self,
         config: TrainingConfig,
-        own: Any,
+        own: Settings,
         family: ModelFamily,
         data: PromptData,
         learners: list[Learner],
@@ -68,14 +70,14 @@ class Stage(ABC):
         self.config = config
         self.inputs = inputs
         self.rate_changes: list[dict[str, Any]] = []
-        self.settings = flat(config, own)
+        self.settings = values(config, TrainingConfig) | values(own, self.own_class)
         self.family = family
         self.data = data
         self.learners = learners
         self.accelerator = learners[0].accelerator
         self.steps = steps
         self.batches_per_step = batches_per_step
-        self.objective = OBJECTIVES[config.objective]()
+        self.objective = make_objective(config.objective, config.objective_args)
         self.folder = RunFolder(config.output_dir)
         self.batches = PromptBatches(
             data.prompts,

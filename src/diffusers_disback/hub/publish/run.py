@@ -12,7 +12,9 @@ from ...models.reference import LocalModel, ModelReference
 from ...path.manifest import MANIFEST
 from ...path.path import DegradationPath
 from ...path.sharing import check_is_ours, check_teacher_may_be_shared
-from ...training.run_folder import FREE_SETTINGS, RATES, RunFolder
+from ...training.config import that_count, without_rates
+from ...training.run_folder import RunFolder
+from ...training.settings_file import SETTINGS
 from ..cards import student_card
 from ..files import inside, read_text, to_bytes, write_text
 from ..markdown import python
@@ -23,7 +25,7 @@ from .student import LORA, PICTURES, check_student_is_whole
 
 # What a run's folder holds and no push sends: the path's own folders, which are read from its branches, and what says what
 # a run on this machine did.
-_OWN = ("path", "settings", "checkpoints", "logs", "conditions")
+_OWN = ("path", "settings", SETTINGS, "checkpoints", "logs", "conditions")
 
 
 def write_model_card(folder: Path, report: dict[str, Any]) -> None:
@@ -77,8 +79,8 @@ def path_of_run(
 
 
 def _is_recorded_by(path: DegradationPath, settings: dict[str, Any]) -> bool:
-    """Whether a path was recorded under a run's settings: else others could name a path that lies elsewhere."""
-    recording = {name: value for name, value in path.manifest["recording"].items() if name not in RATES}
+    """Whether a path that lies elsewhere was recorded under a run's settings: else others could name it."""
+    recording = without_rates(path.manifest["recording"])
     return bool(recording) and all(name in settings and settings[name] == recording[name] for name in recording)
 
 
@@ -135,7 +137,7 @@ def push_run(
         path.check_teachers_place()
     repository = Repository(repo_id, token)
     repository.create(private)
-    student = {name: value for name, value in published(report["settings"]).items() if name not in FREE_SETTINGS}
+    student = that_count(published(report["settings"]))
     student["path"] = None if report["path"] is None else report["path"]["id"]
 
     def check(head: str) -> None:

@@ -1,0 +1,1 @@
+"""Settings: what is true of each, said once where it is declared."""
