@@ -1,4 +1,4 @@
-# Two commands: `make quickstart` and `make test`. Both make .venv if need be, and can be repeated.
+# `make quickstart`, `make test`, `make quality`: each makes .venv if need be, and can be repeated.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -29,6 +29,7 @@ style: $(VENV)/.installed
 quality: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
 
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt $(VENV)/.torch
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

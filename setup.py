@@ -12,14 +12,15 @@ version = next(
 )
 
 extras = {
-    "train": ["datasets>=3.0", "peft>=0.17", "tensorboard", "Jinja2"],
-    "eval": ["torchmetrics>=1.4", "matplotlib>=3.8", "scipy"],
-    "bitsandbytes": ["bitsandbytes>=0.46"],
+    "train": ["datasets>=3.0", "peft>=0.18", "tensorboard", "Jinja2"],
+    "eval": ["torchmetrics>=1.4", "matplotlib>=3.9", "scipy"],
+    "bitsandbytes": ["bitsandbytes>=0.50"],
     "xformers": ["xformers>=0.0.30; platform_system == 'Linux' and platform_machine == 'x86_64'"],
 }
 extras["dev"] = [
     *(*extras["train"], *extras["eval"], *extras["bitsandbytes"]),
     *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.150", "markdown-it-py>=3", "ruff>=0.6", "build", "twine"),
+    *("mypy>=1.15", "types-psutil", "types-PyYAML", "types-tqdm"),
 ]
 
 setup(
@@ -34,17 +35,17 @@ setup(
     keywords="diffusion distillation diffusers text-to-image one-step score-distillation",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"": ["templates/*.md"]},
+    package_data={"": ["templates/*.md"], "diffusers_disback": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
         "diffusers>=0.40,<0.44",
-        "transformers>=4.57",
+        "transformers>=5.0",
         "accelerate>=1.10",
-        "safetensors>=0.4",
+        "safetensors>=0.8",
         "huggingface-hub>=1.23",
         "PyYAML",
-        "numpy",
+        "numpy>=2.0",
         "psutil",
         "tqdm",
     ],

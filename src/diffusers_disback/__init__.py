@@ -4,9 +4,10 @@ Names are imported when they are first asked for, so that `import diffusers_disb
 """
 
 import importlib
+from typing import Any
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULE_OF_NAME = {
     "BacktrackingConfig": "training.config",
@@ -53,7 +54,7 @@ _MODULE_OF_NAME = {
 __all__ = [*_MODULE_OF_NAME, "__version__"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF_NAME[name]}"), name)

@@ -91,7 +91,7 @@ class BacktrackingTrainer(Stage):
     ):
         self.config = config
         self.backtracking = backtracking
-        self.path = path
+        self.path = path or None  # one without nodes is none
         self.evaluate = evaluate
         self.validates = evaluate is not None
         self.schedule = target_schedule(backtracking, 0 if path is None else len(path))
@@ -223,7 +223,7 @@ class BacktrackingTrainer(Stage):
     def after_step(self, done: int) -> None:
         """Measures the mismatch that the adaptive schedule decides by, equal on every process."""
         node = self.target_node
-        if not self.schedule.needs_measures or node == 0 or done % self.backtracking.mismatch_every:
+        if not self.schedule.needs_measures or not node or done % self.backtracking.mismatch_every:
             return
         self._make_room_for(self.student)  # the target is on the device in the student's turn
         batches = self.probe.sample(self.generator)
@@ -258,7 +258,7 @@ class BacktrackingTrainer(Stage):
     def validate(self, done: int) -> dict[str, float]:
         node = self.schedule.node(done - 1, self.measures)
         with self.student.deployed() as network:
-            measures = self.evaluate(network)
+            measures = {} if self.evaluate is None else self.evaluate(network)
         return {"node": node, **measures, **self.mismatch(node)}
 
     @property

@@ -168,11 +168,11 @@ def extract_lora(parsed: argparse.Namespace) -> None:
     from ..hub.publish.export import extract_lora, save_lora
     from ..models.reference import ModelReference
 
-    networks = [
+    student, teacher = (
         reference.resolve_denoiser(parsed.cache_dir).load_network(UNet2DConditionModel).to(device())
         for reference in (ModelReference(parsed.student), teacher_asked_for(parsed))
-    ]
-    layers, residual = extract_lora(*networks, parsed.rank)
+    )
+    layers, residual = extract_lora(student, teacher, parsed.rank)
     files = save_lora({key: value.half().cpu() for key, value in layers.items()}, parsed.rank, parsed.output)
     print(f"rank {parsed.rank}: leaves {residual:.1%} of the difference between student and teacher")
     for file in files:

@@ -42,10 +42,8 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str], name: str
             code = main(arguments) or 0
             _flush(sys.stdout)
             return code
-        except SystemExit as error:
-            if not isinstance(error, Interrupted):
-                raise  # of argparse, which has said all
-            return _end(error, error.code, name, debug)
+        except Interrupted as error:
+            return _end(error, 128 + error.number, name, debug)
         except KeyboardInterrupt as error:  # where signals are not handled, as in a thread
             return _end(error, 130, name, debug)
         except Exception as error:
@@ -53,7 +51,7 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str], name: str
             # saved would look like one that was.
             if handler.received is not None and _is_of_another_process(error):
                 return _end(Interrupted(handler.received), 128 + handler.received, name, debug)
-            if isinstance(error, BrokenPipeError) and not _flush(sys.stdout):
+            if isinstance(error, BrokenPipeError) and not _is_read(sys.stdout):
                 return (
                     141  # as of a program that SIGPIPE has ended: whoever read the output, such as `head`, has enough
                 )

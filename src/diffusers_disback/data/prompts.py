@@ -90,6 +90,8 @@ class PromptFile(Sequence[str]):
             prompts; later, when a prompt is asked for, if the file has changed.
     """
 
+    offsets: np.ndarray
+
     def __init__(self, file: str | Path, max_samples: int | None = None):
         self.file = str(file)
         try:
@@ -186,7 +188,7 @@ class PromptFile(Sequence[str]):
         """A SHA-256 of the file and of how many of its prompts are taken."""
         return f"{self._sha256} {len(self)}"
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices are asked for
         try:
             with open(self.file, "rb") as stream:
                 self._check_unchanged(stream)
@@ -194,7 +196,9 @@ class PromptFile(Sequence[str]):
                 line = io.TextIOWrapper(stream, self.encoding, newline="").readline()
         except OSError as error:
             raise ValueError(f"The prompts file {self.file} cannot be read any more: {error.strerror}.") from error
-        return caption_of(line, self.file)
+        caption = caption_of(line, self.file)
+        assert caption is not None, "a blank line has no offset"
+        return caption
 
     def _check_unchanged(self, stream: io.BufferedReader) -> None:
         """Sees that the file is still the one whose lines were counted; one that was only touched is."""
@@ -241,9 +245,11 @@ class Captions(Sequence[str]):
     def __len__(self) -> int:
         return len(self.kept)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices are asked for
         row = int(self.kept[index])
-        return caption_of(self.rows[row][self.column], f"Row {row} of column {self.column!r}")
+        caption = caption_of(self.rows[row][self.column], f"Row {row} of column {self.column!r}")
+        assert caption is not None, "a row without one is not kept"
+        return caption
 
     def digest(self) -> str:
         """A SHA-256 of the captions, in their order."""
@@ -323,7 +329,7 @@ def spool_captions(
         ValueError: As of `dataset_prompts`.
     """
     origin = file.with_suffix(".json")
-    source = {"dataset": dataset_name or train_data_dir, "config": config_name, "split": split}
+    source: dict[str, Any] = {"dataset": dataset_name or train_data_dir, "config": config_name, "split": split}
     source |= {"column": caption_column, "max_samples": max_samples}
     if file.exists() and origin.exists() and read_json(origin) == source:
         return
@@ -344,7 +350,9 @@ def spool_captions(
         write_json(origin, source)
 
 
-def _load(dataset_name: str | None, train_data_dir: str | None, config_name: str | None, split: str, **arguments):
+def _load(
+    dataset_name: str | None, train_data_dir: str | None, config_name: str | None, split: str, **arguments: Any
+) -> Any:
     import datasets
 
     for flag, place in (("dataset_name", dataset_name), ("train_data_dir", train_data_dir)):
@@ -362,7 +370,7 @@ def _load(dataset_name: str | None, train_data_dir: str | None, config_name: str
         raise ValueError(_unreadable(dataset_name or train_data_dir, error)) from error
 
 
-def _streamed(rows: Iterable[Any], name: str) -> Iterator[Any]:
+def _streamed(rows: Iterable[Any], name: str | None) -> Iterator[Any]:
     """Rows as they come, and what goes wrong with them as our error."""
     import datasets
 
@@ -377,7 +385,7 @@ def _streamed(rows: Iterable[Any], name: str) -> Iterator[Any]:
         yield row
 
 
-def _unreadable(name: str, error: Exception) -> str:
+def _unreadable(name: str | None, error: Exception) -> str:
     """What is wrong with a data set: the library's own words, and what they are due to."""
     cause = f" {error.__cause__}" if error.__cause__ is not None else ""
     return f"The data set {name!r} cannot be read. {error}{cause}"
@@ -430,9 +438,9 @@ class PromptData:
 
         Args:
             prompts (`list[str]`): Dropped ones are empty.
-            rows (`list[int]`, *optional*): Their numbers, needed if there is a cache; any for dropped ones.
+            rows (`list[int]`, *optional*): Their numbers, by which a cache is read; any for dropped ones.
         """
-        if self.cache is not None:
+        if self.cache is not None and rows is not None:
             found = self.cache.read(rows)
             for place, prompt in enumerate(prompts):
                 if prompt == "":
@@ -441,8 +449,8 @@ class PromptData:
             return found
         if self.table is None:
             return self.encode(prompts)
-        rows = torch.tensor([self.rows[prompt] for prompt in prompts])
-        return {key: values[rows] for key, values in self.table.items()}
+        places = torch.tensor([self.rows[prompt] for prompt in prompts])
+        return {key: values[places] for key, values in self.table.items()}
 
     def batch(self, draw: "Draw", device: torch.device) -> Batch:
         """The batch of a draw, on a device."""
@@ -517,7 +525,7 @@ class PromptBatches(Dataset):
         for j in samples:
             state = np.random.SeedSequence([self.seed, self.stage, n, j]).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
-            row = torch.randint(len(self.prompts), (), generator=generator).item()
+            row = int(torch.randint(len(self.prompts), (), generator=generator))
             dropped = torch.rand((), generator=generator).item() < self.proportion_empty_prompts
             prompts.append("" if dropped else self.prompts[row])
             noise.append(torch.randn(self.latent_shape, generator=generator))

@@ -14,11 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..hub.files import parse_json
 from ..training.settings.groups import TARGET_MODULES
+from .batch import Condition
 from .score_model import ScoreModel
 from .weights import adapter_text, are_layers, fill_adapter, open_weights, save_weights
 
 
 if TYPE_CHECKING:
+    from diffusers import ModelMixin
     from peft import LoraConfig
 
 
@@ -33,10 +35,10 @@ class SharedNetwork:
     again within the backward pass, where other roles may be active by then: `checkpointed` brings its role back.
 
     Args:
-        network (`nn.Module`): A diffusers denoiser; it is frozen here.
+        network (`ModelMixin`): A diffusers denoiser; it is frozen here.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: "ModelMixin"):
         self.network = network.requires_grad_(False).eval()
         self.active: str | None = None
         self._layers: list = []
@@ -118,7 +120,7 @@ class SharedNetwork:
         """The same way to ask, after the role was made active."""
         call = model.call
 
-        def call_in_role(network, x_t, t, condition):
+        def call_in_role(network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
             self.activate(role)
             return call(network, x_t, t, condition)
 
@@ -166,23 +168,23 @@ def lora_config(rank: int, alpha: float | None = None, target_modules: list[str]
 
     return LoraConfig(
         r=rank,
-        lora_alpha=rank if alpha is None else alpha,
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]  # peft says int, and takes any number
         target_modules=target_modules or TARGET_MODULES,
         init_lora_weights=True,
     )
 
 
 def base_of(
-    network: nn.Module,
+    network: "ModelMixin",
     device: torch.device,
     dtype: torch.dtype,
     quantization: str | None = None,
     scratch: str | Path | None = None,
-) -> nn.Module:
+) -> "ModelMixin":
     """The network in the precision of a base that several roles share: itself where nothing has to change, else a copy.
 
     Args:
-        network (`nn.Module`): A diffusers denoiser in float32. A copy leaves it as it is.
+        network (`ModelMixin`): A diffusers denoiser in float32. A copy leaves it as it is.
         device (`torch.device`): Of the base.
         dtype (`torch.dtype`): That the base computes in.
         quantization (`str`, *optional*): `nf4` or `int8`: keep the weights of linear layers in 4 or 8 bits.
@@ -207,8 +209,8 @@ def base_of(
 
 
 def _quantized(
-    network: nn.Module, device: torch.device, dtype: torch.dtype, quantization: str, scratch: str | Path | None
-) -> nn.Module:
+    network: "ModelMixin", device: torch.device, dtype: torch.dtype, quantization: str, scratch: str | Path | None
+) -> "ModelMixin":
     """By bitsandbytes, which quantises what it loads: so the network is written down once, and read again."""
     if device.type != "cuda":
         raise ValueError(
@@ -216,22 +218,25 @@ def _quantized(
         )
     from diffusers import BitsAndBytesConfig
 
-    config = {
+    configs: dict[str, dict[str, Any]] = {
         "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype},
         "int8": {"load_in_8bit": True},
-    }[quantization]
+    }
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         network.save_pretrained(folder)
         return type(network).from_pretrained(
-            folder, quantization_config=BitsAndBytesConfig(**config), torch_dtype=dtype, use_safetensors=True
+            folder,
+            quantization_config=BitsAndBytesConfig(**configs[quantization]),
+            torch_dtype=dtype,
+            use_safetensors=True,
         )
 
 
-def fused(network: nn.Module, weights: dict[str, Tensor], config: "LoraConfig") -> nn.Module:
+def fused(network: "ModelMixin", weights: dict[str, Tensor], config: "LoraConfig") -> "ModelMixin":
     """A copy of a network with an adapter's update added to its weights, `[out, in]` each, in the network's precision.
 
     Args:
-        network (`nn.Module`): Without adapters; left as it is.
+        network (`ModelMixin`): Without adapters; left as it is.
         weights (`dict[str, Tensor]`): Of the adapter, in peft's names.
         config (`LoraConfig`): Of the adapter.
     """
@@ -300,11 +305,11 @@ def _check_adapter_config(said: dict[str, Any], largest: int, file: Path) -> Non
             )
 
 
-def write_adapter(network: nn.Module, adapter: str, folder: Path) -> None:
+def write_adapter(network: "ModelMixin", adapter: str, folder: Path) -> None:
     """Writes an adapter as `network.save_lora_adapter` does, which moves the network about and warns of it.
 
     Args:
-        network (`nn.Module`): With the adapter on it.
+        network (`ModelMixin`): With the adapter on it.
         adapter (`str`): Its name.
         folder (`Path`): Made if it is not there; `load_lora_adapter(folder, prefix=None, use_safetensors=True)` reads it.
     """

@@ -87,6 +87,7 @@ class NoiseSchedule:
                 return (x_t - sigma * output) / alpha
             case "v_prediction":
                 return alpha * x_t - sigma * output
+        raise AssertionError(f"no rule for {self.prediction_type!r}")
 
     def score_of_x0(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The gradient of log p(x_t), from E[x0 | x_t] by Tweedie's formula: `(alpha * x0 - x_t) / sigma**2`."""
@@ -103,6 +104,7 @@ class NoiseSchedule:
                 return noise
             case "v_prediction":
                 return alpha * noise - sigma * x0
+        raise AssertionError(f"no rule for {self.prediction_type!r}")
 
     def _at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         if self.alpha.device != like.device:
@@ -158,7 +160,9 @@ def with_said_otherwise(
     Raises:
         ValueError: If the scheduler has no betas.
     """
-    scheduler_class, config, changes = type(scheduler), dict(scheduler.config), {}
+    scheduler_class: Any = type(scheduler)
+    config = dict(scheduler.config)
+    changes: dict[str, Any] = {}
     if prediction_type is not None:
         changes["prediction_type"] = prediction_type
     if rescale_betas_zero_snr and not config.get("rescale_betas_zero_snr"):
@@ -180,8 +184,9 @@ def scheduler_of(config: dict[str, Any], what: str) -> SchedulerMixin:
     Raises:
         ValueError: If it names no scheduler of diffusers, or that does not take it.
     """
-    made = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(made, type) and issubclass(made, SchedulerMixin)):
+    made: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    is_scheduler = isinstance(made, type) and issubclass(made, SchedulerMixin)
+    if not is_scheduler:
         raise ValueError(f"{what} is of class {config.get('_class_name')!r}, which is no scheduler of diffusers.")
     try:
         return made.from_config(config)

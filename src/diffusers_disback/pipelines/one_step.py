@@ -213,7 +213,15 @@ class DisBackOneStepPipeline(
         return tuple(None if tensor is None else tensor.to(self.unet.dtype) for tensor in encoded)
 
     def prepare_latents(
-        self, batch_size, num_channels_latents, height, width, dtype, device, generator, latents=None
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As of the stock pipeline; noise of another precision is cast, and of another number told."""
         if latents is not None:
@@ -227,7 +235,7 @@ class DisBackOneStepPipeline(
             self, batch_size, num_channels_latents, height, width, dtype, device, generator, latents
         )
 
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes `model_index.json` in the stock pipeline's name, and this file beside it as `pipeline.py`."""
         super().save_config(save_directory)
         file = os.path.join(save_directory, self.config_name)
@@ -235,14 +243,14 @@ class DisBackOneStepPipeline(
             index = json.load(stream)
         index["_class_name"] = self.stock_class.__name__
         if not self.is_xl:
-            foreign = ("text_encoder_2", "tokenizer_2", "force_zeros_for_empty_prompt")
+            foreign: tuple[str, ...] = ("text_encoder_2", "tokenizer_2", "force_zeros_for_empty_prompt")
             index["requires_safety_checker"] = self.safety_checker is not None
         else:
             foreign = ("safety_checker", "requires_safety_checker")
         index = {name: value for name, value in index.items() if name not in foreign}
         with open(file, "w") as stream:
             stream.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        source, copy = inspect.getsourcefile(type(self)), os.path.join(save_directory, "pipeline.py")
+        source, copy = inspect.getfile(type(self)), os.path.join(save_directory, "pipeline.py")
         if not (os.path.exists(copy) and os.path.samefile(source, copy)):
             shutil.copyfile(source, copy)
         if push_to_hub:
@@ -390,7 +398,7 @@ class DisBackOneStepPipeline(
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             names = callback.tensor_inputs
 
-        def hand_on(pipeline, step, t, tensors):
+        def hand_on(pipeline: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             asked = {name: tensors[name] for name in names}
             changed = {} if callback is None else callback(pipeline, step, t, asked)
             return {**changed, "latents": changed.get("latents", tensors["latents"]).to(self.vae.dtype)}

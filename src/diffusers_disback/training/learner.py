@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, free_memory
@@ -48,6 +50,9 @@ class Learner:
 
     adapter: str | None = None
     lora: Lora | None = None
+    accelerator: Accelerator
+    optimizer: Any  # accelerate's, around torch's, and so the schedule
+    lr_schedule: Any
 
     def __init__(
         self,
@@ -166,13 +171,13 @@ class Learner:
         """Keeps the optimiser from an update if the flag is up."""
         optimizer = self.optimizer.optimizer
         if isinstance(optimizer, torch.optim.AdamW):
-            optimizer.found_inf = self.found_nonfinite.float()  # as torch's GradScaler tells a fused optimiser
+            optimizer.found_inf = self.found_nonfinite.float()  # type: ignore[attr-defined]  # torch's GradScaler sets it, too
             return
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(self.found_nonfinite, 0.0)
 
-    def accumulate(self):
+    def accumulate(self) -> AbstractContextManager[Any]:
         """A context for one slice of a batch."""
         return self.accelerator.accumulate(self.network)
 
@@ -269,6 +274,8 @@ class AdapterLearner(Learner):
         ValueError: If the processes shard their networks.
     """
 
+    adapter: str
+
     def __init__(
         self,
         name: str,
@@ -311,7 +318,7 @@ class AdapterLearner(Learner):
         if self.accelerator.sync_gradients:
             parameters = self.parameters()
             if self.accelerator.num_processes > 1:
-                gradients = [parameter.grad for parameter in parameters]
+                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
                 mean = self.accelerator.reduce(parameters_to_vector(gradients), "mean")
                 vector_to_parameters(mean, gradients)
             self._update(parameters)

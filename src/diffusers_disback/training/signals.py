@@ -40,7 +40,7 @@ class SignalHandler:
         received (`int`, *optional*): The first signal's number.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: int | None = None
         self._first: dict[int, float] = {}
         self._held = self._raised = False
