@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from configurations import UNETS, machine, parameters, random_pipeline
-from diffusers_disback.models.generator import to_pipeline
+from diffusers_disback.families import to_pipeline
 
 
 PROMPT = "a red house by the sea"

@@ -21,6 +21,7 @@ from diffusers import UNet2DConditionModel
 
 from configurations import UNETS, machine, unet_config
 from diffusers_disback import BacktrackingConfig, TrainingConfig
+from diffusers_disback.families import ModelFamily, StableDiffusion, StableDiffusionXL
 from diffusers_disback.models.adapters import SharedNetwork, lora_config
 from diffusers_disback.planning.allocations import Allocations
 from diffusers_disback.planning.plan import Planner
@@ -42,6 +43,11 @@ CASES = {
 }
 
 
+def family_of_config(config: dict[str, Any]) -> type[ModelFamily]:
+    """The family of a UNet's config."""
+    return StableDiffusionXL if config.get("addition_embed_type") == "text_time" else StableDiffusion
+
+
 def planner(config: dict[str, Any], **settings: Any) -> Planner:
     """What is planned for a UNet of a config."""
 
@@ -49,7 +55,7 @@ def planner(config: dict[str, Any], **settings: Any) -> Planner:
         with torch.device("meta"):
             return UNet2DConditionModel(**config)
 
-    return Planner(skeleton, TrainingConfig(**settings), BacktrackingConfig())
+    return Planner(skeleton, family_of_config(config), TrainingConfig(**settings), BacktrackingConfig())
 
 
 def network_of(name: str, case: str) -> torch.nn.Module:

@@ -23,7 +23,7 @@ import torch
 from baseline import Baseline, Wastes
 from configurations import UNETS, machine, parameters, random_pipeline, text_share
 from diffusers_disback.backtracking import BacktrackingConfig, BacktrackingTrainer
-from diffusers_disback.data.prompts import PromptData
+from diffusers_disback.data.conditions import PromptConditions, batch_of
 from diffusers_disback.degradation import DegradationConfig, DegradationRecorder
 from diffusers_disback.families import family_of
 from diffusers_disback.models.adapters import SharedNetwork
@@ -52,9 +52,9 @@ def ours(pipeline: Any, stage: int, folder: str, arguments: argparse.Namespace, 
         **changes,
     )
     family = family_of(pipeline).to(torch.device(arguments.device))
-    data = PromptData(PROMPTS, family.encode)
-    family.release_text_encoders()
-    family.rest()
+    data = PromptConditions(PROMPTS, family.encode)
+    family.release_encoders()
+    family.offload_to_cpu()
     generator = family.initial_generator(shared=config.all_adapters)
     if stage == 1:
         own = DegradationConfig(degradation_steps=10**6, num_path_nodes=0)
@@ -95,7 +95,7 @@ def step_of(stage: Stage) -> Callable[[], None]:
     def step() -> None:
         draws = [next(loader) for _ in range(stage.batches_per_step)]
         stage.train_step(
-            done[0], [[stage.data.batch(draw, stage.accelerator.device) for draw in each] for each in draws]
+            done[0], [[batch_of(draw, stage.data, stage.accelerator.device) for draw in each] for each in draws]
         )
         done[0] += 1
 

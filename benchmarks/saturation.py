@@ -37,7 +37,7 @@ def main() -> None:
     options, plt = picture_options(__doc__), pyplot()
     set_threads()
     teacher = load_family(ModelReference(str(EXAMPLES / "shapes" / "teacher")))
-    reference = pictures_of(teacher.pipeline, TASK.pictures, guidance_scale=SCALES[0], num_inference_steps=20)
+    reference = pictures_of(teacher, TASK.pictures, guidance_scale=SCALES[0], num_inference_steps=20)
     rows = [("teacher, 20 steps, guidance 4", reference)]
     figure, axes = plt.subplots(len(SCALES) + 2, 1, figsize=(SHOWN * 1.1, 8), height_ratios=[1] * 4 + [2])
     for scale in SCALES:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from experimental import DenseDegradation, keep_evenly_spaced
 from torch import Tensor, nn
 from toy_world import shuffled
@@ -26,14 +25,12 @@ from diffusers_disback import (  # noqa: E402
     DegradationRecorder,
     ModelFamily,
     ModelReference,
-    PromptData,
+    PromptConditions,
     PromptFile,
     TrainingConfig,
     load_family,
 )
 from diffusers_disback.backtracking import target_schedule  # noqa: E402
-from diffusers_disback.evaluation.report import unadorned  # noqa: E402
-from diffusers_disback.models.generator import to_pipeline  # noqa: E402
 from diffusers_disback.models.weights import fingerprint  # noqa: E402
 from shapes.evaluator import NUM_PICTURES, shapes_evaluation, shapes_prompts  # noqa: E402
 
@@ -177,9 +174,9 @@ def _evaluation(pictures: int):
     return shapes_evaluation(pictures) if pictures == NUM_PICTURES else _fewer(pictures)
 
 
-def pictures_of(pipeline: DiffusionPipeline, pictures: int, **arguments: Any) -> Tensor:
-    """What a pipeline draws at the evaluation's prompts and noise, `[N, 3, H, W]` uint8."""
-    return _evaluation(pictures).draw(unadorned(pipeline), **arguments)[0]
+def pictures_of(teacher: ModelFamily, pictures: int, **arguments: Any) -> Tensor:
+    """What a teacher samples at the evaluation's prompts and noise with its own scheduler, `[N, 3, H, W]` uint8."""
+    return _evaluation(pictures).draw(teacher, teacher.undecorated(teacher.pipeline), **arguments)[0]
 
 
 def _fewer(pictures: int):
@@ -242,7 +239,7 @@ def one(
         )
         teacher = load_family(ModelReference(training.pretrained_model_name_or_path))
         counter = Counter(teacher, task.batch)
-        data = PromptData(PromptFile(EXAMPLES / "shapes" / "prompts.txt"), teacher.encode)
+        data = PromptConditions(PromptFile(EXAMPLES / "shapes" / "prompts.txt"), teacher.encode)
         widths = task.student_widths
         generator = teacher.initial_generator() if widths is None else untrained(teacher, widths, seed)
         path, stage_1 = None, {"updates": 0, "evaluations": 0.0, "seconds": 0.0}
@@ -258,8 +255,8 @@ def one(
             stage_1 = {"updates": cost["steps"], "evaluations": counter.total, "seconds": cost["seconds"]}
 
         def measure(network: nn.Module) -> dict[str, float]:
-            pipeline = unadorned(to_pipeline(network, training.conditioning_timestep, teacher.pipeline))
-            pictures = evaluation.draw(pipeline)[0]
+            pipeline = teacher.undecorated(teacher.one_step(network, training.conditioning_timestep))
+            pictures = evaluation.draw(teacher, pipeline)[0]
             return {**evaluation.measure(pictures), **look(pictures)}
 
         first = {"evaluations": counter.total, **measure(generator)}

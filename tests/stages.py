@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from diffusers_disback.backtracking import BacktrackingConfig, BacktrackingTrainer
-from diffusers_disback.data.prompts import PromptData
+from diffusers_disback.data.conditions import PromptConditions
 from diffusers_disback.degradation import DegradationConfig, DegradationRecorder
 from diffusers_disback.families import family_of
 from diffusers_disback.models.reference import ModelReference
@@ -44,7 +44,9 @@ def recorder(config, teacher_folder, steps=4, nodes=2, degradation=None, **chang
         path = DegradationPath.create(folder, teacher, fingerprint(family.network), start, {})
     wanted = {"degradation_stop": 0.0, **changes}
     degradation = degradation or DegradationConfig(degradation_steps=steps, num_path_nodes=nodes, **wanted)
-    return DegradationRecorder(config, degradation, family, generator, PromptData(tiny.PROMPTS, family.encode), path)
+    return DegradationRecorder(
+        config, degradation, family, generator, PromptConditions(tiny.PROMPTS, family.encode), path
+    )
 
 
 def record(config, teacher_folder, **changes) -> DegradationPath:
@@ -64,7 +66,7 @@ def trainer(config, path, evaluate=None, **changes) -> BacktrackingTrainer:
             **changes,
         }
     )
-    data = PromptData(tiny.PROMPTS, family.encode)
+    data = PromptConditions(tiny.PROMPTS, family.encode)
     generator = family.initial_generator(shared=config.all_adapters)
     return BacktrackingTrainer(config, backtracking, family, generator, data, path, evaluate)
 

@@ -609,8 +609,9 @@ def test_the_lora_loads_in_the_stock_pipeline(run, tmp_path, name, alpha):
 
 def test_the_lora_draws_what_was_trained(tmp_path, path, teacher_folder):
     """Before it is fused: to rounding, the picture of the network that was trained."""
+    from diffusers_disback.families import to_pipeline
     from diffusers_disback.models.adapters import save_lora
-    from diffusers_disback.models.generator import one_step_scheduler, to_pipeline
+    from diffusers_disback.models.generator import one_step_scheduler
 
     stage = trainer(adapted(tmp_path), path)
     stage.run()

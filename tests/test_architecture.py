@@ -35,9 +35,9 @@ ORDER = {
         {"reference"},
         {"adapters"},
     ],
-    "data": [{"truncation", "cache"}, {"prompts"}],
+    "data": [{"truncation", "cache", "prompts"}, {"conditions"}],
     "path": [{"manifest", "node_spacing", "target_schedule"}, {"storage"}, {"sharing"}, {"path"}],
-    "families": [{"stable_diffusion"}, {"stable_diffusion_xl"}, {"__init__"}],
+    "families": [{"base"}, {"text", "checks"}, {"stable_diffusion"}, {"stable_diffusion_xl"}, {"__init__"}],
     "training": [
         {"lock", "checkpoint", "processes"},
         {"config", "settings_file"},

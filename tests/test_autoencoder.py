@@ -13,10 +13,9 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from stages import equal, weights
 
-from diffusers_disback.families import load_family
+from diffusers_disback.families import load_family, to_pipeline
 from diffusers_disback.hub.publish.student import save_student
 from diffusers_disback.models.components import check_whole
-from diffusers_disback.models.generator import to_pipeline
 from diffusers_disback.models.pipeline_folder import files_of, variant_taken
 from diffusers_disback.models.reference import ModelReference
 

@@ -11,11 +11,10 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from diffusers_disback.families import load_family
+from diffusers_disback.families import load_family, to_pipeline
 from diffusers_disback.hub.publish.student import save_student
 from diffusers_disback.hub.repository import HubError
 from diffusers_disback.models.components import check_whole, parts_left_out
-from diffusers_disback.models.generator import to_pipeline
 from diffusers_disback.models.reference import ModelReference
 
 

@@ -9,9 +9,10 @@ import pytest
 import tiny
 import torch
 
+from diffusers_disback.data import cache as condition_cache
 from diffusers_disback.data.cache import ConditionCache, choose_cache
-from diffusers_disback.data.prompts import PromptBatches, PromptData, PromptFile
-from diffusers_disback.data.prompts import cache as condition_cache
+from diffusers_disback.data.conditions import Batches, PromptConditions, batch_of
+from diffusers_disback.data.prompts import PromptFile
 from diffusers_disback.families import family_of
 
 
@@ -135,15 +136,15 @@ def test_batches_are_the_same_with_and_without(tmp_path, family):
     prompts = MANY[:40]
     cache = make(tmp_path, family, prompts, shard_size=16)
     cache.build(show_progress=False)
-    batches = PromptBatches(prompts, (4, 8, 8), 0, 1, 8, proportion_empty_prompts=0.5)
+    batches = Batches(len(prompts), (4, 8, 8), 0, 1, 8, proportion_empty=0.5)
     (draw,) = batches[3]
-    assert "" in draw.prompts and set(draw.prompts) != {""}
-    one = PromptData(prompts, family.encode, cache=cache).batch(draw, torch.device("cpu"))
-    two = PromptData(prompts, family.encode).batch(draw, torch.device("cpu"))
+    assert set(draw.dropped) == {True, False}
+    one = batch_of(draw, PromptConditions(prompts, family.encode, cache=cache), torch.device("cpu"))
+    two = batch_of(draw, PromptConditions(prompts, family.encode), torch.device("cpu"))
     for key, tensor in two.condition.items():
         assert (one.condition[key] - tensor).abs().max() < 2e-3 * tensor.abs().max()
         assert torch.equal(one.negative[key], two.negative[key])
-    empty = draw.prompts.index("")
+    empty = draw.dropped.index(True)
     assert all(torch.equal(one.condition[key][empty], one.negative[key][empty]) for key in one.condition)
 
 
@@ -204,11 +205,11 @@ def test_a_million_prompts_take_little_memory(tmp_path):
     if child == 0:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         prompts = PromptFile(file)
-        data = PromptData(prompts, family.encode)
-        batches = PromptBatches(prompts, (4, 8, 8), 0, 1, 8)
+        data = PromptConditions(prompts, family.encode)
+        batches = Batches(len(prompts), (4, 8, 8), 0, 1, 8)
         for number in range(200):
             for draw in batches[number]:
-                data.batch(draw, torch.device("cpu"))
+                batch_of(draw, data, torch.device("cpu"))
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         (tmp_path / "grown").write_text(f"{grown:.0f}")
         os._exit(0)

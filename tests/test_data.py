@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from diffusers_disback.data.cache import digest
-from diffusers_disback.data.prompts import PromptBatches, PromptData, PromptFile
+from diffusers_disback.data.conditions import Batches, ClassLabels, NoCondition, PromptConditions, batch_of
+from diffusers_disback.data.prompts import PromptFile
 from diffusers_disback.session import load_prompts
 from diffusers_disback.training.config import TrainingConfig
 
@@ -18,16 +19,16 @@ SHAPE = (4, 2, 2)
 
 
 def batches(**changes):
-    return PromptBatches(
-        **{"prompts": PROMPTS, "latent_shape": SHAPE, "seed": 0, "stage": 1, "batch_size": 4, **changes}
+    return Batches(
+        **{"num_conditions": len(PROMPTS), "latent_shape": SHAPE, "seed": 0, "stage": 1, "batch_size": 4, **changes}
     )
 
 
 def flat(slices):
     return [
-        (prompt, noise, generator.get_state())
+        ("" if dropped else PROMPTS[row], noise, generator.get_state())
         for draw in slices
-        for prompt, noise, generator in zip(draw.prompts, draw.noise, draw.generators, strict=True)
+        for row, dropped, noise, generator in zip(draw.rows, draw.dropped, draw.noise, draw.generators, strict=True)
     ]
 
 
@@ -61,7 +62,7 @@ def test_slicing_changes_no_sample(shares):
 
 def test_dropped_prompts_change_nothing_else():
     kept = [sample for n in range(200) for sample in flat(batches()[n])]
-    dropped = [sample for n in range(200) for sample in flat(batches(proportion_empty_prompts=0.1)[n])]
+    dropped = [sample for n in range(200) for sample in flat(batches(proportion_empty=0.1)[n])]
     assert all(torch.equal(a[1], b[1]) for a, b in zip(kept, dropped, strict=True))
     share = sum(prompt == "" for prompt, *_ in dropped) / len(dropped)
     assert 0.07 < share < 0.13
@@ -83,13 +84,34 @@ def encode(prompts):
 
 @pytest.mark.parametrize("capacity", [0, 4096], ids=["on the fly", "kept"])
 def test_conditions_are_those_of_the_prompts(capacity):
-    data = PromptData(PROMPTS, encode, capacity)
-    wanted = [PROMPTS[3], "", PROMPTS[40]]
-    assert torch.equal(data.conditions(wanted)["encoder_hidden_states"], encode(wanted)["encoder_hidden_states"])
-    draw = batches(proportion_empty_prompts=0.5)[0][0]
-    batch = data.batch(draw, torch.device("cpu"))
-    assert torch.equal(batch.condition["encoder_hidden_states"], encode(draw.prompts)["encoder_hidden_states"])
+    data = PromptConditions(PROMPTS, encode, capacity)
+    found, wanted = data.condition([3, 7, 40], [False, True, False]), encode([PROMPTS[3], "", PROMPTS[40]])
+    assert torch.equal(found["encoder_hidden_states"], wanted["encoder_hidden_states"])
+    draw = batches(proportion_empty=0.5)[0][0]
+    prompts = ["" if dropped else PROMPTS[row] for row, dropped in zip(draw.rows, draw.dropped, strict=True)]
+    batch = batch_of(draw, data, torch.device("cpu"))
+    assert torch.equal(batch.condition["encoder_hidden_states"], encode(prompts)["encoder_hidden_states"])
     assert torch.equal(batch.negative["encoder_hidden_states"], encode([""] * 4)["encoder_hidden_states"])
+
+
+def test_labels_and_nothing_are_conditions_too():
+    labels, rows = ClassLabels(10, null_label=10), [3, 7, 3]
+    assert len(labels) == 10 and labels.captions[7] == "7" and labels.is_encoded
+    assert labels.condition(rows, [False, True, False])["class_labels"].tolist() == [3, 10, 3]
+    assert labels.condition(rows, [False] * 3)["class_labels"].tolist() == rows
+    draw = batches(num_conditions=10, proportion_empty=0.5)[0][0]
+    batch = batch_of(draw, labels, torch.device("cpu"))
+    assert batch.negative["class_labels"].tolist() == [10] * 4
+    assert {10 if dropped else row for row, dropped in zip(draw.rows, draw.dropped, strict=True)} == set(
+        batch.condition["class_labels"].tolist()
+    )
+    with pytest.raises(ValueError, match="Labels cannot be dropped: no label stands for no class"):
+        ClassLabels(10).condition(rows, [False, True, False])
+    none = NoCondition()
+    draw = batches(num_conditions=len(none))[0][0]
+    batch = batch_of(draw, none, torch.device("cpu"))
+    assert len(none) == len(none.captions) == 1 and batch.condition == batch.negative == {}
+    assert torch.equal(draw.noise, batches(num_conditions=1)[0][0].noise)
 
 
 def test_few_prompts_are_encoded_once():
@@ -99,9 +121,9 @@ def test_few_prompts_are_encoded_once():
         calls.append(len(prompts))
         return encode(prompts)
 
-    data = PromptData(PROMPTS, counted)
+    data = PromptConditions(PROMPTS, counted)
     before = len(calls)
-    data.conditions(PROMPTS[:4])
+    data.condition([0, 1, 2, 3], [False] * 4)
     assert len(calls) == before
 
 

@@ -15,13 +15,12 @@ import torch
 from hub_server import Fault
 from safetensors.torch import load_file, save_file
 
-from diffusers_disback.families import load_family
+from diffusers_disback.families import load_family, to_pipeline
 from diffusers_disback.hub.publish import run as pushing
 from diffusers_disback.hub.publish.export import add_half_variant
 from diffusers_disback.hub.publish.run import pull, push_run
 from diffusers_disback.hub.publish.student import save_student
 from diffusers_disback.hub.repository import Repository
-from diffusers_disback.models.generator import to_pipeline
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.models.single_file import _config_folder
 from diffusers_disback.models.teacher_lora import fuse_lora, lora_file

@@ -20,10 +20,10 @@ from diffusers_disback.evaluation import (
     check_evaluators,
 )
 from diffusers_disback.evaluation.pictures import convergence_plot, pyplot
-from diffusers_disback.evaluation.report import REPORT, Report, many_step_pipeline, summary
+from diffusers_disback.evaluation.report import REPORT, Report, summary
 from diffusers_disback.evaluation.report_format import check_report
+from diffusers_disback.families import family_of
 from diffusers_disback.hub.cards import student_card
-from diffusers_disback.models.generator import to_pipeline
 from shapes.evaluator import ShapesEvaluator, load_judge
 from shapes.world import CAPTIONS, pixels
 
@@ -244,19 +244,20 @@ def test_reports_of_earlier_versions_are_read_without_directions(tasted, tmp_pat
 
 def test_the_same_noise_for_every_pipeline():
     evaluation = Evaluation(tiny.PROMPTS, seed=3, batch_size=2)
-    pipe = many_step_pipeline(tiny.pipeline())
-    one, seconds = evaluation.draw(pipe, num_inference_steps=2, guidance_scale=2.0)
-    two, _ = evaluation.draw(pipe, num_inference_steps=2, guidance_scale=2.0)
+    family = family_of(tiny.pipeline())
+    pipe = family.sampler()
+    one, seconds = evaluation.draw(family, pipe, num_inference_steps=2, guidance_scale=2.0)
+    two, _ = evaluation.draw(family, pipe, num_inference_steps=2, guidance_scale=2.0)
     assert one.shape == (3, 3, 16, 16) and one.dtype == torch.uint8 and seconds > 0
     assert torch.equal(one, two)
-    other, _ = Evaluation(tiny.PROMPTS, seed=4, batch_size=2).draw(pipe, num_inference_steps=2)
+    other, _ = Evaluation(tiny.PROMPTS, seed=4, batch_size=2).draw(family, pipe, num_inference_steps=2)
     assert not torch.equal(one, other)
 
 
 def test_the_teachers_sampler_does_not_clip():
     teacher = tiny.pipeline()
     teacher.scheduler = tiny.scheduler(clip_sample=True)
-    assert many_step_pipeline(teacher).scheduler.config.clip_sample is False
+    assert family_of(teacher).sampler().scheduler.config.clip_sample is False
     assert teacher.scheduler.config.clip_sample is True, "the teacher's own is left alone"
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from stages import close, equal, weights
 
 from diffusers_disback.commands.cli import main as command
+from diffusers_disback.families import to_pipeline
 from diffusers_disback.hub.publish.export import add_half_variant, extract_lora, save_lora
-from diffusers_disback.models.generator import to_pipeline
 
 
 def changed(network, scale=0.1, rank=None, seed=5):

@@ -22,8 +22,9 @@ from stages import close, equal, weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusers_disback import DisBackOneStepPipeline
-from diffusers_disback.families import FAMILIES, family_of
-from diffusers_disback.models.generator import OneStepGenerator, to_pipeline
+from diffusers_disback.families import FAMILIES, family_of, to_pipeline
+from diffusers_disback.families.checks import slope_of_noise
+from diffusers_disback.models.generator import OneStepGenerator
 from diffusers_disback.models.noise_schedule import NoiseSchedule
 from diffusers_disback.objectives import OBJECTIVES
 
@@ -283,7 +284,10 @@ def test_a_network_that_asks_for_more_is_refused(name, tmp_path):
             (family_of, (pipe,)),
             (to_pipeline, (pipe.unet, 399, plain)),
             (family.initial_generator, (start.resolve_denoiser(),)),
-            (lambda unet: Planner(lambda: unet, TrainingConfig(), BacktrackingConfig()).network, (pipe.unet,)),
+            (
+                lambda unet: Planner(lambda: unet, type(family), TrainingConfig(), BacktrackingConfig()).network,
+                (pipe.unet,),
+            ),
         ):
             with pytest.raises(ValueError, match=message):
                 call(*arguments)
@@ -635,11 +639,11 @@ def test_a_config_that_contradicts_the_network_is_told(run, capsys, tmp_path):
     from diffusers_disback import ModelReference, load_family
 
     shapes = ModelReference(str(SHAPES / "teacher"))  # which predicts the noise
-    assert load_family(shapes).doubt() is None
+    assert load_family(shapes).check_schedule() is None
     for other in ("v_prediction", "sample"):
-        doubt = load_family(replace(shapes, prediction_type=other)).doubt()
+        doubt = load_family(replace(shapes, prediction_type=other)).check_schedule()
         assert f"says prediction_type={other!r}" in doubt and "try --prediction_type epsilon" in doubt
-    doubt = family_of(tiny.pipeline("epsilon")).doubt()  # random weights predict nothing
+    doubt = family_of(tiny.pipeline("epsilon")).check_schedule()  # random weights predict nothing
     assert "is not the noise" in doubt and "try --prediction_type v_prediction or sample" in doubt
 
 
@@ -697,10 +701,10 @@ def test_betas_that_the_network_was_not_trained_with_are_told(name):
         )
         pipe.scheduler = type(pipe.scheduler).from_config(config, prediction_type=declared, **(changes or {}))
         family, state = family_of(pipe), torch.get_rng_state()
-        doubt = family.doubt()
+        doubt = family.check_schedule()
         assert torch.equal(torch.get_rng_state(), state)
         with torch.no_grad():
-            measured = family._slope_of_noise(family.score_model(), torch.device("cpu"))
+            measured = slope_of_noise(family, family.score_model(), torch.device("cpu"), family.encode([""]))
         assert measured == pytest.approx(slope, abs=0.011), prediction
         if abs(slope - 1) < 0.08:
             assert doubt is None

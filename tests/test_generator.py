@@ -3,8 +3,8 @@ import tiny
 import torch
 from diffusers import DDIMScheduler
 
-from diffusers_disback.families import family_of
-from diffusers_disback.models.generator import OneStepGenerator, one_step_scheduler, to_pipeline
+from diffusers_disback.families import family_of, to_pipeline
+from diffusers_disback.models.generator import OneStepGenerator, one_step_scheduler
 from diffusers_disback.models.noise_schedule import PREDICTION_TYPES
 
 

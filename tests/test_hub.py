@@ -12,9 +12,9 @@ from huggingface_hub import HfApi
 from script import student
 from write_faults import Fault, full, killed
 
+from diffusers_disback.families import to_pipeline
 from diffusers_disback.hub.publish.student import save_student
 from diffusers_disback.hub.repository import HubError, Repository
-from diffusers_disback.models.generator import to_pipeline
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.pipelines.one_step import DisBackOneStepPipeline
 

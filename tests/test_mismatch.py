@@ -5,7 +5,7 @@ import tiny
 import torch
 from stages import training
 
-from diffusers_disback.data.prompts import PromptData
+from diffusers_disback.data.conditions import PromptConditions
 from diffusers_disback.families import family_of
 from diffusers_disback.models.generator import OneStepGenerator
 from diffusers_disback.training.probe import (
@@ -25,7 +25,7 @@ from diffusers_disback.training.probe import (
 def probed(tmp_path_factory):
     """The family, its probe batches of the teacher's copy, and the generator."""
     family = family_of(tiny.pipeline())
-    data = PromptData(tiny.PROMPTS, family.encode)
+    data = PromptConditions(tiny.PROMPTS, family.encode)
     generator = OneStepGenerator(family.score_model(), 399)
     config = training(tmp_path_factory.mktemp("probe"), train_batch_size=8)
     return family, MismatchProbe(config, family, data, torch.device("cpu")).sample(generator)
@@ -42,9 +42,9 @@ def test_questions_cover_the_schedule_in_bands(probed):
         assert band * last / BANDS <= own.min() and own.max() < (band + 1) * last / BANDS
 
 
-def test_questions_are_a_function_of_the_seed_and_the_student(probed, tmp_path):
+def test_probe_batches_are_a_function_of_the_seed_and_the_student(probed, tmp_path):
     family, batches = probed
-    data = PromptData(tiny.PROMPTS, family.encode)
+    data = PromptConditions(tiny.PROMPTS, family.encode)
     generator = OneStepGenerator(family.score_model(), 399)
     for changes, same in [({}, True), ({"seed": 1}, False)]:
         config = training(tmp_path, train_batch_size=8, **changes)

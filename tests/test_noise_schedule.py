@@ -13,9 +13,8 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from diffusers_disback.evaluation.report import many_step_pipeline
-from diffusers_disback.families import family_of
-from diffusers_disback.models.generator import one_step_scheduler, to_pipeline
+from diffusers_disback.families import family_of, to_pipeline
+from diffusers_disback.models.generator import many_step_scheduler, one_step_scheduler
 from diffusers_disback.models.noise_schedule import (
     PREDICTION_TYPES,
     NoiseSchedule,
@@ -121,7 +120,7 @@ def test_schedules_that_are_no_teachers_are_refused_by_all(use):
             "ddpm": lambda: ddpm_scheduler(pipe.scheduler),
             "one step": lambda: one_step_scheduler(pipe.scheduler, 399),
             "pipeline": lambda: to_pipeline(pipe.unet, 399, pipe),
-            "many steps": lambda: many_step_pipeline(pipe),
+            "many steps": lambda: many_step_scheduler(pipe.scheduler),
             "zero snr": lambda: with_said_otherwise(pipe.scheduler, None, True),
             "family": lambda: family_of(pipe),
         }
@@ -144,7 +143,7 @@ def test_samplers_of_the_same_schedule_are_taken():
             assert torch.equal(schedule.alpha, expected.alpha), type(scheduler).__name__
     pipe = tiny.pipeline()
     pipe.scheduler = DDIMScheduler.from_config(tiny.scheduler().config, clip_sample=True, thresholding=True)
-    drawn = many_step_pipeline(pipe).scheduler.config
+    drawn = family_of(pipe).sampler().scheduler.config
     assert not drawn.clip_sample and not drawn.thresholding, "latents are not confined to [-1, 1]"
 
 

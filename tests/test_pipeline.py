@@ -11,9 +11,9 @@ import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from diffusers_disback.families import family_of
+from diffusers_disback.families import family_of, to_pipeline
 from diffusers_disback.hub.publish.student import save_student
-from diffusers_disback.models.generator import OneStepGenerator, to_pipeline
+from diffusers_disback.models.generator import OneStepGenerator
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.pipelines.one_step import DisBackOneStepPipeline
 

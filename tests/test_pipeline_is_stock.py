@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffusers_disback import DisBackOneStepPipeline
-from diffusers_disback.models.generator import to_pipeline
+from diffusers_disback.families import to_pipeline
 
 
 STOCK = {"num_inference_steps": 1, "guidance_scale": 0}

@@ -14,6 +14,7 @@ import tiny
 
 from diffusers_disback import DegradationPath
 from diffusers_disback.backtracking import BacktrackingTrainer
+from diffusers_disback.families import to_pipeline
 from diffusers_disback.hub.publish.student import check_teacher_files, save_student
 from diffusers_disback.hub.published import (
     clean_configs,
@@ -23,7 +24,6 @@ from diffusers_disback.hub.published import (
     published_report,
 )
 from diffusers_disback.models.card import read_card
-from diffusers_disback.models.generator import to_pipeline
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.path.manifest import identity
 

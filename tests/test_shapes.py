@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 
 from diffusers_disback import Evaluation, ModelReference, load_family
-from diffusers_disback.families import FAMILIES
+from diffusers_disback.families import FAMILIES, family_of
 from shapes import world
 from shapes.evaluator import HERE, is_shapes_teacher, shapes_prompts
 
@@ -106,13 +106,14 @@ def test_the_card_tells_the_measured_quality():
 
 def test_the_teacher_draws_what_it_is_told():
     """A hundred pictures; the whole measure is `python -m shapes.measure_teacher`."""
-    from diffusers_disback.evaluation.report import many_step_pipeline
     from shapes.evaluator import ShapesEvaluator, load_judge
 
     quality = json.loads((TEACHER / "quality.json").read_text())
-    pipe = many_step_pipeline(StableDiffusionPipeline.from_pretrained(TEACHER))
+    family = family_of(StableDiffusionPipeline.from_pretrained(TEACHER))
     evaluation = Evaluation(shapes_prompts(100))
-    drawn, _ = evaluation.draw(pipe, num_inference_steps=25, guidance_scale=quality["guidance_scale"])
+    drawn, _ = evaluation.draw(
+        family, family.sampler(), num_inference_steps=25, guidance_scale=quality["guidance_scale"]
+    )
     accuracies = ShapesEvaluator(load_judge(), num_reference=100).accuracies(drawn, evaluation.prompts)
     assert all(value >= 0.92 for value in accuracies.values()), accuracies
 

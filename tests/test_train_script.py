@@ -80,9 +80,9 @@ def test_text_encoders_leave_memory_when_every_prompt_is_encoded(run, monkeypatc
     import weakref
 
     from diffusers_disback.backtracking import BacktrackingTrainer
-    from diffusers_disback.families import ModelFamily
+    from diffusers_disback.families import StableDiffusion
 
-    encoders, left, train, check = [], [], BacktrackingTrainer.train, ModelFamily.check
+    encoders, left, train, check = [], [], BacktrackingTrainer.train, StableDiffusion.check
 
     def watched(family):
         check(family)
@@ -93,7 +93,7 @@ def test_text_encoders_leave_memory_when_every_prompt_is_encoded(run, monkeypatc
         left.extend(encoder() is None for encoder in encoders)
         return train(self)
 
-    monkeypatch.setattr(ModelFamily, "check", watched)
+    monkeypatch.setattr(StableDiffusion, "check", watched)
     monkeypatch.setattr(BacktrackingTrainer, "train", trained)
     folder = run(cache_conditions=cache_conditions)
     assert left == [leave]
@@ -400,15 +400,15 @@ def test_the_resolution_is_the_students_own(run):
 
 @pytest.mark.parametrize("flag", ["gradient_checkpointing", "dataloader_num_workers"])
 def test_flags_that_change_no_result(run, baseline, flag, monkeypatch):
-    from diffusers_disback.data.prompts import PromptBatches
+    from diffusers_disback.data.conditions import Batches
 
-    seen, loader = [], PromptBatches.loader
+    seen, loader = [], Batches.loader
 
     def spy(self, batches, num_workers):
         seen.append(num_workers)
         return loader(self, batches, num_workers)
 
-    monkeypatch.setattr(PromptBatches, "loader", spy)
+    monkeypatch.setattr(Batches, "loader", spy)
     value = 1 if flag == "dataloader_num_workers" else True
     other = student(run(**{flag: value}))
     assert all(torch.allclose(other[key], baseline[key], atol=1e-5) for key in baseline)

@@ -31,17 +31,16 @@ from diffusers_disback.commands.command_line import read_flags, run
 from diffusers_disback.evaluation.report import Report, drawable, summary
 from diffusers_disback.hub.publish.background import RunUpload
 from diffusers_disback.hub.publish.student import check_teacher_files, save_student
-from diffusers_disback.models.generator import to_pipeline
 from diffusers_disback.session import (
     Configs,
     check_inputs,
     check_settings,
+    condition_source,
     in_use,
     is_finished,
     load_prompts,
     open_path,
     picture_evaluation,
-    prompt_data,
     validation_prompts,
     write_results,
 )
@@ -102,7 +101,7 @@ def distil(configs: Configs, state: PartialState, arguments: list[str]) -> None:
     prompts = load_prompts(training)
     reference = training.teacher
     teacher = load_family(reference, training.cache_dir).to(state.device)
-    if state.is_main_process and (doubt := teacher.doubt()):
+    if state.is_main_process and (doubt := teacher.check_schedule()):
         print(doubt, file=sys.stderr)
     teacher.schedule.check_timestep(timestep, "conditioning_timestep")
     teacher_card: dict[str, Any] = {}
@@ -116,28 +115,28 @@ def distil(configs: Configs, state: PartialState, arguments: list[str]) -> None:
     generator = teacher.initial_generator(start, training.resolution, training.all_adapters)
     inputs = check_inputs(configs, teacher, generator, prompts)
     path = open_path(configs, teacher, generator, state, inputs)
-    data = prompt_data(training, teacher, prompts, state, inputs["text_encoders"])
+    data = condition_source(training, teacher, prompts, state, inputs)
     upload = RunUpload(training, teacher.model) if training.push_to_hub and state.is_main_process else None
 
     def measure(network: torch.nn.Module, name: str = "student") -> dict[str, float]:
-        with teacher.drawing(state.device):
-            return report.add_student(name, to_pipeline(network, timestep, teacher.pipeline))
+        with teacher.on_device(state.device):
+            return report.add_student(name, teacher.one_step(network, timestep))
 
     report = initial = None
     if state.is_main_process:
-        wanted = validation_prompts(training, prompts)
+        wanted = validation_prompts(training, data.captions)
         shapes = is_shapes_teacher(reference.name_or_path)
         evaluation = shapes_evaluation() if shapes else picture_evaluation(training, wanted)
         evaluation.add(training.evaluators)
         size = teacher.resolution(training.resolution)
-        report = Report(evaluation, wanted, teacher.pipeline, backtracking.guidance_scale, dtype=dtype, size=size)
+        report = Report(evaluation, wanted, teacher, backtracking.guidance_scale, dtype=dtype, size=size)
     if data.is_encoded:
-        teacher.release_text_encoders()
+        teacher.release_encoders()
     if report:
         report.add_teacher()
         with drawable(generator, state.device, dtype) as network:
             initial = measure(network, "initial")
-    teacher.rest()
+    teacher.offload_to_cpu()
     state.wait_for_everyone()
 
     if state.is_main_process:
@@ -154,7 +153,7 @@ def distil(configs: Configs, state: PartialState, arguments: list[str]) -> None:
         trainer = BacktrackingTrainer(training, backtracking, teacher, generator, data, path, measure, initial, inputs)
         student = trainer.train()
         if report:
-            deployed = to_pipeline(student, timestep, teacher.pipeline)
+            deployed = teacher.one_step(student, timestep)
             save_student(deployed, teacher.model, folder, trainer.student.lora)
             if trainer.student.lora is not None:  # was measured before it was fused, maybe on a base of few bits
                 with drawable(student, state.device, dtype) as network:
@@ -165,7 +164,7 @@ def distil(configs: Configs, state: PartialState, arguments: list[str]) -> None:
 
     if report:
         script = "examples/text_to_image/train_disback.py"
-        with teacher.drawing(state.device):
+        with teacher.on_device(state.device):
             print(write_results(report, teacher, path, trainer, configs, script, arguments, teacher_card))
     if upload:
         print(upload.finish())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data.prompts import PromptData
+from .data.conditions import ConditionSource
 from .families import ModelFamily
 from .models.batch import Batch
 from .models.generator import OneStepGenerator
@@ -65,7 +65,7 @@ class BacktrackingTrainer(Stage):
         family (`ModelFamily`): The teacher.
         generator (`nn.Module`): The initial generator's network; it is trained in place. The teacher's own, if all roles
             are adapters and it is the start: then it is left as it is.
-        data (`PromptData`): Prompts and their conditions.
+        data (`ConditionSource`): What samples are conditioned on.
         path (`DegradationPath`): The complete path; or `None`, for none.
         evaluate (`Callable`, *optional*): Network -> measures; called every `validation_steps` and at the end, on the
             main process.
@@ -83,7 +83,7 @@ class BacktrackingTrainer(Stage):
         backtracking: BacktrackingConfig,
         family: ModelFamily,
         generator: nn.Module,
-        data: PromptData,
+        data: ConditionSource,
         path: DegradationPath | None,
         evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
         initial_measures: dict[str, float] | None = None,

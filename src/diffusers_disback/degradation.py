@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data.prompts import PromptData
+from .data.conditions import ConditionSource
 from .families import ModelFamily
 from .hub.files import writing
 from .models.batch import Batch
@@ -29,7 +29,7 @@ class DegradationRecorder(Stage):
         family (`ModelFamily`): The teacher.
         generator (`nn.Module`): The initial generator's network; frozen. The teacher's own, if all roles are adapters and
             it is the start.
-        data (`PromptData`): Prompts and their conditions.
+        data (`ConditionSource`): What samples are conditioned on.
         path (`DegradationPath`): Where nodes are recorded; empty, or of a recording that is resumed.
         recorded (`Callable`, *optional*): Called on the main process when there is something new in the path's folder.
         inputs (`dict[str, str]`, *optional*): As of `Stage`.
@@ -45,7 +45,7 @@ class DegradationRecorder(Stage):
         degradation: DegradationConfig,
         family: ModelFamily,
         generator: nn.Module,
-        data: PromptData,
+        data: ConditionSource,
         path: DegradationPath,
         recorded: Callable[[], None] | None = None,
         inputs: dict[str, str] | None = None,
@@ -72,7 +72,7 @@ class DegradationRecorder(Stage):
             [self.fake_score],
             steps=degradation.degradation_steps,
             batches_per_step=1,
-            proportion_empty_prompts=degradation.proportion_empty_prompts,
+            proportion_empty=degradation.proportion_empty_prompts,
             inputs=inputs,
         )
         self.generator = OneStepGenerator(scores.frozen(generator), config.conditioning_timestep)

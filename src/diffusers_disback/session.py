@@ -21,7 +21,8 @@ from accelerate.utils import broadcast_object_list
 
 from .backtracking import BacktrackingConfig, BacktrackingTrainer, guidance_of_node, target_schedule
 from .data.cache import ConditionCache, choose_cache, digest
-from .data.prompts import CAPACITY, PromptData, PromptFile, dataset_prompts, spool_captions
+from .data.conditions import CAPACITY, ConditionSource, PromptConditions
+from .data.prompts import PromptFile, dataset_prompts, spool_captions
 from .data.truncation import truncation
 from .degradation import DegradationConfig
 from .evaluation import Evaluation, check_evaluators
@@ -34,7 +35,6 @@ from .hub.publish.student import missing_results, results
 from .hub.published import REPORT, published, published_command
 from .hub.repository import HubError
 from .models.pipeline_folder import INDEX
-from .models.reference import LocalModel
 from .models.weights import fingerprint
 from .path.manifest import MANIFEST
 from .path.path import DegradationPath
@@ -50,7 +50,7 @@ from .training.signals import Interrupted
 Configs = tuple[TrainingConfig, DegradationConfig, BacktrackingConfig]
 _OF_THE_SCHEDULE = {
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
-    "prediction_type",
+    *("prediction_type", "shift", "use_dynamic_shifting"),
 }
 
 
@@ -180,7 +180,7 @@ def _nodes_are_there(folder: Path) -> bool:
     if not (folder / MANIFEST).is_file():
         return False
     path = DegradationPath.from_pretrained(folder)
-    files = [folder / node["name"] / "unet" / name for node in path.nodes for name in node["files"]]
+    files = [folder / node["name"] / path.denoiser / name for node in path.nodes for name in node["files"]]
     return path.complete and all(file.is_file() for file in files)
 
 
@@ -198,9 +198,8 @@ def check_inputs(
     inputs = {
         "prompts": digest(prompts),
         "teacher": fingerprint(teacher.network),
-        "text_encoders": _sha256(teacher.encoder_id(training.resolution)),
+        **teacher.inputs(training.resolution),
         "scheduler": _sha256(json.dumps(schedule, sort_keys=True)),
-        "autoencoder": fingerprint(teacher.pipeline.vae),
     }
     own_start = training.generator_model_name_or_path is not None
     inputs["start"] = fingerprint(generator) if own_start else inputs["teacher"]
@@ -244,7 +243,7 @@ def open_path(
     recording = that_count(values(training, TrainingConfig) | values(degradation, DegradationConfig))
     own = inputs["teacher"] if inputs else fingerprint(teacher.network)
     if training.path_is_shared:
-        return _open_shared(configs, own, start, teacher.model, state)
+        return _open_shared(configs, own, start, teacher, state)
     recorded = (folder / MANIFEST).exists()
     state.wait_for_everyone()  # all have looked before one writes
     if not recorded and training.stage != "backtrack":
@@ -252,7 +251,7 @@ def open_path(
             return None
         return DegradationPath.create(folder, teacher.model, own, start, recording)
     path = DegradationPath.from_pretrained(folder, teacher=teacher.model)
-    path.check(own, start)
+    path.check(own, start, teacher.network_name)
     if path.complete:
         if state.is_main_process:
             path.verify()
@@ -280,7 +279,7 @@ def _same_recording(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _open_shared(
-    configs: Configs, teacher_sha256: str, start: dict[str, Any], teacher: LocalModel, state: PartialState
+    configs: Configs, teacher_sha256: str, start: dict[str, Any], teacher: ModelFamily, state: PartialState
 ) -> DegradationPath:
     """Opens a path on the Hub, to be replayed."""
     training, _, backtracking = configs
@@ -289,7 +288,7 @@ def _open_shared(
         return DegradationPath.from_pretrained(
             training.degradation_path,
             revision,
-            teacher,
+            teacher.model,
             training.cache_dir,
             training.hub_token,
             training.path_disk_budget_gb if state.is_local_main_process else None,
@@ -298,7 +297,7 @@ def _open_shared(
     path = read(training.degradation_path_revision) if state.is_main_process else None
     (commit,) = broadcast_object_list([None if path is None else path.folders.commit])  # a branch may move meanwhile
     path = read(commit) if path is None else path
-    path.check(teacher_sha256, start)
+    path.check(teacher_sha256, start, teacher.network_name)
     if not path.complete:
         raise ValueError(
             f"The path of {path.where} is unfinished: {len(path)} nodes are published. Its owner has to finish it."
@@ -309,14 +308,17 @@ def _open_shared(
 
 
 def load_prompts(config: TrainingConfig) -> Sequence[str]:
-    """The prompts that the settings name: a file, a data set, or an image folder.
+    """The prompts that the settings name: a file, a data set, or an image folder; none, for a teacher that takes none.
 
     Raises:
-        ValueError: If they name none, or it cannot be read.
+        ValueError: If they name none and the teacher takes prompts, or it cannot be read.
     """
     if config.prompts_file is not None:
         return PromptFile(config.prompts_file, config.max_train_samples)
     if config.dataset_name is None and config.train_data_dir is None:
+        teacher = config.teacher
+        if teacher.name_or_path is not None and not family_class_of(teacher, config.cache_dir).takes_prompts:
+            return []
         raise ValueError("There are no prompts: pass --prompts_file, --dataset_name or --train_data_dir.")
     where = {"dataset_name": config.dataset_name, "train_data_dir": config.train_data_dir}
     where |= {"config_name": config.dataset_config_name, "split": config.dataset_split}
@@ -330,21 +332,32 @@ def load_prompts(config: TrainingConfig) -> Sequence[str]:
     )
 
 
-def prompt_data(
-    training: TrainingConfig, teacher: ModelFamily, prompts: Sequence[str], state: PartialState, encoder_id: str
-) -> PromptData:
-    """Prompts and the way to their conditions, as `--cache_conditions` says. Tells what was decided.
+def condition_source(
+    training: TrainingConfig,
+    teacher: ModelFamily,
+    prompts: Sequence[str],
+    state: PartialState,
+    inputs: dict[str, str],
+) -> ConditionSource:
+    """What the teacher's samples are conditioned on: prompts, encoded as `--cache_conditions` says, or what it knows of
+    itself. Tells what was decided.
 
     Args:
         training (`TrainingConfig`): The settings.
-        teacher (`ModelFamily`): Encodes prompts.
+        teacher (`ModelFamily`): With its encoders.
         prompts (`Sequence[str]`): All of the run's.
         state (`PartialState`): This process among the others.
-        encoder_id (`str`): What conditions depend on, as `check_inputs` hashed it.
+        inputs (`dict[str, str]`): Of `check_inputs`, which hashed what conditions depend on.
+
+    Raises:
+        ValueError: If prompts are given to a teacher that takes none.
     """
+    if not teacher.takes_prompts:
+        _check_no_prompts(training, teacher)
+        return teacher.conditions(resolution=training.resolution)
     encode = partial(teacher.encode, resolution=training.resolution)
     folder = Path(training.cache_dir or training.output_dir, "conditions")
-    cache = ConditionCache(folder, prompts, encode, lambda: encoder_id)
+    cache = ConditionCache(folder, prompts, encode, lambda: inputs["text_encoders"])
     on_disk, why = choose_cache(cache, training.cache_conditions, CAPACITY)
     state.print(why, file=sys.stderr)
     if state.is_main_process:
@@ -353,10 +366,20 @@ def prompt_data(
             if told:
                 print(told, file=sys.stderr)
     if not on_disk:
-        return PromptData(prompts, encode, capacity=0 if training.cache_conditions == "off" else CAPACITY)
+        return PromptConditions(prompts, encode, capacity=0 if training.cache_conditions == "off" else CAPACITY)
     with state.main_process_first(), writing(folder):
         cache.build(show_progress=state.is_main_process)
-    return PromptData(prompts, encode, cache=cache)
+    return PromptConditions(prompts, encode, cache=cache)
+
+
+def _check_no_prompts(training: TrainingConfig, teacher: ModelFamily) -> None:
+    """Raises a `ValueError` if the settings name prompts, which the teacher does not take."""
+    names = ("prompts_file", "dataset_name", "train_data_dir", "validation_prompts")
+    given = [f"--{name}" for name in names if getattr(training, name)]
+    if given:
+        raise ValueError(
+            f"The teacher is a {type(teacher.pipeline).__name__}, which takes no prompts; leave {' and '.join(given)} out."
+        )
 
 
 def validation_prompts(training: TrainingConfig, prompts: Sequence[str]) -> list[str]:
@@ -413,6 +436,7 @@ def write_results(
         "stages": stages,
         "path": None if path is None else _origin(path),
         "pipeline_class": type(family.pipeline).__name__,
+        "component": family.network_name,
         "resolution": family.resolution(training.resolution),
         "seed": training.seed,
         "versions": versions(),

@@ -12,13 +12,14 @@ import torch
 import train_disback
 
 from diffusers_disback import (
+    Batches,
     DegradationRecorder,
     ModelReference,
     OneStepGenerator,
-    PromptBatches,
-    PromptData,
+    PromptConditions,
     load_family,
 )
+from diffusers_disback.data.conditions import batch_of
 from diffusers_disback.session import load_prompts, open_path
 from diffusers_disback.training.processes import process_state
 
@@ -33,7 +34,7 @@ def losses(network, teacher, generator, data, batches, key: str) -> float:
     model, total = teacher.score_model(network), 0.0
     for n in range(BATCHES):
         for draw in batches[n]:
-            batch = data.batch(draw, torch.device("cpu"))
+            batch = batch_of(draw, data, torch.device("cpu"))
             x0 = generator(batch.noise, batch.condition)
             t = batch.draw_timesteps(0, teacher.schedule.num_timesteps - 1)
             total += model.denoising_loss(x0, batch.draw_noise(), t, getattr(batch, key)).item()
@@ -47,12 +48,12 @@ def main() -> None:
             arguments = ["--output_dir", folder, "--report_to", "none", "--proportion_empty_prompts", str(share)]
             training = train_disback.parse(arguments)
             teacher = load_family(ModelReference(training.pretrained_model_name_or_path))
-            data = PromptData(load_prompts(training), teacher.encode)
+            data = PromptConditions(load_prompts(training), teacher.encode)
             network = teacher.initial_generator()
             path = open_path((training,) * 3, teacher, network, process_state())
             path = DegradationRecorder(training, training, teacher, network, data, path).record()
             generator = OneStepGenerator(teacher.score_model(network), training.conditioning_timestep)
-            batches = PromptBatches(data.prompts, teacher.latent_shape(), 1234, 1, training.train_batch_size)
+            batches = Batches(len(data), teacher.latent_shape(), 1234, 1, training.train_batch_size)
             node = teacher.score_model().copy().network
             for index in range(len(path) + 1):
                 path.load(index, into=node)

@@ -17,7 +17,8 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from diffusers_disback.evaluation.pictures import picture_grid
-from diffusers_disback.evaluation.report import many_step_pipeline, versions
+from diffusers_disback.evaluation.report import versions
+from diffusers_disback.families import family_of
 
 from .evaluator import HERE, ShapesEvaluator, held_out, load_judge, shapes_evaluation
 from .world import CAPTIONS
@@ -124,14 +125,15 @@ def main() -> None:
 
     judge = ShapesEvaluator(load_judge(arguments.judge))
     teacher = StableDiffusionPipeline.from_pretrained(arguments.teacher, dtype=torch.float32)
-    pipeline = many_step_pipeline(teacher)
+    family = family_of(teacher)
+    pipeline = family.sampler()
     evaluation = shapes_evaluation()
     count = len(evaluation.prompts)
 
     real, captions = held_out(count)
     quality = {"real": judge(real, captions), "reconstructed": judge(rebuild(teacher.vae, real), captions)}
     for scale in arguments.guidance_scales:
-        pictures, _ = evaluation.draw(pipeline, num_inference_steps=STEPS, guidance_scale=scale)
+        pictures, _ = evaluation.draw(family, pipeline, num_inference_steps=STEPS, guidance_scale=scale)
         quality[f"teacher, guidance {scale:g}"] = judge(pictures, evaluation.prompts)
         print(f"guidance {scale:g}: {quality[f'teacher, guidance {scale:g}']}", flush=True)
     chosen = min(arguments.guidance_scales, key=lambda scale: quality[f"teacher, guidance {scale:g}"]["distance"])
@@ -139,7 +141,7 @@ def main() -> None:
 
     wanted = list(CAPTIONS[::13])
     evaluation.prompts = [caption for caption in wanted for _ in range(COLUMNS)]
-    drawn, _ = evaluation.draw(pipeline, num_inference_steps=STEPS, guidance_scale=chosen)
+    drawn, _ = evaluation.draw(family, pipeline, num_inference_steps=STEPS, guidance_scale=chosen)
     rows = {caption: list(drawn[COLUMNS * row : COLUMNS * (row + 1)]) for row, caption in enumerate(wanted)}
     picture_grid(rows, [""] * COLUMNS, arguments.teacher / "samples.png", cell_inches=0.7)
     seconds = plot_curves(arguments.work_dir, arguments.teacher / "curves.png")

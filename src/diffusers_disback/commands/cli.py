@@ -83,21 +83,20 @@ def draw(path: "DegradationPath", prompts: list[str], guidance_scale: float, ste
     from diffusers.utils.logging import disable_progress_bar
 
     from ..evaluation import Evaluation
-    from ..evaluation.report import draw_path, many_step_pipeline
+    from ..evaluation.report import draw_path
     from ..families import load_family
 
     disable_progress_bar()
     family = load_family(path.local_teacher())
     tell_truncation(family, prompts)
-    pipeline = many_step_pipeline(family.pipeline)
-    draw_path(path, pipeline, Evaluation(prompts), [guidance_scale] * (len(path) + 1), steps, file)
+    draw_path(path, family, family.sampler(), Evaluation(prompts), [guidance_scale] * (len(path) + 1), steps, file)
 
 
 def tell_truncation(family: "ModelFamily", prompts: list[str]) -> None:
     """Says if prompts are longer than the text encoders read."""
     from ..data.truncation import truncation
 
-    told = truncation(family.tokenizers, prompts)
+    told = truncation(family.tokenizers, prompts) if family.takes_prompts else None
     if told:
         print(told, file=sys.stderr)
 
@@ -105,7 +104,7 @@ def tell_truncation(family: "ModelFamily", prompts: list[str]) -> None:
 def path_verify(parsed: argparse.Namespace) -> None:
     """Checks every hash of a path, and that each node fits the teacher's architecture in everything."""
     path = open_path(parsed)
-    network = path.teacher.resolve_configs(parsed.cache_dir).meta_network()
+    network = path.teacher.resolve_configs(parsed.cache_dir, lambda _: path.denoiser).meta_network()
     for index, node in enumerate(path.nodes, 1):
         tensors = path.verify_node(index, network)
         print(f"node {index}: {node['name']}, {tensors} tensors, whole, and fits the teacher")
@@ -138,9 +137,9 @@ def timestep_sweep(parsed: argparse.Namespace) -> None:
     )
     tell_truncation(family, prompts)
     repeated = [prompt for prompt in prompts for _ in range(parsed.num_images_per_prompt)]
-    teacher = family.pipeline.to(device())
+    family.to(device()).network.to(device())
     evaluation, picture = Evaluation(repeated, batch_size=parsed.batch_size), Path(parsed.output)
-    measures = sweep(teacher, parsed.timesteps, evaluation, parsed.guidance_scale, parsed.num_inference_steps, picture)
+    measures = sweep(family, parsed.timesteps, evaluation, parsed.guidance_scale, parsed.num_inference_steps, picture)
     names = list(next(iter(measures.values())))
     print(f"{'timestep':>8}  " + "  ".join(f"{name:>16}" for name in names))
     for t, values in measures.items():

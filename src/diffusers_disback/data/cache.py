@@ -162,13 +162,17 @@ def digest(prompts: Sequence[str]) -> str:
     return content.hexdigest()
 
 
+def is_kept_whole(tensor: torch.Tensor) -> bool:
+    """Whether a condition's values, a row each, lie on disk in their own precision."""
+    return tensor.numel() <= _SMALL * len(tensor) or not tensor.is_floating_point()
+
+
 def _stored(condition: Condition) -> Condition:
     """A condition as it lies on disk."""
     stored = {}
     for key, tensor in condition.items():
         tensor = tensor.detach().cpu()
-        small = tensor.numel() <= _SMALL * len(tensor) or not tensor.is_floating_point()
-        stored[key] = tensor.contiguous() if small else tensor.half().contiguous()
+        stored[key] = tensor.contiguous() if is_kept_whole(tensor) else tensor.half().contiguous()
         if not stored[key].isfinite().all():
             raise ValueError(f"{key} has values beyond half precision; pass --cache_conditions off.")
     return stored

@@ -1,4 +1,4 @@
-"""Prompts, and what every sample of every batch is made of."""
+"""Prompts: the lines of a file, or a column of a data set."""
 
 import hashlib
 import io
@@ -7,23 +7,15 @@ import os
 import re
 import stat
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..hub.files import parse_json, printable, read_json, write_json, written_whole
-from ..models.batch import Batch, Condition, to_device
-from ..training.signals import leave_signals_to_the_parent
-from .cache import ConditionCache
 
 
-CAPACITY = 4096  # prompts whose conditions are kept in memory
 LONGEST = 1_000_000  # characters of a line; what is longer is no prompt
 _MARKS = {  # byte order marks; those that begin like another come first
     b"\xff\xfe\0\0": "utf-32-le",
@@ -394,152 +386,3 @@ def _unreadable(name: str | None, error: Exception) -> str:
 def _check_column(names: Sequence[str], wanted: str) -> None:
     if wanted not in names:
         raise ValueError(f"The data set has no column {wanted!r}; it has {list(names)}. Name one by --caption_column.")
-
-
-class PromptData:
-    """Prompts by number, and their conditions, a pure function of the list of prompts that is asked for.
-
-    If there are few prompts, each is encoded once, beforehand, and kept in CPU memory; or they are read from a cache on
-    disk; otherwise every batch is encoded when it is needed.
-
-    Args:
-        prompts (`Sequence[str]`): Random access.
-        encode (`Callable`): A list of prompts -> a condition, batch first.
-        capacity (`int`): The number of prompts up to which they are kept (118 kB each for SD 1.5 in half precision).
-        cache (`ConditionCache`, *optional*): A complete one of the same prompts.
-    """
-
-    def __init__(
-        self,
-        prompts: Sequence[str],
-        encode: Callable[[list[str]], Condition],
-        capacity: int = CAPACITY,
-        cache: ConditionCache | None = None,
-    ):
-        self.cache = cache
-        self.prompts = prompts
-        self.encode = encode
-        self.empty = encode([""])
-        self.rows: dict[str, int] = {}
-        self.table: Condition | None = None
-        if cache is None and len(prompts) <= capacity:
-            distinct = list(dict.fromkeys(["", *prompts]))
-            parts = [encode(distinct[first : first + 32]) for first in range(0, len(distinct), 32)]
-            self.rows = {prompt: row for row, prompt in enumerate(distinct)}
-            self.table = {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
-
-    @property
-    def is_encoded(self) -> bool:
-        """Whether every condition is there already, so that text encoders are not asked again."""
-        return self.cache is not None or self.table is not None
-
-    def conditions(self, prompts: list[str], rows: list[int] | None = None) -> Condition:
-        """Batch first, on the CPU or on the text encoder's device.
-
-        Args:
-            prompts (`list[str]`): Dropped ones are empty.
-            rows (`list[int]`, *optional*): Their numbers, by which a cache is read; any for dropped ones.
-        """
-        if self.cache is not None and rows is not None:
-            found = self.cache.read(rows)
-            for place, prompt in enumerate(prompts):
-                if prompt == "":
-                    for key, values in found.items():
-                        values[place] = self.empty[key][0]
-            return found
-        if self.table is None:
-            return self.encode(prompts)
-        places = torch.tensor([self.rows[prompt] for prompt in prompts])
-        return {key: values[places] for key, values in self.table.items()}
-
-    def batch(self, draw: "Draw", device: torch.device) -> Batch:
-        """The batch of a draw, on a device."""
-        found = self.conditions(draw.prompts, draw.rows)
-        condition = {key: to_device(value, device) for key, value in found.items()}
-        negative = {
-            key: to_device(value, device).expand(len(draw.prompts), *value.shape[1:])
-            for key, value in self.empty.items()
-        }
-        return Batch(to_device(draw.noise, device), condition, negative, draw.generators)
-
-
-@dataclass
-class Draw:
-    """What a slice of a global batch is made of, before its prompts are encoded."""
-
-    noise: Tensor
-    prompts: list[str]
-    generators: list[torch.Generator]
-    rows: list[int]
-
-
-class PromptBatches(Dataset):
-    """Global batch n of a stage, as this process's slices, one per accumulated gradient.
-
-    Sample j of global batch n is a pure function of (seed, stage, n, j): a resumed run needs no loader state, and any
-    number of processes and accumulated gradients see the same samples.
-
-    Args:
-        prompts (`Sequence[str]`): Random access.
-        latent_shape (`tuple[int, int, int]`): `(C, H, W)`.
-        seed (`int`): Of the run.
-        stage (`int`): 1 or 2.
-        batch_size (`int`): Samples of one slice.
-        slices (`int`): Accumulated gradients.
-        process_index, num_processes (`int`): Of this process.
-        proportion_empty_prompts (`float`): The share of samples whose prompt is dropped.
-    """
-
-    def __init__(
-        self,
-        prompts: Sequence[str],
-        latent_shape: tuple[int, int, int],
-        seed: int,
-        stage: int,
-        batch_size: int,
-        slices: int = 1,
-        process_index: int = 0,
-        num_processes: int = 1,
-        proportion_empty_prompts: float = 0.0,
-    ):
-        self.prompts = prompts
-        self.latent_shape = latent_shape
-        self.seed = seed
-        self.stage = stage
-        self.batch_size = batch_size
-        self.slices = slices
-        self.process_index = process_index
-        self.num_processes = num_processes
-        self.proportion_empty_prompts = proportion_empty_prompts
-
-    def __getitem__(self, n: int) -> list[Draw]:
-        share = self.batch_size * self.slices
-        first = share * self.process_index
-        return [
-            self._draw(n, range(start, start + self.batch_size))
-            for start in range(first, first + share, self.batch_size)
-        ]
-
-    def _draw(self, n: int, samples: range) -> Draw:
-        noise, prompts, generators, rows = [], [], [], []
-        for j in samples:
-            state = np.random.SeedSequence([self.seed, self.stage, n, j]).generate_state(1, np.uint64)
-            generator = torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
-            row = int(torch.randint(len(self.prompts), (), generator=generator))
-            dropped = torch.rand((), generator=generator).item() < self.proportion_empty_prompts
-            prompts.append("" if dropped else self.prompts[row])
-            noise.append(torch.randn(self.latent_shape, generator=generator))
-            generators.append(generator)
-            rows.append(row)
-        return Draw(torch.stack(noise), prompts, generators, rows)
-
-    def loader(self, batches: Iterator[int] | range, num_workers: int = 0) -> torch.utils.data.DataLoader:
-        """The given global batches, in order, drawn ahead by `num_workers` processes."""
-        return torch.utils.data.DataLoader(
-            self,
-            sampler=batches,
-            batch_size=None,
-            num_workers=num_workers,
-            persistent_workers=False,
-            worker_init_fn=leave_signals_to_the_parent,
-        )

@@ -10,6 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..data.truncation import told_once
+from ..families import ModelFamily
 from .base import Evaluator, Metric
 from .distance import FrechetDistance
 from .drift import DriftEvaluator
@@ -64,8 +65,9 @@ class Evaluation:
         self.evaluators: list[Evaluator] = []
         self.references: dict[str, dict[str, float]] = {}
         self.size: int | None = None
-        self._encoded: dict[str, Tensor] = {}  # the arguments of a pipeline's call, a row for each distinct prompt
-        self._negative: dict[str, Tensor] = {}
+        self._encoded: dict[str, Tensor] = {}  # what a family samples from, a row for each distinct prompt
+        self._places: dict[str, int] = {}
+        self._family: ModelFamily | None = None
 
     def add(self, names: Sequence[str]) -> None:
         """Adds evaluators of `EVALUATORS`.
@@ -95,58 +97,44 @@ class Evaluation:
         for evaluator in self.evaluators:
             evaluator.prepare(teacher_images, self.prompts)
 
-    @torch.no_grad()
     @told_once()
-    def encode(self, pipeline: DiffusionPipeline) -> None:
-        """Encodes the prompts once, so that pipelines without text encoders can draw them.
+    def encode(self, family: ModelFamily) -> None:
+        """Encodes the prompts once, so that pipelines without encoders can sample them.
 
         Args:
-            pipeline (`DiffusionPipeline`): A stock one, with its text encoders.
+            family (`ModelFamily`): The teacher, with its encoders.
         """
-        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-        distinct, rows = list(dict.fromkeys(self.prompts)), []
-        for first in range(0, len(distinct), self.batch_size):
-            encoded = pipeline.encode_prompt(
-                distinct[first : first + self.batch_size],
-                device=pipeline.text_encoder.device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=True,
-            )
-            rows.append([tensor.cpu() for tensor in encoded])
-        table = dict(zip(names, (torch.cat(column) for column in zip(*rows, strict=True)), strict=False))
-        self._negative = {name: table.pop(name) for name in list(table) if name.startswith("negative")}
-        self._encoded = table
+        distinct = list(dict.fromkeys(self.prompts))
+        slices = [distinct[first : first + self.batch_size] for first in range(0, len(distinct), self.batch_size)]
+        parts = [family.arguments(prompts) for prompts in slices]
+        self._encoded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self._places = {prompt: place for place, prompt in enumerate(distinct)}
+        self._family = family
 
-    def _arguments(self, prompts: list[str], guided: bool) -> dict[str, Any]:
-        """What a pipeline is called with to draw prompts."""
-        if not self._encoded:
-            return {"prompt": prompts}
-        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(self.prompts))}
-        rows = [distinct[prompt] for prompt in prompts]
-        table = self._encoded | (self._negative if guided else {})
-        return {name: tensor[rows] for name, tensor in table.items()}
+    def _given(self, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+        """What the family samples prompts from, a row each."""
+        rows = [self._places[prompt] for prompt in prompts]
+        return {name: tensor[rows].to(device) for name, tensor in self._encoded.items()}
 
     @told_once()
-    def draw(self, pipeline: DiffusionPipeline, **arguments: Any) -> tuple[Tensor, float]:
+    def draw(self, family: ModelFamily, pipeline: DiffusionPipeline, **arguments: Any) -> tuple[Tensor, float]:
         """Pictures, `[N, 3, H, W]` uint8 on the CPU, and the seconds that one took.
 
         Args:
-            pipeline (`DiffusionPipeline`): Teacher or student.
-            arguments: Of the pipeline's call, such as `num_inference_steps`.
+            family (`ModelFamily`): The teacher.
+            pipeline (`DiffusionPipeline`): Its `sampler`, or a student's `one_step`.
+            arguments: Of the family's `sample`, such as `num_inference_steps`.
         """
+        if self._family is not family or not set(self.prompts) <= self._places.keys():
+            self.encode(family)
         generator = torch.Generator().manual_seed(self.seed)
         pictures, started = [], time.monotonic()
         for first in range(0, len(self.prompts), self.batch_size):
             prompts = self.prompts[first : first + self.batch_size]
-            said = self._arguments(prompts, arguments.get("guidance_scale", 1) > 1)
-            said = {name: v.to(pipeline.device) if torch.is_tensor(v) else v for name, v in said.items()}
-            stride = pipeline.vae_scale_factor
-            side = self.size or pipeline.unet.config.sample_size * stride
-            shape = (len(prompts), pipeline.unet.config.in_channels, side // stride, side // stride)
+            shape = (len(prompts), *family.latent_shape(self.size))
             # The same noise in any precision.
-            latents = randn_tensor(shape, generator=generator, device=pipeline.device, dtype=torch.float32)
-            size = {"height": side, "width": side}
-            drawn = pipeline(**said, **size, latents=latents, output_type="pt", **arguments).images
+            noise = randn_tensor(shape, generator=generator, device=pipeline.device, dtype=torch.float32)
+            drawn = family.sample(pipeline, self._given(prompts, pipeline.device), noise, **arguments)
             pictures.append((drawn.float().clamp(0, 1) * 255).round().to("cpu", torch.uint8))
         return torch.cat(pictures), (time.monotonic() - started) / len(self.prompts)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .. import __version__
+from ..families import ModelFamily
 from ..models.adapters import base_of
-from ..models.noise_schedule import NoiseSchedule
 from ..path.path import DegradationPath
 from . import Evaluation
 from .pictures import convergence_plot, picture_grid
@@ -26,46 +26,12 @@ from .report_format import REPORT, read_report
 TEACHER_STEPS = 25
 
 
-def many_step_pipeline(teacher: DiffusionPipeline) -> DiffusionPipeline:
-    """The teacher with a deterministic sampler and without its safety checker; its components are shared.
-
-    Latents are not confined to [-1, 1], so the sampler must not clip, whatever its default and its config.
-
-    Raises:
-        ValueError: If its scheduler has no betas, or predicts what is not known.
-    """
-    NoiseSchedule.from_scheduler(teacher.scheduler)
-    scheduler = DDIMScheduler.from_config(
-        teacher.scheduler.config,
-        clip_sample=False,
-        thresholding=False,
-        timestep_spacing="trailing",
-        set_alpha_to_one=True,
-    )
-    components = {**teacher.components, "scheduler": scheduler}
-    if "safety_checker" in components:
-        settings = {"safety_checker": None, "requires_safety_checker": False}
-    else:
-        zeros = teacher.config.force_zeros_for_empty_prompt
-        settings = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
-    pipeline = type(teacher)(**{**components, **settings})
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def unadorned(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """The same pipeline without progress bar and safety checker, as it is measured."""
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.safety_checker = None
-    return pipeline
-
-
 @contextmanager
 def drawable(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
     """A float32 network on a device, in a precision, for as long as it draws pictures.
 
     Args:
-        network (`nn.Module`): A diffusers UNet. In float32 it is moved, and moved back; in half of it a copy is made.
+        network (`nn.Module`): A denoiser. In float32 it is moved, and moved back; in half of it a copy is made.
         device (`torch.device`): Where pictures are drawn.
         dtype (`torch.dtype`): That the run computes in. The rest of the pipeline stays in float32.
     """
@@ -90,10 +56,10 @@ class Report:
     Args:
         evaluation (`Evaluation`): Prompts and evaluators.
         wanted (`list[str]`): Prompts whose pictures are shown.
-        teacher (`DiffusionPipeline`): The teacher's pipeline.
+        family (`ModelFamily`): The teacher.
         guidance_scale (`float`): The teacher's guidance.
         teacher_steps (`int`, *optional*): Steps of the teacher's sampler (DDIM); by default 25.
-        dtype (`torch.dtype`): In which UNets draw.
+        dtype (`torch.dtype`): In which denoisers draw.
         size (`int`, *optional*): The pictures' side in pixels; by default that which the teacher was made for.
 
     Raises:
@@ -104,7 +70,7 @@ class Report:
         self,
         evaluation: Evaluation,
         wanted: list[str],
-        teacher: DiffusionPipeline,
+        family: ModelFamily,
         guidance_scale: float,
         teacher_steps: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -116,33 +82,33 @@ class Report:
         self.guidance_scale = guidance_scale
         self.teacher_steps = teacher_steps or TEACHER_STEPS
         for prompts in (evaluation, self.gallery):
-            prompts.encode(teacher)
+            prompts.encode(family)
             prompts.size = size
-        self.teacher = many_step_pipeline(teacher)
-        for name in ("text_encoder", "text_encoder_2"):
-            if name in self.teacher.components:  # it is not asked again, and may leave memory
-                self.teacher.register_modules(**{name: None})
+        self.family = family
+        self.teacher = family.sampler()
+        family.release_encoders(self.teacher)  # they are not asked again, and may leave memory
         self.measures: dict[str, dict[str, float]] = dict(evaluation.references)
         self.shown: dict[str, Tensor] = {}
 
     def add_teacher(self) -> None:
-        """Measures the teacher in many steps, and gives these pictures to the evaluators. Its UNet is on the device just for
-        that."""
+        """Measures the teacher in many steps, and gives these pictures to the evaluators. Its denoiser is on the device just
+        for that."""
         arguments = {"num_inference_steps": self.teacher_steps, "guidance_scale": self.guidance_scale}
-        own = self.teacher.unet
-        with drawable(own, self.teacher.vae.device, self.dtype) as self.teacher.unet:
-            pictures, seconds = self.evaluation.draw(self.teacher, **arguments)
-            shown, _ = self.gallery.draw(self.teacher, **arguments)
-        self.teacher.unet = own
+        own = self.family.network
+        with drawable(own, self.family.device, self.dtype) as network:
+            self.teacher.register_modules(**{self.family.network_name: network})
+            pictures, seconds = self.evaluation.draw(self.family, self.teacher, **arguments)
+            shown, _ = self.gallery.draw(self.family, self.teacher, **arguments)
+        self.teacher.register_modules(**{self.family.network_name: own})
         self.evaluation.prepare(pictures)
         self._keep("teacher", pictures, seconds, shown)
         self.measures["teacher"] |= arguments
 
     def add_student(self, name: str, pipeline: DiffusionPipeline) -> dict[str, float]:
         """Measures a one-step pipeline under a name (`initial`, `student`); its safety checker is taken off."""
-        pipeline = unadorned(pipeline)
-        pictures, seconds = self.evaluation.draw(pipeline)
-        return self._keep(name, pictures, seconds, self.gallery.draw(pipeline)[0])
+        pipeline = self.family.undecorated(pipeline)
+        pictures, seconds = self.evaluation.draw(self.family, pipeline)
+        return self._keep(name, pictures, seconds, self.gallery.draw(self.family, pipeline)[0])
 
     def write_samples(self, file: Path) -> None:
         """Rows of prompts; columns: teacher in many steps, initial student, student."""
@@ -169,7 +135,8 @@ class Report:
         """
         last = {"initial student\n1 step": self.shown["initial"]}
         drawn = self.shown["teacher"]
-        draw_path(path, self.teacher, self.gallery, scales, self.teacher_steps, file, last, drawn, self.dtype)
+        pipeline, steps = self.teacher, self.teacher_steps
+        draw_path(path, self.family, pipeline, self.gallery, scales, steps, file, last, drawn, self.dtype)
 
     def content(self, **others: Any) -> dict[str, Any]:
         """What `report.json` holds: the measures by name, and what else is passed."""
@@ -203,6 +170,7 @@ class Report:
 
 def draw_path(
     path: DegradationPath,
+    family: ModelFamily,
     teacher: DiffusionPipeline,
     evaluation: Evaluation,
     scales: list[float],
@@ -212,39 +180,41 @@ def draw_path(
     drawn: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes a picture of what each node draws, from the same noise. The teacher's own UNet stays in CPU memory.
+    """Writes a picture of what each node draws, from the same noise. The teacher's own denoiser stays in CPU
+    memory.
 
     Args:
         path (`DegradationPath`): Any.
-        teacher (`DiffusionPipeline`): The teacher with a many-step sampler.
+        family (`ModelFamily`): The teacher.
+        teacher (`DiffusionPipeline`): Its `sampler`.
         evaluation (`Evaluation`): Its prompts are the rows.
         scales (`list[float]`): The guidance of nodes 0..N.
         num_inference_steps (`int`): Of the sampler.
         file (`Path`): PNG.
         others (`dict[str, Tensor]`, *optional*): More columns: title -> pictures.
         drawn (`Tensor`, *optional*): The teacher's pictures, if they are there already.
-        dtype (`torch.dtype`): In which UNets draw.
+        dtype (`torch.dtype`): In which denoisers draw.
     """
-    kept, columns = teacher.unet, {}
+    name, kept, columns = family.network_name, family.network, {}
     own = copy.deepcopy(kept) if dtype == torch.float32 else kept
-    with drawable(own, teacher.vae.device, dtype) as teacher.unet:
+    with drawable(own, family.device, dtype) as network:
+        teacher.register_modules(**{name: network})
         for index, scale in enumerate(scales):
             title = f"node {index}, step {path.nodes[index - 1]['step']}" if index else "teacher"
             adapter = index > 0 and path.nodes[index - 1]["kind"] == "adapter"
             if adapter:
                 path.read(index)  # which checks it
-                teacher.unet.load_lora_adapter(
-                    path.node_folder(index), subfolder="unet", prefix=None, use_safetensors=True
-                )
+                network.load_lora_adapter(path.node_folder(index), subfolder=name, prefix=None, use_safetensors=True)
             elif index:
-                path.load(index, teacher.unet)
+                path.load(index, network)
             pictures = drawn
             if index or drawn is None:
-                pictures, _ = evaluation.draw(teacher, num_inference_steps=num_inference_steps, guidance_scale=scale)
+                arguments = {"num_inference_steps": num_inference_steps, "guidance_scale": scale}
+                pictures, _ = evaluation.draw(family, teacher, **arguments)
             if adapter:
-                teacher.unet.unload_lora()
+                network.unload_lora()
             columns[f"{title}\nw={scale:.3g}"] = pictures
-    teacher.unet = kept
+    teacher.register_modules(**{name: kept})
     columns |= others or {}
     rows = {prompt: [column[row] for column in columns.values()] for row, prompt in enumerate(evaluation.prompts)}
     picture_grid(rows, list(columns), file)

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..hub.files import inside, read_json
 from ..hub.published import REPORT
-from ..path.manifest import check_fields, is_count, is_number, is_record, is_text, is_text_or_none
+from ..path.manifest import check_fields, is_component, is_count, is_number, is_record, is_text, is_text_or_none
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -28,7 +28,9 @@ def check_report(report: dict[str, Any], what: str) -> None:
     Raises:
         ValueError: With the first that is missing or wrong.
     """
-    check_fields(report, {"files?": _are_counts, "stages?": is_record, "settings?": is_record}, what)
+    check_fields(
+        report, {"files?": _are_counts, "component?": is_component, "stages?": is_record, "settings?": is_record}, what
+    )
     has_student = "student" in report
     if has_student:
         check_fields(report, _OF_A_STUDENT, what)

@@ -2,17 +2,14 @@
 
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
-
-from ..models.generator import to_pipeline
+from ..families import ModelFamily
 from . import Evaluation
 from .drift import DriftEvaluator
 from .pictures import picture_grid
-from .report import many_step_pipeline, unadorned
 
 
 def timestep_sweep(
-    teacher: DiffusionPipeline,
+    family: ModelFamily,
     timesteps: list[int],
     evaluation: Evaluation,
     guidance_scale: float,
@@ -22,7 +19,7 @@ def timestep_sweep(
     """Measures what a teacher's copy draws as a one-step student, before any training, at each timestep.
 
     Args:
-        teacher (`DiffusionPipeline`): On the device that is to draw.
+        family (`ModelFamily`): The teacher, all of it on the device that is to draw.
         timesteps (`list[int]`): Of the teacher's schedule.
         evaluation (`Evaluation`): Prompts, noise and how many pictures at once.
         guidance_scale (`float`): Of the teacher's many-step pictures, from which drift is measured.
@@ -36,14 +33,13 @@ def timestep_sweep(
     Raises:
         ValueError: If a timestep is outside the schedule, or has no signal and the network predicts the noise.
     """
-    many_step = many_step_pipeline(teacher)
     arguments = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    reference, _ = evaluation.draw(many_step, **arguments)
+    reference, _ = evaluation.draw(family, family.sampler(), **arguments)
     drift = DriftEvaluator()
     drift.prepare(reference, evaluation.prompts)
     columns, measures = {f"teacher\n{num_inference_steps} steps": reference}, {}
     for t in timesteps:
-        pictures, _ = evaluation.draw(unadorned(to_pipeline(teacher.unet, t, teacher)))
+        pictures, _ = evaluation.draw(family, family.undecorated(family.one_step(family.network, t)))
         columns[f"t={t}"] = pictures
         measures[t] = drift(pictures, evaluation.prompts)
         measures[t]["total"] = sum(abs(value) for value in measures[t].values())

@@ -9,12 +9,14 @@ from ..models.components import check_whole, pipeline_class_of
 from ..models.pipeline_folder import UNREADABLE
 from ..models.reference import LocalModel, ModelReference
 from ..models.weights import owned
-from .stable_diffusion import ModelFamily
+from .base import ModelFamily
+from .stable_diffusion import StableDiffusion
 from .stable_diffusion_xl import StableDiffusionXL
+from .text import TextFamily
 
 
 FAMILIES: dict[str, type[ModelFamily]] = {
-    "stable_diffusion": ModelFamily,
+    "stable_diffusion": StableDiffusion,
     "stable_diffusion_xl": StableDiffusionXL,
 }
 
@@ -25,15 +27,39 @@ def family_of(pipeline: DiffusionPipeline, model: LocalModel | None = None) -> M
     Raises:
         ValueError: If no family is made for its class, or its denoiser takes more than latents.
     """
-    return _family_class(type(pipeline).__name__)(pipeline, model)
+    return family_class(type(pipeline).__name__)(pipeline, model)
 
 
-def _family_class(pipeline_class: str) -> type[ModelFamily]:
+def family_class(pipeline_class: str) -> type[ModelFamily]:
+    """The family of a class of pipelines.
+
+    Raises:
+        ValueError: If there is none.
+    """
     for family in FAMILIES.values():
         if pipeline_class in family.pipeline_classes:
             return family
-    supported = ", ".join(name for family in FAMILIES.values() for name in family.pipeline_classes)
-    raise ValueError(f"The teacher is a {pipeline_class}; supported are {supported}.")
+    supported = "; ".join(f"{name}: {', '.join(family.pipeline_classes)}" for name, family in FAMILIES.items())
+    raise ValueError(
+        f"The teacher is a {pipeline_class}; supported are {supported}. A new family is a subclass of ModelFamily, added to "
+        "FAMILIES: it names its pipeline_classes and the network_name of its denoiser, and answers, where they are not those of "
+        "a pipeline of pixels without prompts, its noise_schedule, conditions, call, schedulers, one_step and sample "
+        "(docs/how_to_add.md)."
+    )
+
+
+def network_name_of(pipeline_class: str) -> str:
+    """The denoiser's component of a class of pipelines.
+
+    Raises:
+        ValueError: If no family is made for it.
+    """
+    return family_class(pipeline_class).network_name
+
+
+def to_pipeline(network: nn.Module, timestep: int, teacher: DiffusionPipeline) -> DiffusionPipeline:
+    """The deployed student of a teacher's pipeline; see `ModelFamily.one_step`."""
+    return family_of(teacher).one_step(network, timestep)
 
 
 def load_family(reference: str | ModelReference | LocalModel, cache_dir: str | None = None) -> ModelFamily:
@@ -41,22 +67,14 @@ def load_family(reference: str | ModelReference | LocalModel, cache_dir: str | N
 
     Args:
         reference (`str`, `ModelReference` or `LocalModel`): A folder, a model on the Hub, or a checkpoint in one file.
-        cache_dir (`str`, *optional*): Where downloads are kept, if it is not on this machine yet.
+        cache_dir (`str`, *optional*): Where downloads are kept.
 
     Raises:
         ValueError: If there is no such teacher, or it is of no supported family.
     """
-    model = ModelReference(reference) if isinstance(reference, str) else reference
-    name = model.name_or_path
-    if isinstance(model, ModelReference):
-        try:
-            model = model.resolve(cache_dir, check_class=_family_class)
-        except HubError as error:
-            raise ValueError(
-                f"The teacher {name!r} cannot be loaded: it is neither a folder with a diffusers pipeline in safetensors "
-                f"nor such a model on the Hub (revision {model.revision}). {error}"
-            ) from error
-    variant = model.reference.variant
+    teacher = ModelReference(reference) if isinstance(reference, str) else reference
+    model = resolve_teacher(teacher, cache_dir) if isinstance(teacher, ModelReference) else teacher
+    name, variant, kind = model.name_or_path, model.reference.variant, family_class(str(model.index["_class_name"]))
     try:
         pipeline = pipeline_class_of(model.index).from_pretrained(
             model.folder, variant=variant, dtype=torch.float32, use_safetensors=True, **model.left_out
@@ -67,28 +85,53 @@ def load_family(reference: str | ModelReference | LocalModel, cache_dir: str | N
             f"whole diffusers pipeline in safetensors. {error}"
         ) from error
     pipeline.register_to_config(_name_or_path=name)
-    if model.vae_folder is not None:
+    if model.reference.vae is not None:
         vae = model.load_vae()
         check_same_latents(pipeline.vae, vae, model.reference.vae)
         pipeline.vae = vae
-    model.fuse_lora(pipeline.unet)
+    model.fuse_lora(getattr(pipeline, kind.network_name))
     pipeline.scheduler = model.scheduler_as_said(pipeline.scheduler)
-    family = family_of(pipeline, model)
-    _own_weights(family)
+    family = kind(pipeline, model)
+    _own_weights(family, model)
     # What the student's folder takes of the teacher's: so that nothing is lacking when training is over.
-    check_whole(model.files, f"The teacher {name!r}", ("unet",))
+    check_whole(model.files, f"The teacher {name!r}", (kind.network_name,))
     return family
 
 
-def _own_weights(family: ModelFamily) -> None:
-    """Takes a loaded teacher's weights into memory of their own, and sees that they are finite."""
-    model = family.model
+def resolve_teacher(teacher: ModelReference, cache_dir: str | None = None) -> LocalModel:
+    """Finds or downloads a teacher's files, before all of which its family is looked up.
+
+    Raises:
+        ValueError: If there is no such teacher, or it is of no supported family.
+    """
+
+    def network_name(pipeline_class: str) -> str:
+        family = family_class(pipeline_class)
+        if teacher.vae is not None and "vae" not in family.needed:
+            raise ValueError(
+                f"The teacher {teacher.name_or_path!r} has no autoencoder that {teacher.vae!r} could replace."
+            )
+        return family.network_name
+
+    try:
+        return teacher.resolve(cache_dir, network_name=network_name)
+    except HubError as error:
+        raise ValueError(
+            f"The teacher {teacher.name_or_path!r} cannot be loaded: it is neither a folder with a diffusers pipeline in "
+            f"safetensors nor such a model on the Hub (revision {teacher.revision}). {error}"
+        ) from error
+
+
+def _own_weights(family: ModelFamily, model: LocalModel) -> None:
+    """Takes a loaded teacher's weights into memory of their own, and checks that they are finite."""
     for name in family.needed:
         part = family.pipeline.components[name]
-        if name == "vae" and model.vae_folder is not None:
+        if name == "vae" and model.reference.vae is not None:
             owned(part, f"the autoencoder {model.reference.vae!r}")
         elif isinstance(part, nn.Module):
-            owned(part, f"the {name} of {model.name_or_path!r}{model.with_lora if name == 'unet' else ''}")
+            owned(
+                part, f"the {name} of {model.name_or_path!r}{model.with_lora if name == family.network_name else ''}"
+            )
 
 
 def check_same_latents(own: AutoencoderKL, other: AutoencoderKL, name: str) -> None:
@@ -107,4 +150,16 @@ def check_same_latents(own: AutoencoderKL, other: AutoencoderKL, name: str) -> N
         )
 
 
-__all__ = ["FAMILIES", "ModelFamily", "family_of", "load_family"]
+__all__ = [
+    "FAMILIES",
+    "ModelFamily",
+    "StableDiffusion",
+    "StableDiffusionXL",
+    "TextFamily",
+    "family_class",
+    "family_of",
+    "load_family",
+    "network_name_of",
+    "resolve_teacher",
+    "to_pipeline",
+]

@@ -1,19 +1,25 @@
-"""SDXL: two text encoders, a pooled embedding, and a network that is told the picture's size and crop."""
+"""SDXL: two text encoders, a pooled embedding, and a network that is told the image's size and crop."""
+
+from dataclasses import replace
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from ..data.truncation import told_once
 from ..models.batch import Condition
-from .stable_diffusion import ModelFamily
+from .stable_diffusion import StableDiffusion
 
 
-class StableDiffusionXL(ModelFamily):
+class StableDiffusionXL(StableDiffusion):
     """SDXL base and its fine-tunes. The condition is `encoder_hidden_states`, `text_embeds` and `time_ids`."""
 
     pipeline_classes = ("StableDiffusionXLPipeline",)
-    addition_embed_types = ("text_time",)  # the pooled embedding, and the picture's size
-    needed = (*ModelFamily.needed, "text_encoder_2", "tokenizer_2")
+    addition_embed_types = ("text_time",)  # the pooled embedding, and the image's size
+    encoding = "StableDiffusionXL"
+    encoders = (*StableDiffusion.encoders, "text_encoder_2")
+    needed = (*StableDiffusion.needed, "text_encoder_2", "tokenizer_2")
+    usage = replace(StableDiffusion.usage, bare="bare_xl.md")
 
     def check(self) -> None:
         super().check()
@@ -32,7 +38,8 @@ class StableDiffusionXL(ModelFamily):
                 f"{pooled}: they belong to different models (a refiner is none that draws alone)."
             )
 
-    def call(self, network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    @staticmethod
+    def call(network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         added = {name: condition[name] for name in ("text_embeds", "time_ids")}
         return network(
             x_t,
@@ -44,15 +51,29 @@ class StableDiffusionXL(ModelFamily):
 
     @torch.no_grad()
     def encode(self, prompts: list[str], resolution: int | None = None) -> Condition:
-        device = self.pipeline.text_encoder.device
-        with told_once():
-            embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
+        embeds, _, pooled, _ = self.encode_prompt(prompts)
         if self.pipeline.config.force_zeros_for_empty_prompt:  # as the stock pipeline does for the negative prompt
             empty = torch.tensor([prompt == "" for prompt in prompts], device=embeds.device)
             embeds, pooled = embeds.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
         side = float(self.resolution(resolution))
-        # The original size, the crop's top left corner and the target size: an uncropped square picture.
+        # The original size, the crop's top left corner and the target size: an uncropped square image.
         time_ids = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts), device=embeds.device)
         return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": time_ids}
+
+    @classmethod
+    def example_condition(cls, config: Any, batch: int) -> Condition:
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {
+            **super().example_condition(config, batch),
+            "text_embeds": torch.empty(batch, pooled, device="meta"),
+            "time_ids": torch.empty(batch, 6, device="meta"),
+        }
+
+    def assemble(self, network: nn.Module, scheduler: SchedulerMixin) -> DiffusionPipeline:
+        parts = {**self.pipeline.components, "unet": network, "scheduler": scheduler}
+        zeros = self.pipeline.config.force_zeros_for_empty_prompt
+        return type(self.pipeline)(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+
+    def _settings_of_one_step(self) -> dict[str, Any]:
+        zeros = self.pipeline.config.force_zeros_for_empty_prompt
+        return {"force_zeros_for_empty_prompt": zeros, "add_watermarker": self.pipeline.watermark is not None}

@@ -6,9 +6,11 @@ of Python, quoted arguments; front matter is written by a YAML dumper.
 """
 
 import shlex
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from ..models.reference import title_of
 from ..models.single_file import repo_of, single_file_of
 from ..training.settings.groups import TEACHER_FLAGS
 from .markdown import address, fenced, inline_code, link, python, shell, table, text
@@ -20,6 +22,39 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
+@dataclass(frozen=True)
+class Usage:
+    """How a family's pipelines are used, as cards say it. The defaults are those of text-to-image.
+
+    Args:
+        task (`str`): The Hub's name of what they do.
+        condition (`str`): What the stock pipeline's call is given, in Python; `{prompt}` is a prompt.
+        takes_guidance (`bool`): Whether the call takes a `guidance_scale`.
+        has_own_pipeline (`bool`): Whether `DisBackOneStepPipeline` loads students, too.
+        takes_lora (`bool`): Whether the stock pipeline loads a LoRA.
+        network_class (`str`): Of diffusers, that loads the denoiser.
+        bare (`str`, *optional*): The template of a snippet that evaluates the bare network.
+    """
+
+    task: str = "text-to-image"
+    condition: str = "{prompt}"
+    takes_guidance: bool = True
+    has_own_pipeline: bool = False
+    takes_lora: bool = True
+    network_class: str = "AutoModel"
+    bare: str | None = None
+
+    def call(self, prompt: str, steps: int) -> str:
+        """The arguments of the stock pipeline's call, of a prompt in Python; a student's take no guidance."""
+        guidance = "guidance_scale=0" if self.takes_guidance and steps == 1 else ""
+        condition = self.condition.replace("{prompt}", prompt)
+        return ", ".join(filter(None, (condition, f"num_inference_steps={steps}", guidance)))
+
+
+STABLE_DIFFUSION = Usage(has_own_pipeline=True, network_class="UNet2DConditionModel", bare="bare.md")
+UNCONDITIONAL = Usage("unconditional-image-generation", condition="", takes_guidance=False, takes_lora=False)
+
+
 # Settings by which a LoRA is of something else than the teacher as it lies there: no snippet of a few lines loads that.
 _OTHER_BASES = (
     *("generator_model_name_or_path", "teacher_lora"),
@@ -27,7 +62,9 @@ _OTHER_BASES = (
 )
 
 
-def student_card(report: dict[str, Any], title: str, repo: str, path_picture: bool) -> str:
+def student_card(
+    report: dict[str, Any], title: str, repo: str, path_picture: bool, usage: Usage = STABLE_DIFFUSION
+) -> str:
     """`README.md` of a student.
 
     Args:
@@ -35,6 +72,7 @@ def student_card(report: dict[str, Any], title: str, repo: str, path_picture: bo
         title (`str`): Its name.
         repo (`str`): The folder or repository of the snippets.
         path_picture (`bool`): Whether there is a `path.png`.
+        usage (`Usage`): What its family says of its use.
 
     Raises:
         ValueError: If the report is not as this library writes it.
@@ -42,12 +80,12 @@ def student_card(report: dict[str, Any], title: str, repo: str, path_picture: bo
     from jinja2 import UndefinedError
 
     try:
-        return _student_card(published_report(report), title, repo, path_picture)
+        return _student_card(published_report(report), title, repo, path_picture, usage)
     except (AttributeError, KeyError, TypeError, UndefinedError) as error:
         raise ValueError(f"No card can be made of this report.json: {error!r} is missing or wrong.") from error
 
 
-def _student_card(report: dict[str, Any], title: str, repo: str, path_picture: bool) -> str:
+def _student_card(report: dict[str, Any], title: str, repo: str, path_picture: bool, usage: Usage) -> str:
     from huggingface_hub import EvalResult
 
     evaluation, settings = report["evaluation"], report["settings"]
@@ -57,7 +95,7 @@ def _student_card(report: dict[str, Any], title: str, repo: str, path_picture: b
     }
     results = [
         EvalResult(
-            task_type="text-to-image",
+            task_type=usage.task,
             dataset_type=evaluation["type"],
             dataset_name=evaluation["name"],
             metric_type=known[name]["panel"],
@@ -71,6 +109,7 @@ def _student_card(report: dict[str, Any], title: str, repo: str, path_picture: b
     is_plain = single_file_of(teacher) is None and not any(settings[name] for name in _OTHER_BASES)
     return _render(
         "student.md",
+        usage,
         teacher,
         report["teacher_card"],
         ["one-step", "distillation", "disback"],
@@ -79,7 +118,9 @@ def _student_card(report: dict[str, Any], title: str, repo: str, path_picture: b
         report={"path": None, **report},
         repo=repo,
         path_picture=path_picture,
-        lora_fits=is_plain and bool(report.get("lora")),
+        lora_fits=usage.takes_lora and is_plain and bool(report.get("lora")),
+        arguments=usage.call(python(report["example_prompt"]), 1),
+        denoiser=title_of(report.get("component", "unet")),
         figures={name: report[name] for name in ("floor", "teacher", "initial", "student") if name in report},
         command=shlex.split(report["command"]),
         metrics=metrics,
@@ -87,7 +128,13 @@ def _student_card(report: dict[str, Any], title: str, repo: str, path_picture: b
     )
 
 
-def path_card(manifest: dict[str, Any], repo_id: str, teacher_card: dict[str, Any], picture: bool) -> str:
+def path_card(
+    manifest: dict[str, Any],
+    repo_id: str,
+    teacher_card: dict[str, Any],
+    picture: bool,
+    usage: Usage = STABLE_DIFFUSION,
+) -> str:
     """`README.md` of a repository that holds a path alone.
 
     Args:
@@ -95,11 +142,13 @@ def path_card(manifest: dict[str, Any], repo_id: str, teacher_card: dict[str, An
         repo_id (`str`): The repository.
         teacher_card (`dict`): What the teacher's card declares; see `ModelReference.card`.
         picture (`bool`): Whether there is a `path.png`.
+        usage (`Usage`): What its teacher's family says of its use.
     """
     manifest = published_manifest(manifest)
     teacher = manifest["teacher"]
     return _render(
         "path.md",
+        usage,
         teacher["name_or_path"],
         teacher_card,
         ["degradation-path", "distillation", "disback"],
@@ -107,6 +156,8 @@ def path_card(manifest: dict[str, Any], repo_id: str, teacher_card: dict[str, An
         manifest=manifest,
         figures={node["name"]: {key: node[key] for key in ("step", "loss", "bytes")} for node in manifest["nodes"]},
         picture=picture,
+        denoiser=manifest.get("component", "unet"),
+        arguments=usage.call(python("a photograph"), 25),
         repo=repo_id,
         teacher_flags=[[f"--{flag}", teacher[key]] for key, flag in TEACHER_FLAGS.items() if teacher.get(key)],
     )
@@ -114,6 +165,7 @@ def path_card(manifest: dict[str, Any], repo_id: str, teacher_card: dict[str, An
 
 def _render(
     template: str,
+    usage: Usage,
     teacher: str,
     teacher_card: dict[str, Any],
     tags: list[str],
@@ -125,6 +177,7 @@ def _render(
 
     Args:
         template (`str`): A file of `templates`.
+        usage (`Usage`): What the family says of its use.
         teacher (`str`): Its name.
         teacher_card (`dict`): What its card declares.
         tags (`list[str]`): For the Hub.
@@ -140,16 +193,22 @@ def _render(
     if address(licence.get("license_link")) is None:
         licence.pop("license_link", None)
     data = ModelCardData(
-        pipeline_tag="text-to-image",
+        pipeline_tag=usage.task,
         base_model=base,
         eval_results=results,
         model_name=title if results else None,
         **({"base_model_relation": "finetune"} if base else {}),
         **licence,
     )
-    values |= {"card_data": data.to_yaml(), "title": title, "teacher": teacher, "teacher_card": teacher_card}
+    values |= {
+        "usage": usage,
+        "card_data": data.to_yaml(),
+        "title": title,
+        "teacher": teacher,
+        "teacher_card": teacher_card,
+    }
     card = ModelCard(_templates().get_template(template).render(values))
-    return str(populate_model_card(card, ["text-to-image", *tags]))
+    return str(populate_model_card(card, [usage.task, *tags]))
 
 
 @cache

@@ -56,8 +56,13 @@ class SharedNetwork:
         Raises:
             ValueError: If the network has none of the layers.
         """
+        from diffusers.loaders import PeftAdapterMixin
         from peft.tuners.tuners_utils import BaseTunerLayer
 
+        if not isinstance(self.network, PeftAdapterMixin):
+            raise ValueError(
+                f"A {type(self.network).__name__} takes no adapters: diffusers has none for it. Leave --lora_rank out."
+            )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is meant
             torch.manual_seed(seed)
@@ -323,7 +328,7 @@ def write_adapter(network: "ModelMixin", adapter: str, folder: Path) -> None:
     save_weights({k: tensor.contiguous() for k, tensor in weights.items()}, folder / LORA_WEIGHT_NAME_SAFE, metadata)
 
 
-def save_lora(weights: dict[str, Tensor], config: "LoraConfig", folder: str | Path) -> Path:
+def save_lora(weights: dict[str, Tensor], config: "LoraConfig", folder: str | Path, denoiser: str = "unet") -> Path:
     """Writes an adapter for `pipe.load_lora_weights(folder)`: peft's own names, with rank and alpha beside them.
 
     What diffusers' `save_lora_weights` writes, but for the metadata, which there are in an order that changes.
@@ -335,12 +340,13 @@ def save_lora(weights: dict[str, Tensor], config: "LoraConfig", folder: str | Pa
         weights (`dict[str, Tensor]`): In peft's names.
         config (`LoraConfig`): Of the adapter.
         folder (`str` or `Path`): Made if it is not there.
+        denoiser (`str`): The pipeline's component that is adapted.
     """
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 
     file = Path(folder, LORA_WEIGHT_NAME_SAFE)
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = adapter_text({f"unet.{key}": value for key, value in config.to_dict().items()})
-    layers = {f"unet.{key}": value.contiguous().cpu() for key, value in weights.items()}
+    text = adapter_text({f"{denoiser}.{key}": value for key, value in config.to_dict().items()})
+    layers = {f"{denoiser}.{key}": value.contiguous().cpu() for key, value in weights.items()}
     save_weights(layers, file, {"format": "pt", LORA_ADAPTER_METADATA_KEY: text})
     return file

@@ -13,8 +13,13 @@ from .pipeline_folder import INDEX, UNREADABLE, WITHOUT_A_ROLE, check_own, compo
 
 
 logger = logging.getLogger(__name__)
-_WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "feature_extractor")
+_WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3", "feature_extractor")
 _STEMS = ("diffusion_pytorch_model", "model")
+
+
+def has_weights(component: str) -> bool:
+    """Whether a component is a network that distillation needs."""
+    return component not in (*_WITHOUT_WEIGHTS, *WITHOUT_A_ROLE)
 
 
 def parts_left_out(index: dict[str, Any], root: Path, variant: str | None, name: str) -> dict[str, Any]:

@@ -1,12 +1,10 @@
-"""The one-step generator, and the stock scheduler that makes any pipeline run it."""
+"""The one-step generator, and the stock schedulers that make pipelines run it, and the teacher."""
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin, StableDiffusionXLPipeline
-from torch import Tensor, nn
+from diffusers import DDIMScheduler, SchedulerMixin
+from torch import Tensor
 
-from ..pipelines.one_step import DisBackOneStepPipeline
 from .batch import Condition
-from .denoiser import check_denoiser
 from .noise_schedule import NoiseSchedule, ddpm_scheduler
 from .score_model import ScoreModel
 
@@ -60,22 +58,20 @@ def one_step_scheduler(scheduler: SchedulerMixin, timestep: int) -> DDIMSchedule
     )
 
 
-def to_pipeline(network: nn.Module, timestep: int, teacher: DiffusionPipeline) -> DisBackOneStepPipeline:
-    """The deployed student: its network, the one-step scheduler, and the teacher's other components.
+def many_step_scheduler(scheduler: SchedulerMixin) -> DDIMScheduler:
+    """A deterministic sampler of many steps. Samples may lie beyond [-1, 1], so it does not clip, whatever the config says.
 
     Args:
-        network (`nn.Module`): The student's, unwrapped.
-        timestep (`int`): The conditioning timestep.
-        teacher (`DiffusionPipeline`): The teacher's pipeline; its components are shared, not copied.
+        scheduler (`SchedulerMixin`): The teacher's.
 
     Raises:
-        ValueError: If the network asks for more than it is given, or the scheduler and the timestep are refused by
-            `one_step_scheduler`.
+        ValueError: If the scheduler has no betas, or predicts what is not known.
     """
-    check_denoiser(network.config, "The student's network")
-    components = {**teacher.components, "unet": network, "scheduler": one_step_scheduler(teacher.scheduler, timestep)}
-    accepted = DisBackOneStepPipeline.component_names()
-    settings = {key: teacher.config[key] for key in ("force_zeros_for_empty_prompt",) if key in teacher.config}
-    if isinstance(teacher, StableDiffusionXLPipeline):
-        settings["add_watermarker"] = teacher.watermark is not None
-    return DisBackOneStepPipeline(**{name: components[name] for name in accepted if name in components}, **settings)
+    NoiseSchedule.from_scheduler(scheduler)
+    return DDIMScheduler.from_config(
+        scheduler.config,
+        clip_sample=False,
+        thresholding=False,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+    )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+FLOW = "flow_prediction"
 # Of a scheduler that asks its network at other times than the integers of its betas, and the value with which it does not.
 _OTHER_TIMES = {"timestep_type": "discrete", "use_flow_sigmas": False}
 
@@ -18,17 +19,23 @@ _OTHER_TIMES = {"timestep_type": "discrete", "use_flow_sigmas": False}
 class NoiseSchedule:
     """Tables of alpha and sigma by diffusers timestep, and the prediction type.
 
-    `x_t = alpha(t) * x0 + sigma(t) * noise`, variance preserving. Tables and results are float32.
+    `x_t = alpha(t) * x0 + sigma(t) * noise`: variance preserving, or with `flow_prediction` on straight lines,
+    `alpha = 1 - sigma`, where the network predicts `noise - x0`. Tables and results are float32.
 
     Args:
         alpha (`Tensor`): `[T]`.
         sigma (`Tensor`): `[T]`.
-        prediction_type (`str`): What the network predicts; one of `PREDICTION_TYPES`.
+        prediction_type (`str`): What the network predicts; one of `PREDICTION_TYPES`, or `FLOW`.
+
+    Raises:
+        ValueError: If it is none of them, or tables of flow are not on straight lines.
     """
 
     def __init__(self, alpha: Tensor, sigma: Tensor, prediction_type: str):
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type={prediction_type!r} is none of {_listed()}.")
+        if prediction_type not in (*PREDICTION_TYPES, FLOW):
+            raise ValueError(f"prediction_type={prediction_type!r} is none of {_listed()}, {FLOW}.")
+        if prediction_type == FLOW and not torch.allclose(alpha + sigma, torch.ones_like(sigma), atol=1e-6):
+            raise ValueError(f"prediction_type={prediction_type!r} is of straight lines, but alpha is not 1 - sigma.")
         self.alpha = alpha.float()
         self.sigma = sigma.float()
         self.prediction_type = prediction_type
@@ -87,7 +94,7 @@ class NoiseSchedule:
                 return (x_t - sigma * output) / alpha
             case "v_prediction":
                 return alpha * x_t - sigma * output
-        raise AssertionError(f"no rule for {self.prediction_type!r}")
+        return x_t - sigma * output  # flow
 
     def score_of_x0(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The gradient of log p(x_t), from E[x0 | x_t] by Tweedie's formula: `(alpha * x0 - x_t) / sigma**2`."""
@@ -104,7 +111,7 @@ class NoiseSchedule:
                 return noise
             case "v_prediction":
                 return alpha * noise - sigma * x0
-        raise AssertionError(f"no rule for {self.prediction_type!r}")
+        return noise - x0  # flow
 
     def _at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         if self.alpha.device != like.device:

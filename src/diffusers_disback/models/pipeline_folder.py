@@ -31,6 +31,7 @@ _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 # What diffusers may load as a component: others could be pipelines or programs of their own, with files of their own.
 _CLASSES = {
     "unet": ({"diffusers"}, r"UNet\w+"),
+    "transformer": ({"diffusers"}, r"\w+Model"),
     "vae": ({"diffusers"}, r"\w*Autoencoder\w+|ConsistencyDecoderVAE"),
     "scheduler": ({"diffusers"}, r"\w+Scheduler"),
     "text_encoder": ({"transformers"}, r"(?!Auto)\w+Model\w*"),
@@ -39,7 +40,7 @@ _CLASSES = {
     "feature_extractor": ({"transformers"}, r"(?!Auto)\w+(FeatureExtractor|ImageProcessor)\w*"),
     "safety_checker": ({"stable_diffusion", "diffusers"}, r"StableDiffusionSafetyChecker"),
 }
-_CLASSES |= {f"{name}_2": _CLASSES[name] for name in ("text_encoder", "tokenizer")}
+_CLASSES |= {f"{name}_{number}": _CLASSES[name] for name in ("text_encoder", "tokenizer") for number in (2, 3)}
 WITHOUT_A_ROLE = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that distillation does not need: one that cannot be read is left out."""
 

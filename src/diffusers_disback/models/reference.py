@@ -6,15 +6,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import SchedulerMixin, UNet2DConditionModel
+from diffusers import SchedulerMixin
 from torch import nn
 
 from ..hub.files import inside, read_json, read_text, to_bytes
 from ..hub.repository import Files, HubError, is_licence
 from .autoencoder import autoencoder_folder, load_autoencoder, variant_of
 from .card import CARD, read_card
-from .components import parts_left_out, without_parts
+from .components import has_weights, parts_left_out, without_parts
 from .model_files import check_has_weights, locate, names_of, own_files
 from .noise_schedule import scheduler_of, with_said_otherwise
 from .pipeline_folder import (
@@ -36,12 +37,28 @@ from .weights import fill, owned
 
 
 logger = logging.getLogger(__name__)
-_WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _SCHEDULER = "scheduler/scheduler_config.json"
 _OF_NO_ID = (
     " If it is a folder or a file, say where it lies with --pretrained_model_name_or_path: what is published holds the last "
     "part of its name only."
 )
+
+
+def title_of(network_name: str) -> str:
+    """What messages call a denoiser's component."""
+    return "UNet" if network_name == "unet" else network_name
+
+
+def model_class(name: str) -> type[nn.Module]:
+    """The model of diffusers of a name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
+        raise ValueError(f"{name} is no model of diffusers.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -70,13 +87,15 @@ class ModelReference:
     single_file_config: str | None = None
     rescale_betas_zero_snr: bool = False
 
-    def resolve(self, cache_dir: str | None = None, check_class: Callable[[str], Any] | None = None) -> "LocalModel":
+    def resolve(
+        self, cache_dir: str | None = None, network_name: Callable[[str], str] = lambda _: "unet"
+    ) -> "LocalModel":
         """Brings the whole model to this machine: downloads it, makes a single file into a folder, and checks all of it.
 
         Args:
             cache_dir (`str`, *optional*): Where downloads and conversions are kept.
-            check_class (`Callable`, *optional*): Is given the class of its pipeline before any weights are downloaded, and
-                raises if that is not wanted.
+            network_name (`Callable`): The class of its pipeline -> its denoiser's component. It is called before any weights
+                are downloaded, and raises if the class is not wanted.
 
         Raises:
             ValueError: If a file is missing, lies elsewhere, or cannot be read.
@@ -85,13 +104,12 @@ class ModelReference:
         place, revision = self._place(cache_dir)
         root = self._locate(place, revision, lambda names: [INDEX] if INDEX in names else [], cache_dir)
         index = read_index(root, self.what)
-        if check_class is not None:
-            check_class(str(index.get("_class_name")))
+        network = network_name(str(index.get("_class_name")))
         check_classes(index, self.what)
 
         def choose(names: list[str]) -> list[str]:
             for name in components_of(index):
-                if name in _WITH_WEIGHTS and not (name == "vae" and self.vae is not None):
+                if has_weights(name) and not (name == "vae" and self.vae is not None):
                     check_has_weights(name, names, self.variant, f"The model {self.name_or_path!r}")
             own = [one for name in components_of(index) for one in names_of(name, names, self.variant)]
             return [INDEX, *_card_files(names), *own]
@@ -106,11 +124,11 @@ class ModelReference:
             card_folder = self._card_beside_single_file(commit, cache_dir) or root
         vae = self.vae and autoencoder_folder(self.vae, self.variant, root / "vae", cache_dir)
         lora = self.lora and lora_file(self.lora, cache_dir)
-        local = LocalModel(self, root, commit, index, left_out, card_folder, vae or None, lora or None)
+        local = LocalModel(self, root, commit, network, index, left_out, card_folder, vae or None, lora or None)
         files = local.find_files()
         return replace(local, index=without_parts(index, left_out), files=files, stamps=_stamps(files))
 
-    def resolve_denoiser(self, cache_dir: str | None = None) -> "LocalModel":
+    def resolve_denoiser(self, cache_dir: str | None = None, network_name: str = "unet") -> "LocalModel":
         """Brings the denoiser alone to this machine, and what the scheduler's config says that it predicts.
 
         Raises:
@@ -119,18 +137,23 @@ class ModelReference:
         place, revision = self._place(cache_dir)
 
         def choose(names: list[str]) -> list[str]:
-            check_has_weights("unet", names, self.variant, f"The model {self.name_or_path!r}")
-            return [*names_of("unet", names, self.variant), *(name for name in names if name == _SCHEDULER)]
+            check_has_weights(network_name, names, self.variant, f"The model {self.name_or_path!r}")
+            return [*names_of(network_name, names, self.variant), *(name for name in names if name == _SCHEDULER)]
 
         try:
             root = self._locate(place, revision, choose, cache_dir)
             lora = self.lora and lora_file(self.lora, cache_dir)
         except HubError as error:
-            raise ValueError(f"The UNet of {self.name_or_path!r} cannot be loaded. {error}") from error
-        check_component(root, "unet", self.variant, self.what, "diffusers")
-        return LocalModel(self, root, None if Path(place).is_dir() else root.name, lora_file=lora or None)
+            raise ValueError(
+                f"The {title_of(network_name)} of {self.name_or_path!r} cannot be loaded. {error}"
+            ) from error
+        check_component(root, network_name, self.variant, self.what, "diffusers")
+        commit = None if Path(place).is_dir() else root.name
+        return LocalModel(self, root, commit, network_name, lora_file=lora or None)
 
-    def resolve_configs(self, cache_dir: str | None = None) -> "LocalModel":
+    def resolve_configs(
+        self, cache_dir: str | None = None, network_name: Callable[[str], str] = lambda _: "unet"
+    ) -> "LocalModel":
         """Brings the model's configs to this machine, and no weights.
 
         Raises:
@@ -145,10 +168,11 @@ class ModelReference:
         index = read_index(root, self.what)
         check_classes(index, self.what)
         for name, (library, _) in components_of(index).items():
-            if name in _WITH_WEIGHTS:
+            if has_weights(name):
                 check_own(root, name, self.what, library)
                 read_json(inside(root, f"{name}/config.json", self.what), f"{name}/config.json of {self.what}")
-        return LocalModel(self, root, None if Path(place).is_dir() else root.name, index)
+        network = network_name(str(index.get("_class_name")))
+        return LocalModel(self, root, None if Path(place).is_dir() else root.name, network, index)
 
     @property
     def what(self) -> str:
@@ -195,6 +219,7 @@ class LocalModel:
         reference (`ModelReference`): Where it came from, and what is taken otherwise than its files say.
         folder (`Path`): Of its pipeline.
         commit (`str`, *optional*): Of a model on the Hub.
+        network_name (`str`): Its denoiser's component.
         index (`dict`): The content of `model_index.json`, without the parts that are left out.
         left_out (`dict`): What its pipeline is loaded with, so that parts without a role do not stand in its way.
         card_folder (`Path`, *optional*): Where its card and the text of its licence lie.
@@ -207,6 +232,7 @@ class LocalModel:
     reference: ModelReference
     folder: Path
     commit: str | None = None
+    network_name: str = "unet"
     index: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, Any] = field(default_factory=dict)
     card_folder: Path | None = None
@@ -256,7 +282,7 @@ class LocalModel:
             if name == "vae" and self.vae_folder is not None:
                 found = files_of(self.vae_folder, f"the autoencoder {self.reference.vae!r}")
                 own = _without_variant(found, variant_of(self.vae_folder, self.reference.variant))
-            elif name != "unet":
+            elif name != self.network_name:
                 own = _without_variant(files_of(self.folder / name, what, self.folder), self.reference.variant)
             else:
                 continue
@@ -300,7 +326,7 @@ class LocalModel:
         return load_autoencoder(self.vae_folder, self.reference.variant, self.reference.vae)
 
     def load_network(self, network_class: type[nn.Module]) -> nn.Module:
-        """The model's `unet` in float32.
+        """The model's denoiser in float32.
 
         Raises:
             ValueError: If it cannot be read, or its weights do not fit its own config in anything.
@@ -308,32 +334,37 @@ class LocalModel:
         try:
             network, info = network_class.from_pretrained(
                 self.folder,
-                subfolder="unet",
+                subfolder=self.network_name,
                 variant=self.reference.variant,
                 torch_dtype=torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
             )
         except UNREADABLE as error:
-            raise ValueError(f"The UNet of {self.name_or_path!r} cannot be loaded. {error}") from error
+            raise ValueError(f"The {self._network} cannot be loaded. {error}") from error
         wrong = {kind: keys for kind, keys in info.items() if keys}
         if wrong:
-            raise ValueError(f"The UNet of {self.name_or_path!r} does not fit its own config: {wrong}.")
+            raise ValueError(f"The {self._network} does not fit its own config: {wrong}.")
         self.fuse_lora(network)
-        return owned(network, f"the UNet of {self.name_or_path!r}{self.with_lora}")
+        return owned(network, f"the {self._network}{self.with_lora}")
 
     def load_into(self, network: nn.Module) -> None:
-        """Fills a network with the model's `unet` weights.
+        """Fills a network with the weights of the model's denoiser.
 
         Raises:
             ValueError: If names or shapes differ in anything; the network is then as it was.
         """
-        fill(network, self.load_network(type(network)).state_dict(), f"the UNet of {self.name_or_path!r}")
+        fill(network, self.load_network(type(network)).state_dict(), f"the {self._network}")
 
     def fuse_lora(self, network: nn.Module) -> None:
         """Fuses the model's LoRA into its loaded denoiser, if it has one."""
         if self.lora_file is not None:
             fuse_lora(network, self.lora_file, self.reference.lora)
+
+    @property
+    def _network(self) -> str:
+        """What messages call its denoiser."""
+        return f"{title_of(self.network_name)} of {self.name_or_path!r}"
 
     @property
     def with_lora(self) -> str:
@@ -347,12 +378,13 @@ class LocalModel:
             ValueError: If its config cannot be read.
         """
         try:
-            config = UNet2DConditionModel.load_config(self.folder, subfolder="unet")
+            network_class = model_class(components_of(self.index)[self.network_name][1])
+            config = network_class.load_config(self.folder, subfolder=self.network_name)
             with torch.device("meta"):
-                return UNet2DConditionModel.from_config(config)
+                return network_class.from_config(config)
         except UNREADABLE as error:
             raise ValueError(
-                f"The config of the UNet of {self.name_or_path!r} cannot be read; say where the teacher is with "
+                f"The config of the {self._network} cannot be read; say where the teacher is with "
                 f"--pretrained_model_name_or_path. {error}"
             ) from error
 

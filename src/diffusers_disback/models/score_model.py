@@ -62,16 +62,21 @@ class ScoreModel:
         Returns:
             `Tensor`: `[B, C, H, W]`, float32.
         """
-        if self.guidance_scale == 1:
-            output = self.predict(x_t, t, condition)
-        else:
-            if negative is None:
-                raise ValueError(f"guidance_scale={self.guidance_scale} needs the condition of the empty prompt.")
-            both = {key: torch.cat([negative[key], condition[key]]) for key in condition}
-            without, with_ = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-            # Classifier-free guidance (Ho and Salimans, 2022, Eq. 6), in diffusers' convention: 1 means none.
-            output = without + self.guidance_scale * (with_ - without)
-        return self.schedule.x0_of_output(output, x_t, t)
+        return self.schedule.x0_of_output(self.guided(x_t, t, condition, negative), x_t, t)
+
+    def guided(self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition | None = None) -> Tensor:
+        """The network's output, guided, `[B, C, H, W]`. Arguments as of `denoise`. Without a condition nothing guides."""
+        if self.guidance_scale == 1 or not condition:
+            return self.predict(x_t, t, condition)
+        if not negative:
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale} needs the condition of the empty prompt, or of no class; where there "
+                "is none, pass 1."
+            )
+        both = {key: torch.cat([negative[key], condition[key]]) for key in condition}
+        without, with_ = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        # Classifier-free guidance (Ho and Salimans, 2022, Eq. 6), in diffusers' convention: 1 means none.
+        return without + self.guidance_scale * (with_ - without)
 
     def score(self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition | None = None) -> Tensor:
         """The gradient of log p(x_t | condition), `[B, C, H, W]`. Arguments as of `denoise`."""

@@ -11,11 +11,13 @@ from ..training.settings.fields import named
 from ..training.settings.groups import DataSettings, ModelSettings
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ = (1, FORMAT_VERSION)  # version 1 had no `component`: its denoisers were all UNets
 MANIFEST = "path.json"
 ADAPTER = "pytorch_lora_weights.safetensors"
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMPONENT = re.compile(r"[a-z][a-z0-9_]{0,99}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BY_CONTENT = named(ModelSettings, DataSettings, by_content=True)
 
@@ -23,6 +25,11 @@ _BY_CONTENT = named(ModelSettings, DataSettings, by_content=True)
 def name_of(step: int) -> str:
     """The folder and branch of the node that was recorded after a step."""
     return f"degradation-{step:06d}"
+
+
+def denoiser_of(manifest: dict[str, Any]) -> str:
+    """The component that a path's nodes are of, and the folder that they lie in."""
+    return manifest["component"] if manifest["format_version"] > 1 else "unet"
 
 
 def identity(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -58,13 +65,13 @@ def check_manifest(manifest: Any, where: str, pinned: bool) -> None:
     """Raises a `ValueError` unless a manifest is as the format says; see `read_manifest`."""
     what = f"{MANIFEST} of {where}"
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if type(version) is not int or version != FORMAT_VERSION:
+    if type(version) is not int or version not in _READ:
         newer = type(version) is int and version > FORMAT_VERSION
         raise ValueError(
-            f"{what} has format version {shown(version)}; this library reads {FORMAT_VERSION}."
+            f"{what} has format version {shown(version)}; this library reads {' and '.join(map(str, _READ))}."
             + (" Update diffusers-disback." if newer else "")
         )
-    check_fields(manifest, _FIELDS, what)
+    check_fields(manifest, _FIELDS if version == 1 else {**_FIELDS, "component": is_component}, what)
     if manifest["complete"] or "cost" in manifest:
         check_fields(manifest, {"cost": is_record}, what)
         check_fields(manifest["cost"], {"steps": is_count, "seconds": is_number, "peak_memory_mb": is_number}, what)
@@ -167,6 +174,11 @@ def is_record(value: Any) -> bool:
 def is_sha256(value: Any) -> bool:
     """A SHA-256 in hexadecimal."""
     return is_text(value) and _SHA256.fullmatch(value) is not None
+
+
+def is_component(value: Any) -> bool:
+    """The name of a pipeline's component, which is a folder's, too."""
+    return is_text(value) and _COMPONENT.fullmatch(value) is not None
 
 
 _FIELDS = {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hub.cards import path_card
+from ..hub.cards import STABLE_DIFFUSION, Usage, path_card
 from ..hub.files import inside, sha256_of, to_bytes, write_json
 from ..hub.published import clean_configs
 from ..hub.repository import Files, HubError, Repository, in_background, is_repo_id
@@ -30,7 +30,7 @@ from ..models.weights import (
     read_weights,
     save_weights,
 )
-from .manifest import FORMAT_VERSION, MANIFEST, name_of, read_manifest
+from .manifest import FORMAT_VERSION, MANIFEST, denoiser_of, name_of, read_manifest
 from .sharing import check_is_ours, check_teacher_may_be_shared, push_nodes
 from .storage import FolderNodes, HubNodes, Nodes
 
@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 class DegradationPath:
     """Nodes 0..N in a folder or on the Hub. Node 0 is the teacher, by reference; `len(path)` is N, the recorded nodes.
 
-    Node i lies in `degradation-<its step>/`, a folder or the branch of that name, as `unet/` and `node.json`, and
-    `path.json` lists them. Everything is written whole or not at all.
+    Node i lies in `degradation-<its step>/`, a folder or the branch of that name, as its denoiser's component (`unet/`,
+    `transformer/`) and `node.json`, and `path.json` lists them. Everything is written whole or not at all.
 
     Args:
         folders (`Nodes`): Where its nodes lie.
@@ -92,13 +92,14 @@ class DegradationPath:
         manifest = {
             "format_version": FORMAT_VERSION,
             "id": uuid.uuid4().hex,
+            "component": teacher.network_name,
             "teacher": {**asdict(teacher.reference), "commit": teacher.commit, "sha256": teacher_sha256},
             "generator": generator,
             "recording": recording,
             "complete": False,
             "nodes": [],
         }
-        return cls(FolderNodes(folder), manifest, teacher)
+        return cls(FolderNodes(folder, teacher.network_name), manifest, teacher)
 
     @classmethod
     def from_pretrained(
@@ -133,7 +134,8 @@ class DegradationPath:
                     f"{folder_or_repo} holds no degradation path: it has no {MANIFEST} at {revision or 'main'}."
                 )
             manifest = read_manifest(file, str(folder_or_repo), pinned=True)
-            folders: Nodes = HubNodes(repository, file.parent.name, manifest["nodes"], cache_dir, disk_budget_gb)
+            commit, denoiser = file.parent.name, denoiser_of(manifest)
+            folders: Nodes = HubNodes(repository, commit, manifest["nodes"], cache_dir, disk_budget_gb, denoiser)
         else:
             folder = Path(folder_or_repo)
             if revision is not None:
@@ -146,7 +148,7 @@ class DegradationPath:
                 raise ValueError(f"{folder} holds no degradation path: it has no {MANIFEST}. {hint}")
             file = inside(folder, MANIFEST, str(folder))
             manifest = read_manifest(file, str(folder), pinned=False)
-            folders = FolderNodes(folder)
+            folders = FolderNodes(folder, denoiser_of(manifest))
         was_told = teacher is not None
         if teacher is None:
             known = manifest["teacher"]
@@ -171,6 +173,11 @@ class DegradationPath:
     def complete(self) -> bool:
         """Whether stage 1 has ended."""
         return self.manifest["complete"]
+
+    @property
+    def denoiser(self) -> str:
+        """The teacher's component that nodes are of, and the name of their folders: `unet`, `transformer`."""
+        return denoiser_of(self.manifest)
 
     @property
     def nodes(self) -> list[dict[str, Any]]:
@@ -222,11 +229,11 @@ class DegradationPath:
         draft = self.folder / f"{name}.draft"
         shutil.rmtree(draft, ignore_errors=True)
         if adapter is None:
-            network.save_pretrained(draft / "unet", safe_serialization=True)
-            clean_configs(draft / "unet")
+            network.save_pretrained(draft / self.denoiser, safe_serialization=True)
+            clean_configs(draft / self.denoiser)
         else:
-            write_adapter(network, adapter, draft / "unet")
-        files = sorted((draft / "unet").glob("*.safetensors"))
+            write_adapter(network, adapter, draft / self.denoiser)
+        files = sorted((draft / self.denoiser).glob("*.safetensors"))
         rounding_error = 0.0 if dtype is None else _cast(files, dtype)
         with open_weights(files[0]) as stream:
             written = stream.get_tensor(next(iter(stream.keys()))).dtype
@@ -275,7 +282,7 @@ class DegradationPath:
 
     def local_teacher(self) -> LocalModel:
         """The teacher on this machine; it is resolved when it is needed first."""
-        self._local_teacher = self._known_teacher() or self.teacher.resolve(self.cache_dir)
+        self._local_teacher = self._known_teacher() or self.teacher.resolve(self.cache_dir, lambda _: self.denoiser)
         return self._local_teacher
 
     def _known_teacher(self) -> LocalModel | None:
@@ -301,7 +308,7 @@ class DegradationPath:
                 is none, or the other way round.
         """
         if index == 0:
-            (self._known_teacher() or self.teacher.resolve_denoiser(self.cache_dir)).load_into(into)
+            (self._known_teacher() or self.teacher.resolve_denoiser(self.cache_dir, self.denoiser)).load_into(into)
             return
         kind = self._node(index)["kind"]
         if (kind == "adapter") != (adapter is not None):
@@ -381,9 +388,20 @@ class DegradationPath:
             check_adapter_fit(network, weights, what)
         return len(weights)
 
-    def check(self, teacher_sha256: str, generator: dict[str, Any]) -> None:
-        """Raises a `ValueError` if the path was recorded from another teacher or another start, naming which."""
+    def check(self, teacher_sha256: str, generator: dict[str, Any], denoiser: str = "unet") -> None:
+        """Raises a `ValueError` if the path was recorded from another teacher or another start, naming which.
+
+        Args:
+            teacher_sha256 (`str`): `fingerprint` of the teacher's denoiser.
+            generator (`dict`): The start, as of `create`.
+            denoiser (`str`): The teacher's component.
+        """
         self._check_teacher_is_asked_as_recorded()
+        if self.denoiser != denoiser:
+            raise ValueError(
+                f"The path in {self.where} is of a pipeline's {self.denoiser}, but this teacher's denoiser is its {denoiser}. "
+                "Record a path for it with stage 1."
+            )
         recorded = self.manifest["teacher"]["sha256"]
         if recorded != teacher_sha256:
             raise ValueError(
@@ -437,7 +455,7 @@ class DegradationPath:
     def _checked(self, index: int, folder: Path) -> list[Path]:
         hashes = self.nodes[index - 1]["files"]
         for name, sha256 in hashes.items():
-            file = inside(folder, f"unet/{name}", f"{MANIFEST} of {self.where}")
+            file = inside(folder, f"{self.denoiser}/{name}", f"{MANIFEST} of {self.where}")
             if not file.is_file():
                 raise ValueError(f"node {index} is incomplete: {file} is missing. Record or pull the path again.")
             told = file.stat()
@@ -445,7 +463,7 @@ class DegradationPath:
             if seen not in self._sound and sha256_of(file) != sha256:
                 raise ValueError(f"node {index} is damaged: {file} is not what was recorded (SHA-256 differs).")
             self._sound.add(seen)
-        return [folder / "unet" / name for name in hashes]
+        return [folder / self.denoiser / name for name in hashes]
 
     # Sharing -----------------------------------------------------------------------------------------------------
 
@@ -476,6 +494,7 @@ class DegradationPath:
         create_pr: bool = False,
         commit_message: str | None = None,
         token: str | None = None,
+        usage: Usage = STABLE_DIFFUSION,
     ) -> str:
         """Shares the path: a branch for each node; `path.json` and a card on `main`. Can be repeated.
 
@@ -486,6 +505,7 @@ class DegradationPath:
                 requests have none.
             commit_message (`str`, *optional*): Of the commit to `main`.
             token (`str`, *optional*): By default that of `hf auth login`. It is never written anywhere.
+            usage (`Usage`): What the teacher's family says of its use, for the card.
 
         Returns:
             `str`: The repository's full id.
@@ -502,7 +522,7 @@ class DegradationPath:
         if "model_index.json" not in repository.tree(repository.head()):  # a student has a card of its own
             picture = inside(Path(self.where), "path.png", self.where)
             files |= {"path.png": picture} if picture.is_file() else {}
-            card = path_card(manifest, repository.repo_id, self.local_teacher().card(), picture.is_file())
+            card = path_card(manifest, repository.repo_id, self.local_teacher().card(), picture.is_file(), usage)
             files["README.md"] = card.encode()
         repository.commit(
             files,

@@ -9,7 +9,7 @@ from ..hub.repository import Files, HubError, Repository, is_licence
 from ..models.pipeline_folder import INDEX
 from ..models.reference import CARD, ModelReference
 from ..models.single_file import repo_of
-from .manifest import MANIFEST, check_manifest, identity
+from .manifest import MANIFEST, check_manifest, denoiser_of, identity
 from .storage import Nodes, node_files
 
 
@@ -46,12 +46,12 @@ def push_nodes(
         repository.commit({MANIFEST: to_bytes(empty)}, "Begin a path", check=check)
     else:
         check(head)
-    pushed = []
+    pushed, denoiser = [], denoiser_of(manifest)
     branches = repository.branches()
     for node in manifest["nodes"]:
         commit = branches.get(node["name"])
-        if commit is None or not _is_whole(repository, node, commit):
-            files = published_files({**teacher_files, **node_files(folders.fetch(node))})
+        if commit is None or not _is_whole(repository, node, denoiser, commit):
+            files = published_files({**teacher_files, **node_files(folders.fetch(node), denoiser)})
             commit = _push_node(repository, node, manifest["id"], files)
         pushed.append({**node, "branch": node["name"], "commit": commit})
     return {**manifest, "nodes": pushed}
@@ -78,10 +78,10 @@ def _push_node(repository: Repository, node: dict[str, Any], path_id: str, files
     return repository.commit(files, f"Add node {node['name']}", branch=node["name"], exact=("",), check=check)
 
 
-def _is_whole(repository: Repository, node: dict[str, Any], commit: str) -> bool:
+def _is_whole(repository: Repository, node: dict[str, Any], denoiser: str, commit: str) -> bool:
     """Whether a commit holds a node's weights. What others added beside them is theirs."""
     tree = repository.tree(commit)
-    weights = {name: tree.get(f"unet/{name}") for name in node["files"]}
+    weights = {name: tree.get(f"{denoiser}/{name}") for name in node["files"]}
     hashes = {name: entry.lfs.sha256 for name, entry in weights.items() if entry is not None and entry.lfs is not None}
     return "node.json" in tree and hashes == node["files"]
 

@@ -10,13 +10,13 @@ from ..models.pipeline_folder import files_of
 
 
 logger = logging.getLogger(__name__)
-_OF_A_NODE = ["unet/*", "node.json"]
 
 
 class Nodes(Protocol):
-    """The folders of nodes, each with `unet/` and `node.json`."""
+    """The folders of nodes, each with its denoiser's folder and `node.json`."""
 
     where: str
+    denoiser: str
     downloaded: list[str]  # names, of what was not on this machine before
 
     def fetch(self, node: dict[str, Any]) -> Path:
@@ -34,10 +34,12 @@ class FolderNodes:
 
     Args:
         folder (`Path`): The path's.
+        denoiser (`str`): The component that nodes are of, and their folder's name.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, denoiser: str = "unet"):
         self.folder = folder
+        self.denoiser = denoiser
         self.where = str(folder)
         self.downloaded: list[str] = []
 
@@ -45,7 +47,7 @@ class FolderNodes:
         return inside(self.folder, node["name"], f"path.json of {self.where}")
 
     def copy(self, node: dict[str, Any], folder: Path) -> None:
-        write_files(node_files(self.fetch(node)), folder)
+        write_files(node_files(self.fetch(node), self.denoiser), folder)
 
     def release(self, node: dict[str, Any]) -> None:
         """Keeps it: what was recorded stays."""
@@ -62,6 +64,8 @@ class HubNodes:
         disk_budget_gb (`float`, *optional*): Of nodes that this object downloads. Beyond it those that are released are
             deleted, oldest first; nodes that were in the cache before are left alone.
 
+        denoiser (`str`): The component that nodes are of, and their folder's name.
+
     Raises:
         HubError: If a node's branch is gone.
         ValueError: If the budget does not hold two nodes, the target and the one that comes next.
@@ -74,8 +78,11 @@ class HubNodes:
         nodes: list[dict[str, Any]],
         cache_dir: str | None = None,
         disk_budget_gb: float | None = None,
+        denoiser: str = "unet",
     ):
         self.repository = repository
+        self.denoiser = denoiser
+        self._patterns = [f"{denoiser}/*", "node.json"]
         self.commit = commit
         self.where = repository.repo_id
         self.cache_dir = cache_dir
@@ -94,13 +101,13 @@ class HubNodes:
 
     def fetch(self, node: dict[str, Any]) -> Path:
         self._make_room(node)
-        folder = self.repository.download(_OF_A_NODE, node["commit"], self.cache_dir)
+        folder = self.repository.download(self._patterns, node["commit"], self.cache_dir)
         if node["name"] not in self._kept:
             self._fetched[node["name"]] = node
         return folder
 
     def copy(self, node: dict[str, Any], folder: Path) -> None:
-        self.repository.download_to(folder, _OF_A_NODE, node["commit"])
+        self.repository.download_to(folder, self._patterns, node["commit"])
 
     def release(self, node: dict[str, Any]) -> None:
         self._released.append(node)
@@ -139,7 +146,7 @@ class HubNodes:
 
         name, commit = self.repository.repo_id, node["commit"]
         return all(
-            isinstance(try_to_load_from_cache(name, f"unet/{file}", self.cache_dir, commit), str)
+            isinstance(try_to_load_from_cache(name, f"{self.denoiser}/{file}", self.cache_dir, commit), str)
             for file in node["files"]
         )
 
@@ -166,8 +173,12 @@ class HubNodes:
                 )
 
 
-def node_files(folder: Path) -> Files:
+def node_files(folder: Path, denoiser: str) -> Files:
     """The files of a node's folder, by their path in it.
+
+    Args:
+        folder (`Path`): Of the node.
+        denoiser (`str`): The component that it is of.
 
     Raises:
         ValueError: If one is missing, or a link that leads out of the folder.
@@ -176,5 +187,5 @@ def node_files(folder: Path) -> Files:
     own = inside(folder, "node.json", what)
     if not own.is_file():
         raise ValueError(f"{what} has no node.json: it is not whole.")
-    files = [own, *files_of(folder / "unet", what, folder)]
+    files = [own, *files_of(folder / denoiser, what, folder)]
     return {file.relative_to(folder).as_posix(): file for file in files}

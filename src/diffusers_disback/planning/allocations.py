@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from ..models.batch import Condition
+
 
 class Allocations(TorchDispatchMode):
     """Counts the bytes of tensors that operations make within it, and their peak. On any device.
@@ -115,19 +117,23 @@ class PassMemory:
 
 
 def pass_memory(
-    network: nn.Module, inputs: Callable[[], dict[str, Any]], autocast: torch.dtype | None = None
+    network: nn.Module,
+    call: Callable[..., Tensor],
+    inputs: Callable[[], tuple[Tensor, Tensor, Condition]],
+    autocast: torch.dtype | None = None,
 ) -> PassMemory:
     """What a forward pass of a network on the meta device would hold on a GPU; and a backward pass, if there is a graph.
 
     Args:
         network (`nn.Module`): A diffusers denoiser.
-        inputs (`Callable`): Makes its arguments, which count as well.
+        call (`Callable`): How its family calls it; see `ModelFamily.call`.
+        inputs (`Callable`): Makes x_t, timesteps and condition, which count as well.
         autocast (`torch.dtype`, *optional*): The precision that it computes in where that is not its own.
     """
     with Allocations(network.parameters()) as allocations:
         arguments = inputs()
         with OnGPU(autocast):
-            output = network(**arguments, return_dict=False)[0].float()
+            output = call(network, *arguments).float()
         del arguments
         activations = allocations.live
         if output.requires_grad:

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..families import ModelFamily, family_class, network_name_of
 from ..models.adapters import SharedNetwork, lora_config
-from ..models.denoiser import check_denoiser
+from ..models.batch import Condition
+from ..models.components import has_weights
 from ..models.pipeline_folder import UNREADABLE, components_of
+from ..models.reference import LocalModel, model_class, title_of
 from ..objectives import OBJECTIVES
 from ..training.config import BacktrackingConfig, TrainingConfig
 from .allocations import PassMemory, checkpointed, pass_memory, size
@@ -18,7 +21,6 @@ from .allocations import PassMemory, checkpointed, pass_memory, size
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes of a linear layer's weight, with its share of the scales
-TOKENS = 77  # of a prompt, for CLIP
 ROLES = "fake_score", "generator"  # stage 1 trains the first
 NAMES = {"fake_score": "fake score", "generator": "student"}
 
@@ -41,14 +43,16 @@ class Planner:
     two nodes.
 
     Args:
-        skeleton (`Callable`): Makes the teacher's UNet on the meta device.
+        skeleton (`Callable`): Makes the teacher's denoiser on the meta device.
+        family (`type[ModelFamily]`): The teacher's.
         training (`TrainingConfig`): What both stages share. If no precision is named, it is float32.
         backtracking (`BacktrackingConfig`): The settings of stage 2.
         stride (`int`): Pixels of a latent's side.
-        others (`dict[str, nn.Module]`): The teacher's text encoders and autoencoder, on the meta device.
+        others (`dict[str, nn.Module]`): The teacher's other networks, on the meta device.
     """
 
     skeleton: Callable[[], nn.Module]
+    family: type[ModelFamily]
     training: TrainingConfig
     backtracking: BacktrackingConfig
     stride: int = 8
@@ -65,29 +69,16 @@ class Planner:
         Raises:
             ValueError: If these cannot be read.
         """
-        import transformers
-        from diffusers import AutoencoderKL
-
-        teacher = training.teacher.resolve_configs(training.cache_dir)
-        try:
-            index, root = teacher.index, teacher.folder
-            encoders = [name for name in ("text_encoder", "text_encoder_2") if name in components_of(index)]
-            with torch.device("meta"):
-                vae = AutoencoderKL.from_config(AutoencoderKL.load_config(root, subfolder="vae"))
-                others = {"vae": vae}
-                for name in encoders:
-                    network_class = getattr(transformers, index[name][1])
-                    others[name] = network_class(network_class.config_class.from_pretrained(root, subfolder=name))
-        except UNREADABLE as error:
-            raise ValueError(f"The configs of {teacher.name_or_path!r} cannot be read. {error}") from error
-        stride = 2 ** (len(vae.config.block_out_channels) - 1)
-        return cls(teacher.meta_network, training, backtracking, stride, others)
+        teacher = training.teacher.resolve_configs(training.cache_dir, network_name_of)
+        family = family_class(str(teacher.index["_class_name"]))
+        others = meta_networks_beside(teacher)
+        return cls(teacher.meta_network, family, training, backtracking, family.stride_of(others), others)
 
     @cached_property
     def network(self) -> nn.Module:
-        """The teacher's UNet, on the meta device."""
+        """The teacher's denoiser, on the meta device."""
         network = self.skeleton()
-        check_denoiser(network.config, "The teacher's UNet")
+        self.family.check_network(network.config, f"The teacher's {title_of(self.family.network_name)}")
         return network
 
     @cached_property
@@ -140,10 +131,10 @@ class Planner:
         if not is_trained:
             network.requires_grad_(False)
 
-        def inputs() -> dict[str, Any]:
-            return example_inputs(network.config, samples, side, dtype, requires_grad=not is_trained)
+        def inputs() -> tuple[Tensor, Tensor, Condition]:
+            return example_inputs(self.family, network.config, samples, side, dtype, requires_grad=not is_trained)
 
-        return pass_memory(network, inputs, self.autocast)
+        return pass_memory(network, self.family.call, inputs, self.autocast)
 
     def rows(self, stage: int) -> list[Row]:
         """What stage 1 or 2 holds throughout."""
@@ -168,8 +159,9 @@ class Planner:
             place = "CPU" if training.offload_ema else "device"
             rows += [Row("average of the student", self.own("generator"), place)]
         rows += [Row("teacher, float32", whole, "CPU")]
-        if "vae" in self.others:
-            rows += [Row("autoencoder", size(*self.others["vae"].parameters()), "CPU")]
+        autoencoders = [other for name, other in self.others.items() if name not in self.family.encoders]
+        if autoencoders:
+            rows += [Row("autoencoder", sum(size(*other.parameters()) for other in autoencoders), "CPU")]
         return rows
 
     def _base(self, name: str) -> Row:
@@ -199,22 +191,47 @@ class Planner:
 
 
 def example_inputs(
-    config: Any, samples: int, side: int, dtype: torch.dtype, requires_grad: bool = False
-) -> dict[str, Any]:
-    """What a UNet of a config is called with, on the meta device; `requires_grad` of the samples, `[B, C, side, side]`."""
+    family: type[ModelFamily],
+    config: Any,
+    samples: int,
+    side: int,
+    dtype: torch.dtype,
+    requires_grad: bool = False,
+) -> tuple[Tensor, Tensor, Condition]:
+    """What a denoiser of a config is called with, on the meta device.
 
-    def empty(*shape: int, **options: Any) -> Tensor:
-        return torch.empty(samples, *shape, device="meta", **{"dtype": dtype, **options})
+    Returns:
+        `tuple`: Samples, `[B, C, side, side]`, with `requires_grad`; timesteps, `[B]`; and a condition.
+    """
+    x_t = torch.empty(samples, config.in_channels, side, side, device="meta", dtype=dtype, requires_grad=requires_grad)
+    condition = family.example_condition(config, samples)
+    condition = {key: value.to(dtype) if value.is_floating_point() else value for key, value in condition.items()}
+    return x_t, torch.empty(samples, dtype=torch.long, device="meta"), condition
 
-    inputs: dict[str, Any] = {
-        "sample": empty(config.in_channels, side, side, requires_grad=requires_grad),
-        "timestep": empty(dtype=torch.long),
-        "encoder_hidden_states": empty(TOKENS, config.cross_attention_dim),
-    }
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": empty(pooled), "time_ids": empty(6)}
-    return inputs
+
+def meta_networks_beside(teacher: LocalModel) -> dict[str, nn.Module]:
+    """A teacher's networks besides its denoiser, on the meta device, from their configs.
+
+    Raises:
+        ValueError: If these cannot be read.
+    """
+    import transformers
+
+    networks: dict[str, nn.Module] = {}
+    try:
+        for name, (library, class_name) in components_of(teacher.index).items():
+            if name == teacher.network_name or not has_weights(name):
+                continue
+            with torch.device("meta"):
+                if library == "diffusers":
+                    kind = model_class(class_name)
+                    networks[name] = kind.from_config(kind.load_config(teacher.folder, subfolder=name))
+                else:
+                    kind = getattr(transformers, class_name)
+                    networks[name] = kind(kind.config_class.from_pretrained(teacher.folder, subfolder=name))
+    except UNREADABLE as error:
+        raise ValueError(f"The configs of {teacher.name_or_path!r} cannot be read. {error}") from error
+    return networks
 
 
 def table(planner: Planner) -> str:
@@ -247,7 +264,9 @@ def table(planner: Planner) -> str:
     held("CPU")
     half = planner.training.is_adapter("fake_score")
     node = planner.own("fake_score") // (2 if half else 1)
-    encoders = sum(size(*other.parameters()) for name, other in planner.others.items() if name != "vae")
+    encoders = sum(
+        size(*other.parameters()) for name, other in planner.others.items() if name in planner.family.encoders
+    )
     lines += [
         "on disk",
         f"  a node of the path: {node / 1e9:.3f} GB, in {'half precision' if half else 'float32'}",

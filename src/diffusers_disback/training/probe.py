@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data.prompts import PromptBatches, PromptData
+from ..data.conditions import Batches, ConditionSource, batch_of
 from ..families import ModelFamily
 from ..models.batch import Condition
 from ..models.generator import OneStepGenerator
@@ -41,24 +41,24 @@ class MismatchProbe:
     Args:
         config (`TrainingConfig`): Seed, resolution and the samples per forward pass.
         family (`ModelFamily`): The teacher.
-        data (`PromptData`): Prompts and their conditions.
+        data (`ConditionSource`): What samples are conditioned on.
         device (`torch.device`): Where networks are evaluated.
     """
 
-    def __init__(self, config: TrainingConfig, family: ModelFamily, data: PromptData, device: torch.device):
+    def __init__(self, config: TrainingConfig, family: ModelFamily, data: ConditionSource, device: torch.device):
         self.schedule = family.schedule
         self.data = data
         self.device = device
         size = min(config.train_batch_size, SAMPLES)
         shape = family.latent_shape(config.resolution)
-        self.batches = PromptBatches(data.prompts, shape, config.seed, _STAGE, size, SAMPLES // size)
+        self.batches = Batches(len(data), shape, config.seed, _STAGE, size, SAMPLES // size)
 
     @torch.no_grad()
     def sample(self, generator: OneStepGenerator) -> list[ProbeBatch]:
         """Samples the generator and noises what it gives, band after band; bands rise with the noise."""
         probe_batches, last, first = [], self.schedule.num_timesteps, 0
         for draw in self.batches[0]:
-            batch = self.data.batch(draw, self.device)
+            batch = batch_of(draw, self.data, self.device)
             x0 = generator(batch.noise, batch.condition)
             band = torch.arange(first, first + len(x0), device=self.device) % BANDS
             first += len(x0)

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.prompts import Draw, PromptBatches, PromptData
+from ..data.conditions import Batches, ConditionSource, Draw, batch_of
 from ..families import ModelFamily
 from ..hub.files import writing
 from ..models.batch import Batch
@@ -39,11 +39,11 @@ class Stage(ABC):
         config (`TrainingConfig`): What both stages share.
         own (`DegradationConfig` or `BacktrackingConfig`): The stage's own settings; of `own_class`.
         family (`ModelFamily`): The teacher.
-        data (`PromptData`): Prompts and their conditions.
+        data (`ConditionSource`): What samples are conditioned on.
         learners (`list[Learner]`): The trained networks.
         steps (`int`): Steps of the stage.
         batches_per_step (`int`): Global batches of a step.
-        proportion_empty_prompts (`float`): Share of samples whose prompt is dropped.
+        proportion_empty (`float`): Share of samples whose condition is dropped.
         inputs (`dict[str, str]`, *optional*): Hashes of what the run is made from, to be written down with its settings.
 
     Attributes:
@@ -60,11 +60,11 @@ class Stage(ABC):
         config: TrainingConfig,
         own: Settings,
         family: ModelFamily,
-        data: PromptData,
+        data: ConditionSource,
         learners: list[Learner],
         steps: int,
         batches_per_step: int,
-        proportion_empty_prompts: float = 0.0,
+        proportion_empty: float = 0.0,
         inputs: dict[str, str] | None = None,
     ):
         self.config = config
@@ -79,8 +79,8 @@ class Stage(ABC):
         self.batches_per_step = batches_per_step
         self.objective = make_objective(config.objective, config.objective_args)
         self.folder = RunFolder(config.output_dir)
-        self.batches = PromptBatches(
-            data.prompts,
+        self.batches = Batches(
+            len(data),
             family.latent_shape(config.resolution),
             config.seed,
             self.number,
@@ -88,7 +88,7 @@ class Stage(ABC):
             config.gradient_accumulation_steps,
             self.accelerator.process_index,
             self.accelerator.num_processes,
-            proportion_empty_prompts,
+            proportion_empty,
         )
         self.seconds = 0.0
         self.peak_memory_mb = 0.0
@@ -302,7 +302,7 @@ class Stage(ABC):
                 )
 
     def _batch(self, draw: Draw) -> Batch:
-        return self.data.batch(draw, self.accelerator.device)
+        return batch_of(draw, self.data, self.accelerator.device)
 
     def _watch(self, step: int, losses: dict[str, Tensor]) -> None:
         """Adds up losses and notes the first bad step, without waiting for the device."""

@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
+
 from ...models.adapters import Lora, save_lora
 from ...models.card import CARD
 from ...models.components import check_whole
-from ...models.pipeline_folder import INDEX, components_of, read_index
+from ...models.pipeline_folder import INDEX, WITHOUT_A_ROLE, components_of, read_index
 from ...models.reference import LocalModel
 from ...path.manifest import MANIFEST
-from ...pipelines.one_step import DisBackOneStepPipeline
 from ...training.run_folder import RunFolder
 from ...training.signals import signal_handler
 from ..files import inside, read_json, write_json, writing
@@ -36,12 +37,12 @@ def check_teacher_files(teacher: LocalModel) -> None:
 
 
 def save_student(
-    pipeline: DisBackOneStepPipeline, teacher: LocalModel, folder: str | Path, lora: Lora | None = None
+    pipeline: DiffusionPipeline, teacher: LocalModel, folder: str | Path, lora: Lora | None = None
 ) -> None:
     """Writes the student's pipeline into its folder, whole or not at all: `model_index.json` is there when all else is.
 
     Args:
-        pipeline (`DisBackOneStepPipeline`): The student's.
+        pipeline (`DiffusionPipeline`): The student's.
         teacher (`LocalModel`): Of which files go along.
         folder (`str` or `Path`): Other files in it stay.
         lora (`Lora`, *optional*): The adapter that was trained, if one was, and its config. It is written to `lora/`, with
@@ -80,22 +81,24 @@ def save_student(
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _write_student(pipeline: DisBackOneStepPipeline, teacher: LocalModel, folder: Path, lora: Lora | None) -> None:
-    """Writes the student's pipeline: its own UNet and scheduler, and the teacher's files as they are.
+def _write_student(pipeline: DiffusionPipeline, teacher: LocalModel, folder: Path, lora: Lora | None) -> None:
+    """Writes the student's pipeline: its own denoiser and scheduler, and the teacher's files as they are.
 
     The teacher's text encoder, tokenizer and autoencoder are copied, never saved anew: what transformers 5 writes,
     older versions take for random weights without an error.
     """
     if lora is not None:
-        save_lora(*lora, folder / LORA)
+        save_lora(*lora, folder / LORA, teacher.network_name)
         pipeline.scheduler.save_pretrained(folder / LORA / "scheduler")
-    pipeline.unet.save_pretrained(folder / "unet")
+    network = pipeline.components[teacher.network_name]
+    network.save_pretrained(folder / teacher.network_name)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
     theirs = teacher.index
-    # Text encoders may have left memory; their files are the teacher's.
-    released = [name for name in ("text_encoder", "text_encoder_2") if name in theirs]
-    components = {name for name, component in pipeline.components.items() if component is not None or name in released}
-    dtype = str(pipeline.unet.dtype).split(".")[-1]
+    # Encoders may have left memory; their files are the teacher's.
+    own, needed = pipeline.components, components_of(theirs).keys() - set(WITHOUT_A_ROLE)
+    released = [name for name in own if own[name] is None and name in needed]
+    components = {name for name in own if own[name] is not None or name in released}
+    dtype = str(network.dtype).split(".")[-1]
     wanted = {}
     for path, content in teacher.component_files(dtype).items():
         component, *rest = path.split("/")
@@ -105,7 +108,7 @@ def _write_student(pipeline: DisBackOneStepPipeline, teacher: LocalModel, folder
     pipeline.save_config(folder)
     index = read_json(folder / INDEX)
     write_json(folder / INDEX, {**index, **{name: theirs[name] for name in released if name in index}})
-    for written in (folder, folder / "unet", folder / "scheduler", folder / LORA / "scheduler"):
+    for written in (folder, folder / teacher.network_name, folder / "scheduler", folder / LORA / "scheduler"):
         clean_configs(written)
     check_whole(
         {file.relative_to(folder).as_posix(): file for file in folder.glob("*/*")} | {INDEX: folder / INDEX},
@@ -125,7 +128,7 @@ def results(folder: Path) -> dict[str, int]:
 
 def missing_results(folder: Path, report: dict[str, Any]) -> list[str]:
     """What of a run's results is not there, or not whole, by its report. Texts and pictures may have been changed since."""
-    basics = [INDEX, CARD, "unet/config.json"] if "student" in report else []
+    basics = [INDEX, CARD, f"{report.get('component', 'unet')}/config.json"] if "student" in report else []
     told = report.get("files") or dict.fromkeys(basics)  # older versions did not list them
     missing = []
     for name, size in told.items():

@@ -1,0 +1,115 @@
+"""What families have in common whose pipelines take prompts: text encoders, tokenizers, and an autoencoder."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from ..data.conditions import ConditionSource, PromptConditions
+from ..data.truncation import told_once
+from ..hub.cards import Usage
+from ..models.batch import Condition
+from ..models.weights import fingerprint
+from .base import ModelFamily
+
+
+TOKENS = 77  # of a prompt, for CLIP
+_ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+class TextFamily(ModelFamily):
+    """A teacher whose conditions are encoded prompts, and whose denoiser works on an autoencoder's latents.
+
+    A family of these has to say how prompts are encoded for its denoiser (`encode`), and how it is called with them
+    (`call`). Images are sampled by the stock pipeline, from embeddings that were encoded before.
+    """
+
+    takes_prompts = True
+    usage = Usage()
+    encoding = "text"  # a name of what `encode` does, by which caches of conditions are told apart
+    encoders: tuple[str, ...] = ("text_encoder",)
+    needed: tuple[str, ...] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+    def encode(self, prompts: list[str], resolution: int | None = None) -> Condition:
+        """The condition of prompts, batch first, on the text encoder's device. That of `""` is the negative one.
+
+        Args:
+            prompts (`list[str]`): Any.
+            resolution (`int`, *optional*): Of the images, in pixels, for networks that are told it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how prompts are encoded.")
+
+    def conditions(self, prompts: Sequence[str] | None = None, resolution: int | None = None) -> ConditionSource:
+        return PromptConditions([] if prompts is None else prompts, partial(self.encode, resolution=resolution))
+
+    @property
+    def stride(self) -> int:
+        return self.pipeline.vae_scale_factor
+
+    @classmethod
+    def stride_of(cls, others: dict[str, nn.Module]) -> int:
+        return 2 ** (len(others["vae"].config.block_out_channels) - 1)
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        """Whose outputs condition the denoiser."""
+        encoders = [self.pipeline.components.get(name) for name in self.encoders]
+        return [encoder for encoder in encoders if encoder is not None]
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """Of the text encoders, in their order."""
+        return [self.pipeline.components[name] for name in self.needed if name.startswith("tokenizer")]
+
+    def encoder_id(self, resolution: int | None = None) -> str:
+        """What `encode` depends on: a text that is equal for equal conditions."""
+        zeros = self.pipeline.config.get("force_zeros_for_empty_prompt")
+        words = json.dumps([[one.model_max_length, one.get_vocab()] for one in self.tokenizers], sort_keys=True)
+        return f"{self.encoding} {zeros} {self.resolution(resolution)} " + " ".join(
+            [hashlib.sha256(words.encode()).hexdigest(), *(fingerprint(encoder) for encoder in self.text_encoders)]
+        )
+
+    def inputs(self, resolution: int | None = None) -> dict[str, str]:
+        return {
+            "text_encoders": hashlib.sha256(self.encoder_id(resolution).encode()).hexdigest(),
+            "autoencoder": fingerprint(self.pipeline.vae),
+        }
+
+    def encode_prompt(self, prompts: list[str], guided: bool = False) -> tuple[Tensor | None, ...]:
+        """What the stock pipeline makes of prompts; with the negative embeddings where they are to be guided."""
+        device = self.text_encoders[0].device
+        with told_once():
+            return self.pipeline.encode_prompt(
+                prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=guided
+            )
+
+    @torch.no_grad()
+    def arguments(self, captions: list[str]) -> dict[str, Tensor]:
+        """The arguments of the stock pipeline's call, on the CPU, with the negative ones of guidance among them."""
+        encoded = self.encode_prompt(captions, guided=True)
+        return dict(zip(_ENCODED, (tensor.cpu() for tensor in encoded), strict=False))
+
+    def sample(
+        self,
+        pipeline: DiffusionPipeline,
+        given: dict[str, Tensor],
+        noise: Tensor,
+        **arguments: Any,
+    ) -> Tensor:
+        """As of `ModelFamily`, by the stock pipeline's own call."""
+        if arguments.get("guidance_scale", 1) <= 1:
+            given = {name: tensor for name, tensor in given.items() if not name.startswith("negative")}
+        height, width = (side * self.stride for side in noise.shape[-2:])
+        return pipeline(**given, height=height, width=width, latents=noise, output_type="pt", **arguments).images
+
+    def undecorated(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        """Without its safety checker, too."""
+        pipeline = super().undecorated(pipeline)
+        if "safety_checker" in pipeline.components:
+            pipeline.safety_checker = None
+        return pipeline
