@@ -22,14 +22,14 @@ import torch
 
 from baseline import Baseline, Wastes
 from configurations import UNETS, machine, parameters, random_pipeline, text_share
-from diffusers_disback.backtracking import BacktrackingConfig, BacktrackingTrainer
+from diffusers_disback.backtracking import BacktrackingTrainer
 from diffusers_disback.data.conditions import PromptConditions, batch_of
-from diffusers_disback.degradation import DegradationConfig, DegradationRecorder
+from diffusers_disback.degradation import DegradationRecorder
 from diffusers_disback.families import family_of
 from diffusers_disback.models.adapters import SharedNetwork
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.path.path import DegradationPath
-from diffusers_disback.training.config import TrainingConfig
+from diffusers_disback.training.config import BacktrackingConfig, DegradationConfig, TrainingConfig
 from diffusers_disback.training.networks import add_adapter
 from diffusers_disback.training.processes import peak_memory_mb
 from diffusers_disback.training.stage import Stage

@@ -30,8 +30,8 @@ from diffusers_disback import (  # noqa: E402
     TrainingConfig,
     load_family,
 )
-from diffusers_disback.backtracking import target_schedule  # noqa: E402
 from diffusers_disback.models.weights import fingerprint  # noqa: E402
+from diffusers_disback.training.config import target_schedule  # noqa: E402
 from shapes.evaluator import NUM_PICTURES, shapes_evaluation, shapes_prompts  # noqa: E402
 
 

@@ -71,7 +71,7 @@ def impatient(monkeypatch):
     """The client's and our own waits cost nothing."""
     import huggingface_hub.utils._http as http
 
-    from diffusers_disback.hub.publish.run import repository
+    from diffusers_disback.hub import repository
 
     clock = SimpleNamespace(monotonic=time.monotonic, time=time.time, sleep=lambda seconds: None)
     monkeypatch.setattr(http, "time", clock)

@@ -5,14 +5,14 @@ from pathlib import Path
 import tiny
 import torch
 
-from diffusers_disback.backtracking import BacktrackingConfig, BacktrackingTrainer
+from diffusers_disback.backtracking import BacktrackingTrainer
 from diffusers_disback.data.conditions import PromptConditions
-from diffusers_disback.degradation import DegradationConfig, DegradationRecorder
+from diffusers_disback.degradation import DegradationRecorder
 from diffusers_disback.families import family_of
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.models.weights import fingerprint
 from diffusers_disback.path.path import DegradationPath
-from diffusers_disback.training.config import TrainingConfig
+from diffusers_disback.training.config import BacktrackingConfig, DegradationConfig, TrainingConfig
 
 
 def training(output_dir: Path, **changes) -> TrainingConfig:

@@ -10,8 +10,8 @@ import torch
 from diffusers_disback.data.cache import digest
 from diffusers_disback.data.conditions import Batches, ClassLabels, NoCondition, PromptConditions, batch_of
 from diffusers_disback.data.prompts import PromptFile
-from diffusers_disback.session import load_prompts
 from diffusers_disback.training.config import TrainingConfig
+from diffusers_disback.training.inputs import load_prompts
 
 
 PROMPTS = [f"prompt {i}" for i in range(50)]

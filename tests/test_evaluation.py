@@ -131,11 +131,11 @@ def tasted():
         patch.setitem(EVALUATORS, "taste", Taste)
         evaluation = Evaluation(tiny.PROMPTS, batch_size=3)
         evaluation.add(["drift", "taste"])
-    teacher = tiny.pipeline()
-    report = Report(evaluation, tiny.PROMPTS[:1], tiny.pipeline(), 1.0, teacher_steps=2)
+    teacher = family_of(tiny.pipeline())
+    report = Report(evaluation, tiny.PROMPTS[:1], teacher, 1.0, teacher_steps=2)
     report.add_teacher()
     for name, timestep in (("initial", 399), ("student", 199)):
-        report.add_student(name, to_pipeline(teacher.unet, timestep, teacher))
+        report.add_student(name, teacher.one_step(tiny.pipeline().unet, timestep))
     places = dict.fromkeys(("generator_model_name_or_path", "teacher_lora", "revision", "variant"))
     places |= dict.fromkeys(("pretrained_vae_model_name_or_path", "single_file_config"))
     settings = {

@@ -7,8 +7,8 @@ import pytest
 from stages import recorder, training
 
 from diffusers_disback import BacktrackingConfig
-from diffusers_disback.backtracking import target_schedule
 from diffusers_disback.path.target_schedule import TARGET_SCHEDULES
+from diffusers_disback.training.config import target_schedule
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

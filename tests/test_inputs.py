@@ -7,11 +7,10 @@ import shutil
 import pytest
 import tiny
 
-from diffusers_disback import TrainingConfig
-from diffusers_disback.backtracking import BacktrackingConfig
-from diffusers_disback.degradation import DegradationConfig
+from diffusers_disback import DisBackConfig
 from diffusers_disback.families import family_of
-from diffusers_disback.session import check_inputs, check_settings
+from diffusers_disback.training.checks import check_settings
+from diffusers_disback.training.inputs import check_inputs
 from diffusers_disback.training.networks import accelerator_of
 from diffusers_disback.training.run_folder import INPUTS, RunFolder
 
@@ -22,9 +21,9 @@ from diffusers_disback.training.run_folder import INPUTS, RunFolder
 def made_from(folder, teacher=None, start=None, prompts=tiny.PROMPTS, **training):
     """Begins both stages with these inputs, and returns how to look whether they are the same."""
     where = {} if start is None else {"generator_model_name_or_path": "a start"}
-    configs = TrainingConfig(output_dir=str(folder), **where, **training), DegradationConfig(), BacktrackingConfig()
+    config = DisBackConfig(output_dir=str(folder), **where, **training)
     teacher = teacher or family_of(tiny.pipeline())
-    return check_inputs(configs, teacher, start or teacher.network, prompts)
+    return check_inputs(config, teacher, start or teacher.network, prompts)
 
 
 def changed_teacher(part):
@@ -86,12 +85,8 @@ def test_a_run_whose_prompts_were_changed_is_not_resumed(run, tmp_path, prompts_
 # Before anything is loaded --------------------------------------------------------------------------------------------
 
 
-def configs(tmp_path, **changes):
-    return (
-        TrainingConfig(**{"output_dir": str(tmp_path / "out"), **changes}),
-        DegradationConfig(),
-        BacktrackingConfig(),
-    )
+def config(tmp_path, **changes):
+    return DisBackConfig(**{"output_dir": str(tmp_path / "out"), **changes})
 
 
 def test_folders_that_are_files_and_trackers_that_are_not_there_are_told(tmp_path):
@@ -101,25 +96,25 @@ def test_folders_that_are_files_and_trackers_that_are_not_there_are_told(tmp_pat
     for name in ("output_dir", "cache_dir", "degradation_path"):
         for place in ("file", "file/below/it", "pipe", "link"):
             with pytest.raises(ValueError, match=f"--{name} .*{place} is no folder and cannot be made"):
-                check_settings(configs(tmp_path, **{name: str(tmp_path / place)}))
-    check_settings(configs(tmp_path, cache_dir=str(tmp_path / "new" / "folders")))
+                check_settings(config(tmp_path, **{name: str(tmp_path / place)}))
+    check_settings(config(tmp_path, cache_dir=str(tmp_path / "new" / "folders")))
     for name, message in (
         ("wandb", "pip install wandb"),
         ("comet_ml", "pip install comet-ml"),
         ("wndb", "is none of .*wandb"),
     ):
         with pytest.raises(ValueError, match=f"--report_to '?{name}'? .*{message}"):
-            check_settings(configs(tmp_path, report_to=name))
+            check_settings(config(tmp_path, report_to=name))
     for name in ("all", "none", "tensorboard"):
-        check_settings(configs(tmp_path, report_to=name))
+        check_settings(config(tmp_path, report_to=name))
 
 
 def test_half_precision_of_fp16_is_refused_on_a_cpu(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--mixed_precision fp16.* needs a GPU"):
-        accelerator_of(configs(tmp_path, mixed_precision="fp16", report_to="none")[0])
+        accelerator_of(config(tmp_path, mixed_precision="fp16", report_to="none"))
 
 
 def test_half_precision_of_the_launcher_is_refused_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(ValueError, match="of `accelerate launch`, needs a GPU"):
-        accelerator_of(configs(tmp_path, report_to="none")[0])
+        accelerator_of(config(tmp_path, report_to="none"))

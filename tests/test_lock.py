@@ -91,7 +91,7 @@ def test_a_disk_that_takes_nothing_leaves_no_lock(tmp_path, monkeypatch):
 
 
 def test_what_is_intact_is_noted_on_errors_of_this_folder(tmp_path):
-    from diffusers_disback.session import in_use
+    from diffusers_disback.training.run_folder import in_use
 
     for place, noted in ((tmp_path / "out" / "x", True), (tmp_path / "teacher", False), (None, False)):
         with pytest.raises(OSError, match="No space") as error, in_use(tmp_path / "out"):

@@ -10,14 +10,13 @@ from stages import record, trainer, training
 from test_families import SIZES
 from test_gradients import ThroughScores, batches_of
 
-from diffusers_disback.backtracking import BacktrackingConfig
 from diffusers_disback.commands.cli import main
 from diffusers_disback.families import family_of
 from diffusers_disback.models.adapters import SharedNetwork, lora_config
 from diffusers_disback.objectives import OBJECTIVES
 from diffusers_disback.planning.allocations import Allocations, size
 from diffusers_disback.planning.plan import Planner, table
-from diffusers_disback.training.config import TrainingConfig
+from diffusers_disback.training.config import BacktrackingConfig, TrainingConfig
 from diffusers_disback.training.learner import AdapterLearner, Learner
 
 

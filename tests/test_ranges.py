@@ -6,10 +6,8 @@ import math
 
 import pytest
 
-from diffusers_disback.backtracking import BacktrackingConfig
 from diffusers_disback.commands.command_line import number
-from diffusers_disback.degradation import DegradationConfig
-from diffusers_disback.training.config import TrainingConfig
+from diffusers_disback.training.config import BacktrackingConfig, DegradationConfig, TrainingConfig
 from diffusers_disback.training.settings.fields import LARGEST, Range, choices_of, kind_of
 
 

@@ -16,8 +16,9 @@ from hub_server import Fault
 from peft import LoraConfig
 from test_path import weights_equal
 
+from diffusers_disback.hub import repository
 from diffusers_disback.hub.errors import explain
-from diffusers_disback.hub.publish.run import push_run, repository
+from diffusers_disback.hub.publish.run import push_run
 from diffusers_disback.hub.repository import HubError, Repository
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.models.weights import fingerprint

@@ -9,11 +9,17 @@ import tiny
 import torch
 from stages import close, equal, interrupted_at, record, recorder, trainer, training, weights
 
-from diffusers_disback.backtracking import BacktrackingConfig, BacktrackingTrainer, guidance_of_node, nodes_are_guided
-from diffusers_disback.degradation import DegradationConfig, DegradationRecorder
+from diffusers_disback.backtracking import BacktrackingTrainer
+from diffusers_disback.degradation import DegradationRecorder
 from diffusers_disback.objectives import OBJECTIVES
 from diffusers_disback.path.path import DegradationPath
-from diffusers_disback.training.config import TrainingConfig
+from diffusers_disback.training.config import (
+    BacktrackingConfig,
+    DegradationConfig,
+    TrainingConfig,
+    guidance_of_node,
+    nodes_are_guided,
+)
 from diffusers_disback.training.run_folder import RunFolder
 
 

@@ -5,8 +5,8 @@ from itertools import product
 
 import pytest
 
-from diffusers_disback.backtracking import BacktrackingConfig, target_schedule
 from diffusers_disback.path.target_schedule import TARGET_SCHEDULES, AdaptiveSchedule, Measure
+from diffusers_disback.training.config import BacktrackingConfig, target_schedule
 
 
 SIZES = [(0, 3, 5), (1, 3, 5), (2, 1, 2), (4, 3, 12), (4, 3, 40), (9, 1, 9), (5, 20, 100)]

@@ -17,10 +17,9 @@ from script import SCRIPT, arguments, student
 from stages import equal, interrupted_at
 from write_faults import Fault, full
 
-from diffusers_disback import EVALUATORS, DegradationPath, DisBackOneStepPipeline, Evaluator, Metric, TrainingConfig
+from diffusers_disback import EVALUATORS, DegradationPath, DisBackOneStepPipeline, Evaluator, Metric, session
 from diffusers_disback.commands.command_line import run as command_line
 from diffusers_disback.evaluation.report import read_report
-from diffusers_disback.session import picture_evaluation
 
 
 def test_what_a_run_leaves(run, capsys):
@@ -183,7 +182,7 @@ def test_a_signal_elsewhere_ends_the_run_at_once_and_two_runs_do_not_share_a_fol
         raise AssertionError("it went on")
 
     line = arguments(tmp_path / "run", teacher_folder, prompts_file)
-    monkeypatch.setattr(train_disback, "load_family", loading)
+    monkeypatch.setattr(session, "load_family", loading)
     assert command_line(train_disback.main, line, "train") == 143
     assert "train: ended by SIGTERM. There was no checkpoint yet" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -204,21 +203,21 @@ def test_a_run_is_finished_when_all_that_it_leaves_is_there(run, monkeypatch):
     """The disk fills up in each of the results in turn; what is there is whole, and the run goes on to write the rest."""
     from PIL import Image
 
-    from diffusers_disback.session import is_finished, write_results
+    from diffusers_disback.hub.publish.results import is_finished, write_results
 
     failed = []
 
     def attempts(*given):
-        configs, folder = given[4], run.folder / "run"
+        config, folder = given[4], run.folder / "run"
         for at in range(100):
             try:
                 with Fault(at, full, "replace").injected():
                     told = write_results(*given)
-                assert is_finished(configs)
+                assert is_finished(config)
                 return told
             except OSError as error:
                 failed.append(error.filename)
-            assert not is_finished(configs)
+            assert not is_finished(config)
             for file in folder.glob("*.json"):
                 json.loads(file.read_text())
             for file in folder.glob("*.png"):
@@ -226,7 +225,7 @@ def test_a_run_is_finished_when_all_that_it_leaves_is_there(run, monkeypatch):
             assert not list(folder.glob("*draft*"))
         raise AssertionError("it never ended")
 
-    monkeypatch.setattr(train_disback, "write_results", attempts)
+    monkeypatch.setattr(session, "write_results", attempts)
     folder = run()
     assert failed == ["replace"] * 5, "three pictures, the card and the report"
     report = json.loads((folder / "report.json").read_text())
@@ -239,29 +238,27 @@ def test_what_a_finished_run_lacks_is_made_anew(run, teacher_folder, prompts_fil
 
     from diffusers_disback.commands.cli import main as command
     from diffusers_disback.evaluation.report import read_report
+    from diffusers_disback.hub.publish.results import is_finished
     from diffusers_disback.hub.publish.student import check_student_is_whole
-    from diffusers_disback.session import is_finished
 
     folder = run()
     before = student(folder)
-    configs = (
-        train_disback.parse(arguments(folder, teacher_folder, prompts_file, resume_from_checkpoint="latest")),
-    ) * 3
+    config = train_disback.parse(arguments(folder, teacher_folder, prompts_file, resume_from_checkpoint="latest"))
     report = folder / "report.json"
     names = list(json.loads(report.read_text())["files"])
-    assert is_finished(configs) and len(names) > 12
+    assert is_finished(config) and len(names) > 12
     for name in names:
         shutil.move(folder / name, folder / "aside")
         for content in (None, b""):
             (folder / name).write_bytes(content) if content is not None else None
-            assert not is_finished(configs) or (folder / "aside").stat().st_size == 0, name
+            assert not is_finished(config) or (folder / "aside").stat().st_size == 0, name
             if name == "README.md" or name.startswith("unet/"):
                 assert command(["push", str(folder), "alice/x"]) == 2, "and nothing is asked of the Hub"
                 assert f"is not whole: it has no {name}. Nothing was pushed." in capsys.readouterr().err
         shutil.move(folder / "aside", folder / name)
-    assert is_finished(configs)
+    assert is_finished(config)
     (folder / "README.md").write_text("# Written by hand\n")
-    assert is_finished(configs), "it may be"
+    assert is_finished(config), "it may be"
     (folder / "model_index.json").unlink()
     for name in ("README.md", "samples.png"):
         (folder / name).write_bytes(b"")
@@ -270,16 +267,16 @@ def test_what_a_finished_run_lacks_is_made_anew(run, teacher_folder, prompts_fil
     assert "report.json is damaged" in capsys.readouterr().err
     run(resume_from_checkpoint="latest")
     assert "report.json is damaged and is made anew" in capsys.readouterr().err
-    assert is_finished(configs) and equal(student(folder), before)
+    assert is_finished(config) and equal(student(folder), before)
     shutil.rmtree(folder / "checkpoints")
     (folder / "samples.png").unlink()
     assert (
-        is_finished(configs) and "The last checkpoint, from which it could be made, is gone" in capsys.readouterr().err
+        is_finished(config) and "The last checkpoint, from which it could be made, is gone" in capsys.readouterr().err
     )
     check_student_is_whole(folder, read_report(folder))
     assert "has no samples.png: it is pushed without" in caplog.text, "and not refused for ever"
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
-    assert not is_finished(configs), "a student is trained again, if nothing else is left of it"
+    assert not is_finished(config), "a student is trained again, if nothing else is left of it"
 
 
 def test_the_push_of_a_run_that_was_cut_off_says_so(run, monkeypatch, capsys):
@@ -289,7 +286,7 @@ def test_the_push_of_a_run_that_was_cut_off_says_so(run, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_disback, "save_student", cut_off)
+        patch.setattr(session, "save_student", cut_off)
         with pytest.raises(KeyboardInterrupt):
             run()
     folder = run.folder / "run"
@@ -515,8 +512,7 @@ def test_validation_as_asked(run):
     report = json.loads((folder / "report.json").read_text())
     assert report["settings"]["validation_prompts"] == prompts
     assert [row["step"] for row in report["curve"]] == [0, 3, 4]
-    evaluation = picture_evaluation(TrainingConfig(num_validation_images=3), prompts)
-    assert evaluation.prompts == [prompts[0]] * 3 + [prompts[1]] * 3
+    assert report["evaluation"]["num_pictures"] == 6
     more = json.loads((run("more", validation_prompts=prompts) / "report.json").read_text())
     assert more["student"]["drift_mean"] != report["student"]["drift_mean"], "another number of pictures is measured"
 
@@ -538,13 +534,13 @@ def test_evaluators_are_chosen_by_name(run, monkeypatch):
 
 def test_revision_and_cache_reach_the_library(run, monkeypatch, tmp_path):
     """Both are looked up by `ModelReference`, which tests of sharing do on the Hub."""
-    calls, load = [], train_disback.load_family
+    calls, load = [], session.load_family
 
     def spy(reference, cache_dir):
         calls.append((reference.revision, cache_dir))
         return load(reference, cache_dir)
 
-    monkeypatch.setattr(train_disback, "load_family", spy)
+    monkeypatch.setattr(session, "load_family", spy)
     run(revision="v1", cache_dir=tmp_path / "cache")
     assert calls == [("v1", str(tmp_path / "cache"))]
 

@@ -3,7 +3,7 @@ import logging
 import pytest
 import tiny
 
-from diffusers_disback.data.prompts import truncation as module
+from diffusers_disback.data import truncation as module
 from diffusers_disback.data.truncation import told_once, truncation
 from diffusers_disback.evaluation import Evaluation
 from diffusers_disback.families import family_of

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_disback.hub.publish import export
 from diffusers_disback.models import adapters
 from diffusers_disback.models.weights import adapter_text, metadata_of, open_weights, read_weights, save_weights
-from diffusers_disback.path.path import path
+from diffusers_disback.path import path
 
 
 def test_what_was_read_does_not_change_with_the_file(tmp_path):

@@ -24,6 +24,7 @@ _MODULE_OF_NAME = {
     "DegradationRecorder": "degradation",
     "DisBackConfig": "training.config",
     "DisBackOneStepPipeline": "pipelines.one_step",
+    "DisBackTrainer": "session",
     "DriftEvaluator": "evaluation.drift",
     "EVALUATORS": "evaluation",
     "Evaluation": "evaluation",

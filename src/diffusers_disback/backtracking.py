@@ -16,42 +16,14 @@ from .models.batch import Batch
 from .models.generator import OneStepGenerator
 from .models.score_model import ScoreModel
 from .path.path import DegradationPath
-from .path.target_schedule import TARGET_SCHEDULES, AdaptiveSchedule, Measure, TargetSchedule
-from .training.config import BacktrackingConfig, TrainingConfig
+from .path.target_schedule import Measure
+from .training.config import BacktrackingConfig, TrainingConfig, guidance_of_node, target_schedule
 from .training.learner import AdapterLearner, Learner
 from .training.networks import add_adapter, shared_base
 from .training.probe import MismatchProbe, compare, mean, mismatches, predictions
+from .training.results import BacktrackingResult
 from .training.scores import scores_of
 from .training.stage import Stage
-
-
-def target_schedule(config: BacktrackingConfig, num_nodes: int) -> TargetSchedule:
-    """The policy that the settings name, for a path of N nodes.
-
-    Raises:
-        ValueError: If the teacher would get fewer than `steps_per_target` of the updates.
-    """
-    policy = TARGET_SCHEDULES[config.target_schedule]
-    own = {"share": config.target_share, "fall": config.target_fall} if issubclass(policy, AdaptiveSchedule) else {}
-    return policy(num_nodes, config.steps_per_target, config.max_train_steps, **own)
-
-
-def guidance_of_node(node: int, num_nodes: int, config: BacktrackingConfig) -> float:
-    """The guidance of a target: on the ramp, linear from 1 at node N-1 to the teacher's w at node 0.
-
-    Node N, which is no target, has 1: nodes are fitted without guidance.
-    """
-    w = config.guidance_scale
-    if node == 0 or config.guidance_schedule == "constant":
-        return w
-    if num_nodes == 1:
-        return 1.0
-    return max(1.0, 1 + (w - 1) * (num_nodes - 1 - node) / (num_nodes - 1))
-
-
-def nodes_are_guided(config: BacktrackingConfig, num_nodes: int) -> bool:
-    """Whether any recorded node is a target with guidance above 1, so that its unconditional branch is asked."""
-    return any(guidance_of_node(node, num_nodes, config) > 1 for node in range(1, num_nodes))
 
 
 class BacktrackingTrainer(Stage):
@@ -265,6 +237,19 @@ class BacktrackingTrainer(Stage):
     def switches(self) -> list[int]:
         """The updates from which nodes N-2, ..., 0 are the target; those to come as they will be at the latest."""
         return self.schedule.switches(self.measures)
+
+    def result(self) -> BacktrackingResult:
+        """What the stage found out, for report and card."""
+        return BacktrackingResult(
+            self.summary(),
+            self.curve,
+            self.switches,
+            self.waits,
+            [asdict(measure) for measure in self.measures],
+            self.rate_changes,
+            self.accelerator.mixed_precision,
+            self.student.lora,
+        )
 
     # Checkpoints ---------------------------------------------------------------------------------------------------
 

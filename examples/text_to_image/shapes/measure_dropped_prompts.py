@@ -20,7 +20,8 @@ from diffusers_disback import (
     load_family,
 )
 from diffusers_disback.data.conditions import batch_of
-from diffusers_disback.session import load_prompts, open_path
+from diffusers_disback.training.inputs import load_prompts
+from diffusers_disback.training.open_path import open_path
 from diffusers_disback.training.processes import process_state
 
 
@@ -50,7 +51,7 @@ def main() -> None:
             teacher = load_family(ModelReference(training.pretrained_model_name_or_path))
             data = PromptConditions(load_prompts(training), teacher.encode)
             network = teacher.initial_generator()
-            path = open_path((training,) * 3, teacher, network, process_state())
+            path = open_path(training, teacher, network, process_state())
             path = DegradationRecorder(training, training, teacher, network, data, path).record()
             generator = OneStepGenerator(teacher.score_model(network), training.conditioning_timestep)
             batches = Batches(len(data), teacher.latent_shape(), 1234, 1, training.train_batch_size)

@@ -269,6 +269,28 @@ def _captions(values: Iterable[Any], column: str) -> Iterator[tuple[int, str]]:
         )
 
 
+def given_prompts(dataset: Any, column: str) -> Sequence[str]:
+    """The prompts of a data set that is in memory; null and blank ones are left out.
+
+    Args:
+        dataset (`Sequence[str]` or `datasets.Dataset`): Prompts, or rows with a column of captions.
+        column (`str`): Of a `datasets.Dataset`.
+
+    Raises:
+        ValueError: If a value is no text, or there is none.
+    """
+    import datasets
+
+    if isinstance(dataset, datasets.Dataset):
+        _check_column(dataset.column_names, column)
+        return Captions(dataset, column)
+    captions = (caption_of(value, f"Row {row} of train_dataset") for row, value in enumerate(dataset))
+    prompts = [caption for caption in captions if caption is not None]
+    if not prompts:
+        raise ValueError("train_dataset holds no prompts.")
+    return prompts
+
+
 def dataset_prompts(
     caption_column: str,
     dataset_name: str | None = None,

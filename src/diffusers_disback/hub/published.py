@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,18 @@ def published_command(arguments: list[str]) -> list[str]:
         else:
             told.append(argument if free else published(argument))
     return told
+
+
+def without_token(arguments: Sequence[str]) -> list[str]:
+    """A command line without the token of the Hub."""
+    kept, skip = [], False
+    for argument in arguments:
+        # The parser takes dashes in a flag, and a value after `=`, too.
+        is_token = re.sub(r"(?<=\w)-", "_", argument.split("=")[0]) == "--hub_token"
+        if not skip and not is_token:
+            kept.append(argument)
+        skip = is_token and "=" not in argument
+    return kept
 
 
 def published_report(report: dict[str, Any]) -> dict[str, Any]:

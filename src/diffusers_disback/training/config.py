@@ -9,7 +9,7 @@ from ..hub.repository import is_repo_id
 from ..models.reference import ModelReference
 from ..objectives import OBJECTIVES, make_objective
 from ..path.node_spacing import evenly_spaced_steps
-from ..path.target_schedule import FALL, SHARE, TARGET_SCHEDULES
+from ..path.target_schedule import FALL, SHARE, TARGET_SCHEDULES, AdaptiveSchedule, TargetSchedule
 from .settings.fields import Settings, default_of, free_setting, named, setting
 from .settings.groups import (
     TEACHER_FLAGS,
@@ -235,6 +235,40 @@ class DisBackConfig(BacktrackingConfig, DegradationConfig, TrainingConfig):
     Raises:
         ValueError: If a setting does not take its value, or two settings contradict each other.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not nodes_are_guided(self, self.num_path_nodes):  # then no node's unconditional branch is evaluated
+            self.proportion_empty_prompts = 0.0
+
+
+def target_schedule(config: BacktrackingConfig, num_nodes: int) -> TargetSchedule:
+    """The policy that its settings name, for a path of N nodes.
+
+    Raises:
+        ValueError: If the teacher would get fewer than `steps_per_target` of the updates.
+    """
+    policy = TARGET_SCHEDULES[config.target_schedule]
+    own = {"share": config.target_share, "fall": config.target_fall} if issubclass(policy, AdaptiveSchedule) else {}
+    return policy(num_nodes, config.steps_per_target, config.max_train_steps, **own)
+
+
+def guidance_of_node(node: int, num_nodes: int, config: BacktrackingConfig) -> float:
+    """The guidance of a target: on the ramp, linear from 1 at node N-1 to the teacher's w at node 0.
+
+    Node N, which is no target, has 1: nodes are fitted without guidance.
+    """
+    w = config.guidance_scale
+    if node == 0 or config.guidance_schedule == "constant":
+        return w
+    if num_nodes == 1:
+        return 1.0
+    return max(1.0, 1 + (w - 1) * (num_nodes - 1 - node) / (num_nodes - 1))
+
+
+def nodes_are_guided(config: BacktrackingConfig, num_nodes: int) -> bool:
+    """Whether any recorded node is a target with guidance above 1, so that its unconditional branch is asked."""
+    return any(guidance_of_node(node, num_nodes, config) > 1 for node in range(1, num_nodes))
 
 
 # The settings of a run that was begun before -------------------------------------------------------------------------

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from ..hub.files import read_json, write_json
 from ..models.pipeline_folder import INDEX
 from .checkpoint import damage, is_sealed, seal
 from .config import changed, without_rates
+from .lock import locked
+from .processes import decided_by_main
+from .signals import Interrupted
 
 
 INPUTS = {
@@ -227,3 +232,27 @@ def _told_if_unsealed(folder: Path) -> Path:
     if not is_sealed(folder):
         print(f"{folder} was written by an older version, without hashes: it is taken unchecked.", file=sys.stderr)
     return folder
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Keeps an output folder for this run, in all of its processes. A signal, and an error of the disk that is of this
+    folder, are told with what is intact.
+
+    Raises:
+        ValueError: If another run writes to it.
+    """
+    lock = ExitStack()
+    with lock:
+        decided_by_main(lambda: lock.enter_context(locked(folder)))
+        try:
+            yield
+        except (OSError, Interrupted) as problem:
+            if isinstance(problem, Interrupted) or _is_in(folder, problem.filename):
+                problem.add_note(RunFolder(folder).intact())
+            raise
+
+
+def _is_in(folder: Path, place: Any) -> bool:
+    """Whether what an error of the disk names lies in a folder."""
+    return isinstance(place, (str, Path)) and Path(place).resolve().is_relative_to(folder.resolve())

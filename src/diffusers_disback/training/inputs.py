@@ -1,0 +1,137 @@
+"""What a run is made from: its prompts, their conditions, and hashes by which other inputs are told."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from ..data.cache import ConditionCache, choose_cache, digest
+from ..data.conditions import CAPACITY, ConditionSource, PromptConditions
+from ..data.prompts import PromptFile, dataset_prompts, spool_captions
+from ..data.truncation import truncation
+from ..families import ModelFamily, family_class, network_name_of
+from ..hub.files import writing
+from ..models.weights import fingerprint
+from .checks import stages_of
+from .config import DisBackConfig
+from .run_folder import RunFolder
+
+
+_OF_THE_SCHEDULE = {
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    *("prediction_type", "shift", "use_dynamic_shifting"),
+}
+
+
+def check_inputs(
+    config: DisBackConfig, teacher: ModelFamily, generator: torch.nn.Module, prompts: Sequence[str]
+) -> dict[str, str]:
+    """Hashes of what a run is made from, for its stages to write down. Names alone do not tell: what lies under them may be
+    another model, or other prompts, when the run is resumed.
+
+    Raises:
+        ValueError: If a stage was begun here with other inputs.
+    """
+    schedule = {name: value for name, value in teacher.pipeline.scheduler.config.items() if name in _OF_THE_SCHEDULE}
+    inputs = {
+        "prompts": digest(prompts),
+        "teacher": fingerprint(teacher.network),
+        **teacher.inputs(config.resolution),
+        "scheduler": _sha256(json.dumps(schedule, sort_keys=True)),
+    }
+    own_start = config.generator_model_name_or_path is not None
+    inputs["start"] = fingerprint(generator) if own_start else inputs["teacher"]
+    for stage in stages_of(config):
+        RunFolder(config.output_dir).check_inputs(stage, inputs)
+    return inputs
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_prompts(config: DisBackConfig) -> Sequence[str]:
+    """The prompts that the settings name: a file, a data set, or an image folder; none, for a teacher that takes none.
+
+    Raises:
+        ValueError: If they name none and the teacher takes prompts, or it cannot be read.
+    """
+    if config.prompts_file is not None:
+        return PromptFile(config.prompts_file, config.max_train_samples)
+    if config.dataset_name is None and config.train_data_dir is None:
+        if config.pretrained_model_name_or_path is not None:
+            teacher = config.teacher.resolve_configs(config.cache_dir, network_name_of)
+            if not family_class(str(teacher.index["_class_name"])).takes_prompts:
+                return []
+        raise ValueError("There are no prompts: pass --prompts_file, --dataset_name or --train_data_dir.")
+    where = {"dataset_name": config.dataset_name, "train_data_dir": config.train_data_dir}
+    where |= {"config_name": config.dataset_config_name, "split": config.dataset_split}
+    if config.dataset_streaming:
+        file = Path(config.output_dir, "captions.txt")
+        with PartialState().main_process_first():
+            spool_captions(file, config.caption_column, max_samples=config.max_train_samples, **where)
+        return PromptFile(file)
+    return dataset_prompts(
+        config.caption_column, cache_dir=config.cache_dir, max_samples=config.max_train_samples, **where
+    )
+
+
+def condition_source(
+    config: DisBackConfig,
+    teacher: ModelFamily,
+    prompts: Sequence[str],
+    state: PartialState,
+    inputs: dict[str, str],
+) -> ConditionSource:
+    """What the teacher's samples are conditioned on: prompts, encoded as `--cache_conditions` says, or what it knows of
+    itself. Tells what was decided.
+
+    Args:
+        config (`DisBackConfig`): The settings.
+        teacher (`ModelFamily`): With its encoders.
+        prompts (`Sequence[str]`): All of the run's.
+        state (`PartialState`): This process among the others.
+        inputs (`dict[str, str]`): Of `check_inputs`, which hashed what conditions depend on.
+
+    Raises:
+        ValueError: If prompts are given to a teacher that takes none.
+    """
+    if not teacher.takes_prompts:
+        _check_no_prompts(config, teacher)
+        return teacher.conditions(resolution=config.resolution)
+    encode = partial(teacher.encode, resolution=config.resolution)
+    folder = Path(config.cache_dir or config.output_dir, "conditions")
+    cache = ConditionCache(folder, prompts, encode, lambda: inputs["text_encoders"])
+    on_disk, why = choose_cache(cache, config.cache_conditions, CAPACITY)
+    state.print(why, file=sys.stderr)
+    if state.is_main_process:
+        for texts, what in ((prompts, "prompts"), (config.validation_prompts, "validation prompts")):
+            told = truncation(teacher.tokenizers, texts, what)
+            if told:
+                print(told, file=sys.stderr)
+    if not on_disk:
+        return PromptConditions(prompts, encode, capacity=0 if config.cache_conditions == "off" else CAPACITY)
+    with state.main_process_first(), writing(folder):
+        cache.build(show_progress=state.is_main_process)
+    return PromptConditions(prompts, encode, cache=cache)
+
+
+def _check_no_prompts(config: DisBackConfig, teacher: ModelFamily) -> None:
+    """Raises a `ValueError` if the settings name prompts, which the teacher does not take."""
+    names = ("prompts_file", "dataset_name", "train_data_dir", "validation_prompts")
+    given = [f"--{name}" for name in names if getattr(config, name)]
+    if given:
+        raise ValueError(
+            f"The teacher is a {type(teacher.pipeline).__name__}, which takes no prompts; leave {' and '.join(given)} out."
+        )
+
+
+def validation_prompts(config: DisBackConfig, prompts: Sequence[str]) -> list[str]:
+    """The prompts of the sample pictures: those asked for, or six from all over the data."""
+    last = len(prompts) - 1
+    return list(dict.fromkeys(config.validation_prompts or [prompts[i * last // 5] for i in range(6)]))
