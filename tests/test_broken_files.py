@@ -63,7 +63,7 @@ def test_a_teachers_broken_file_is_named(tmp_path, teacher_folder, capsys):
             )
             if name.startswith("unet"):
                 with pytest.raises(ValueError, match=name.split("/")[-1]):
-                    ModelReference(str(folder)).load_network(UNet2DConditionModel)
+                    ModelReference(str(folder)).resolve_denoiser().load_network(UNet2DConditionModel)
         (folder / name).write_bytes(own)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(POINTER)
     assert command(["timestep-sweep", str(folder), "--timesteps", "399"]) == 2

@@ -70,7 +70,6 @@ BROKEN = {
     "checker lacking a tensor": (lambda f: lacking(f, "safety_checker"), {"safety_checker"}),
     "checker missing": (lambda f: shutil.rmtree(f / "safety_checker"), {"safety_checker"}),
     "checker of no config": (lambda f: (f / "safety_checker/config.json").write_text("{"), {"safety_checker"}),
-    "checker of another class": (lambda f: edited(f, safety_checker=["mine", "Checker"]), {"safety_checker"}),
     "extractor missing": (lambda f: shutil.rmtree(f / "feature_extractor"), SAFETY),
     "extractor older": (lambda f: edited(f, feature_extractor=["transformers", "CLIPFeatureExtractor"]), SAFETY),
     "encoder pickled": (lambda f: pickled(f, "image_encoder"), {"image_encoder"}),

@@ -387,7 +387,7 @@ def test_a_pipeline_of_another_family_is_told_before_its_weights_are_asked_for(r
     HfApi().create_repo(repo)
     HfApi().upload_folder(repo_id=repo, folder_path=tmp_path)
     for where in (str(tmp_path), repo):
-        with pytest.raises(ValueError, match=f"is a {name}; supported are StableDiffusionPipeline, StableDiffusionXL"):
+        with pytest.raises(ValueError, match=f"is a {name}; supported are stable_diffusion: StableDiff.*XLPipeline"):
             load_family(ModelReference(where))
 
 

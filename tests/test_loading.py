@@ -47,10 +47,29 @@ def test_nothing_that_is_loaded_changes_with_its_file(tmp_path):
     assert not equal(changed, dict(before[0])), "the file is another one now"
 
 
+def test_what_is_resolved_asks_the_hub_nothing(hub, repo, alice, teacher_folder, tmp_path):
+    """A teacher is asked for once: its weights, its files for a student and its card are then of this machine. By its name
+    alone it is loaded, too, and from the cache if the Hub is down."""
+    from hub_server import Fault
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(repo)
+    HfApi().upload_folder(repo_id=repo, folder_path=teacher_folder)
+    local = ModelReference(repo).resolve(str(tmp_path / "cache"))
+    assert local.commit == HfApi().model_info(repo).sha
+    requests = len(hub.requests)
+    family = load_family(local)
+    assert equal(weights(family.network), weights(tiny.unet())) and family.model is local
+    local.component_files("float16"), local.card(), local.load_network(type(family.network))
+    assert len(hub.requests) == requests
+    hub.fault = lambda request: Fault(status=503)
+    again = load_family(repo, str(tmp_path / "cache"))
+    assert again.model == local and equal(weights(again.network), weights(family.network))
+
+
 def test_a_node_is_in_memory_once_and_its_own(teacher_folder, tmp_path, monkeypatch):
     """It goes from its file into the network without a copy in between, and stays as it was when the file is overwritten."""
     path = tiny.path(tmp_path / "path", teacher_folder)
-    monkeypatch.setattr("diffusers_disback.path.path.read_weights", None)
     copies = []
     clone = torch.Tensor.clone
     with monkeypatch.context() as context:

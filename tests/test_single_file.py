@@ -20,7 +20,8 @@ from diffusers_disback import DegradationPath, DisBackOneStepPipeline, ModelRefe
 from diffusers_disback.commands.cli import main as command
 from diffusers_disback.families import FAMILIES, family_of
 from diffusers_disback.models import single_file
-from diffusers_disback.models.single_file import SUPPORTED, SingleFile, repo_of, single_file_of
+from diffusers_disback.models.original_layout import SUPPORTED, not_in_config, settings_in
+from diffusers_disback.models.single_file import SingleFile, repo_of, single_file_of
 
 
 def encoder_config(pipe, **changes) -> CLIPTextConfig:
@@ -207,7 +208,7 @@ def test_what_a_file_says_of_itself(tmp_path, caplog):
         file = tmp_path / "model.safetensors"
         save_file({"x": torch.ones(1), **{key: torch.tensor([]) for key in keys}}, file, header)
         caplog.clear()
-        said = single_file._said_otherwise(single_file._said(file, kind, "it"), tmp_path / "config", "it")
+        said = not_in_config(settings_in(file, kind, "it"), tmp_path / "config", "it")
         expected = {"prediction_type": prediction_type, "rescale_betas_zero_snr": zero}
         assert said == {key: value for key, value in expected.items() if value not in ("epsilon", False)}, (
             keys,
@@ -216,7 +217,7 @@ def test_what_a_file_says_of_itself(tmp_path, caplog):
         assert (told in caplog.text) if told else not caplog.text, (keys, header)
     save_file({"edm_vpred.sigma_max": torch.tensor(120.0)}, tmp_path / "edm.safetensors")
     with pytest.raises(ValueError, match="says by its tensor edm_vpred.sigma_max that it is of EDM's noise levels"):
-        single_file._said(tmp_path / "edm.safetensors", "xl_base", "it")
+        settings_in(tmp_path / "edm.safetensors", "xl_base", "it")
 
 
 def test_a_file_is_taken_at_its_word(checkpoint, tmp_path):
@@ -495,13 +496,16 @@ def test_files_that_cannot_be_read_are_told(checkpoint, run, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model.diffusion_model.out.2.bias": None}, "its UNet has .* numbers, by the config it has"),
-        ({"model.diffusion_model.input_blocks.9.0.op.bias": torch.zeros(3)}, "its UNet has .* numbers"),
-        ({"first_stage_model.quant_conv.bias": None}, "its autoencoder has .* numbers"),
-        ({"first_stage_model.decoder.more.bias": torch.zeros(3)}, "its autoencoder has .* numbers"),
+        ({"model.diffusion_model.out.2.bias": None}, "its unet has .* numbers, by the config it has"),
+        (
+            {"model.diffusion_model.input_blocks.9.0.op.bias": torch.zeros(3)},
+            "its unet has .* numbers, by the config it has",
+        ),
+        ({"first_stage_model.quant_conv.bias": None}, "its vae has .* numbers"),
+        ({"first_stage_model.decoder.more.bias": torch.zeros(3)}, "its vae has .* numbers"),
         (
             {"cond_stage_model.transformer.text_model.final_layer_norm.bias": None},
-            "1 tensors of its text_encoder are miss",
+            "its text_encoder is without 1 of its tensors",
         ),
         ({"first_stage_model.loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}, None),
     ],

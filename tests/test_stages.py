@@ -442,7 +442,7 @@ def test_frozen_networks_compute_in_the_trained_ones_precision(tmp_path, path):
     """Equal weights give equal outputs: target and fake score differ by what they learnt, never by rounding."""
     stage = trainer(training(tmp_path, mixed_precision="bf16"), None)
     x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([100, 900])
-    condition = stage.data.conditions(tiny.PROMPTS[:2])
+    condition = stage.data.condition([0, 1], [False, False])
     fake_score = stage.family.score_model(stage.fake_score.network)
     with torch.no_grad():
         outputs = [model.predict(x_t, t, condition) for model in (stage.target, fake_score)]

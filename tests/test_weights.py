@@ -15,8 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_disback.hub.publish import export
 from diffusers_disback.models import adapters
-from diffusers_disback.models.weights import adapter_text, metadata_of, open_weights, read_weights, save_weights
-from diffusers_disback.path import path
+from diffusers_disback.models.weights import (
+    adapter_text,
+    cast_files,
+    metadata_of,
+    open_weights,
+    read_weights,
+    save_weights,
+)
 
 
 def test_what_was_read_does_not_change_with_the_file(tmp_path):
@@ -96,7 +102,7 @@ def write_all(folder: Path) -> dict[str, str]:
     network = adapters.SharedNetwork(tiny.unet())
     network.add("student", adapters.lora_config(2))
     adapters.write_adapter(network.network, "student", folder / "node")
-    path._cast([folder / "node" / "pytorch_lora_weights.safetensors"], torch.float16)
+    cast_files([folder / "node" / "pytorch_lora_weights.safetensors"], torch.float16)
     adapters.save_lora(network.weights("student"), network.config("student"), folder / "lora")
     layers = {key: value + 1 for key, value in network.weights("student").items()}
     export.save_lora(layers, 2, folder / "extracted")

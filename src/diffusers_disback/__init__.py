@@ -32,6 +32,7 @@ _MODULE_OF_NAME = {
     "FAMILIES": "families",
     "FrechetDistance": "evaluation.distance",
     "HubError": "hub.repository",
+    "LocalModel": "models.reference",
     "Measure": "path.target_schedule",
     "Metric": "evaluation",
     "MismatchProbe": "training.probe",

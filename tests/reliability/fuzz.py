@@ -415,7 +415,7 @@ class Targets:
 
     def model_index(self, content: bytes) -> None:
         with replaced(self.teacher / "model_index.json", content):
-            ModelReference(str(self.teacher)).component_files("float32")
+            ModelReference(str(self.teacher)).resolve().component_files("float32")
             load_family(ModelReference(str(self.teacher)))
 
     def weights_index(self, content: bytes) -> None:

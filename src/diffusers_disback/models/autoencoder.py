@@ -7,15 +7,16 @@ import torch
 from diffusers import AutoencoderKL
 
 from ..hub.files import known_sha256, read_json, sha256_of
+from .components import meta_model
 from .model_files import locate
+from .original_layout import OF_VAE, check_no_tensor_is_missing, check_numbers, to_precision_of
 from .pipeline_folder import UNREADABLE, check_shards, files_of, of_variants, variant_taken
 from .single_file import made_once, single_file_of
-from .weights import HALVES, layout_of, save_weights
+from .weights import layout_of, save_weights
 
 
 _STEM = "diffusion_pytorch_model"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_OWN = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _PREFIXES = ("first_stage_model.", "vae.", "")  # of its names in one file
 # In one file, beside an autoencoder's own weights in the original layout: those of its training.
 _OF_TRAINING = ("loss.", "model_ema.")
@@ -114,9 +115,8 @@ def _converted(name: str, config: Path, cache_dir: str | None) -> Path:
             "make a safetensors version of it."
         )
     shapes, types = layout_of(file)
-    dtypes = set(types.values())
     prefix = next(prefix for prefix in _PREFIXES if not prefix or any(key.startswith(prefix) for key in shapes))
-    own = {key: shape for key, shape in shapes.items() if key.startswith(tuple(prefix + part for part in _OWN))}
+    own = {key: shape for key, shape in shapes.items() if key.startswith(tuple(prefix + part for part in OF_VAE))}
     foreign = sorted(
         key for key in shapes.keys() - own.keys() if not key.startswith((*_OF_TRAINING, f"{prefix}loss."))
     )
@@ -127,39 +127,19 @@ def _converted(name: str, config: Path, cache_dir: str | None) -> Path:
         )
 
     def write(draft: Path) -> None:
-        weights = _convert(file, config, own, name)
-        dtype = HALVES.get(next(iter(dtypes))) if len(dtypes) == 1 else None  # the folder is no larger than the file
+        what = f"The autoencoder {name} is not built as the teacher's own is, of which a single file has to have the config"
+        advice = "Pass it as a folder or a model on the Hub, with its own config.json."
+        check_numbers(meta_model(AutoencoderKL, config), own, f"{what}: it", advice)
+        try:
+            vae = AutoencoderKL.from_single_file(str(file), config=str(config), local_files_only=True)
+        except UNREADABLE as error:
+            raise ValueError(f"{what} ({type(error).__name__}: {error}). {advice}") from error
+        check_no_tensor_is_missing(vae, f"{what}: it", advice)
+        to_precision_of(vae, set(types.values()))
         draft.mkdir()
         shutil.copyfile(config / "config.json", draft / "config.json")
-        halved = {k: (tensor if dtype is None else tensor.to(dtype)).contiguous() for k, tensor in weights.items()}
-        save_weights(halved, draft / f"{_STEM}.safetensors", {"format": "pt"})
+        weights = {key: tensor.contiguous() for key, tensor in vae.state_dict().items()}
+        save_weights(weights, draft / f"{_STEM}.safetensors", {"format": "pt"})
 
     content = f"autoencoder {known_sha256(file)} {sha256_of(config / 'config.json')}"
     return made_once(content, name, write, cache_dir)
-
-
-def _convert(file: Path, config: Path, shapes: dict[str, torch.Size], name: str) -> dict[str, torch.Tensor]:
-    """The weights of an autoencoder in one file, in diffusers' layout.
-
-    Raises:
-        ValueError: If a tensor is missing or left over, or of another shape than the teacher's own autoencoder has.
-    """
-    what = (
-        f"The autoencoder {name} is not built as the teacher's own is, of which a single file has to have the config"
-    )
-    advice = "Pass it as a folder or a model on the Hub, with its own config.json."
-    with torch.device("meta"):
-        expected = AutoencoderKL.from_config(AutoencoderKL.load_config(config)).state_dict()
-    wanted = sum(tensor.numel() for tensor in expected.values())
-    stored = sum(shape.numel() for shape in shapes.values())
-    if stored != wanted:  # diffusers would pass over what is left over
-        raise ValueError(f"{what}: it has {stored:,} numbers, the teacher's {wanted:,}. {advice}")
-    try:
-        vae = AutoencoderKL.from_single_file(str(file), config=str(config), local_files_only=True)
-    except UNREADABLE as error:
-        raise ValueError(f"{what} ({type(error).__name__}: {error}). {advice}") from error
-    weights = vae.state_dict()
-    missing = sorted(key for key, tensor in weights.items() if tensor.is_meta)
-    if missing:
-        raise ValueError(f"{what}: {len(missing)} of its tensors are missing ({missing[0]}). {advice}")
-    return weights

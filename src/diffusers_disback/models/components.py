@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from ..hub.files import inside, parse_json, read_text
 from ..hub.repository import Files
@@ -99,6 +101,17 @@ def _try_to_load(name: str, class_name: str, root: Path, variant: str | None) ->
     _, info = model.from_pretrained(root, **where, **exact, variant=kind)
     if info["missing_keys"]:
         raise ValueError(f"its weights lack {len(info['missing_keys'])} tensors")
+
+
+def meta_model(model_class: type[nn.Module], folder: Path, **where: str) -> nn.Module:
+    """A model of diffusers without weights, on the meta device, from its config.
+
+    Raises:
+        Exception: Of those in `UNREADABLE`, if that cannot be read.
+    """
+    config = model_class.load_config(folder, **where)
+    with torch.device("meta"):
+        return model_class.from_config(config)
 
 
 def check_whole(files: Files, what: str, besides: tuple[str, ...] = ()) -> None:

@@ -15,7 +15,7 @@ from ..hub.files import inside, read_json, read_text, to_bytes
 from ..hub.repository import Files, HubError, is_licence
 from .autoencoder import autoencoder_folder, load_autoencoder, variant_of
 from .card import CARD, read_card
-from .components import has_weights, parts_left_out, without_parts
+from .components import has_weights, meta_model, parts_left_out, without_parts
 from .model_files import check_has_weights, locate, names_of, own_files
 from .noise_schedule import scheduler_of, with_said_otherwise
 from .pipeline_folder import (
@@ -379,9 +379,7 @@ class LocalModel:
         """
         try:
             network_class = model_class(components_of(self.index)[self.network_name][1])
-            config = network_class.load_config(self.folder, subfolder=self.network_name)
-            with torch.device("meta"):
-                return network_class.from_config(config)
+            return meta_model(network_class, self.folder, subfolder=self.network_name)
         except UNREADABLE as error:
             raise ValueError(
                 f"The config of the {self._network} cannot be read; say where the teacher is with "

@@ -237,3 +237,26 @@ def _reason(file: Path, error: Exception) -> str:
     if beginning.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "it is a web page in place of weights, as of a download that asked to log in. Download it again."
     return f"it is no whole safetensors file ({error}). Download or copy it again."
+
+
+def cast_files(files: list[Path], dtype: torch.dtype) -> float:
+    """Writes files of weights anew in a precision, if it is another. Returns the share of their norm that rounding took.
+
+    Raises:
+        ValueError: If a weight is beyond the precision's range.
+    """
+    whole = lost = 0.0
+    for file in files:
+        weights = read_weights(file)
+        if all(tensor.dtype == dtype for tensor in weights.values()):
+            continue
+        with open_weights(file) as stream:
+            metadata = stream.metadata()
+        rounded = {key: tensor.to(dtype) for key, tensor in weights.items()}
+        for key, tensor in weights.items():
+            if tensor.isfinite().all() and not rounded[key].isfinite().all():
+                raise ValueError(f"{key} of the node has values beyond {dtype}; pass --node_precision fp32.")
+            whole += tensor.double().square().sum().item()
+            lost += (tensor.double() - rounded[key].double()).square().sum().item()
+        save_weights(rounded, file, metadata)
+    return (lost / whole) ** 0.5 if whole else 0.0
