@@ -19,7 +19,7 @@ from diffusers_disback.training.config import (
     without_rates,
 )
 from diffusers_disback.training.run_folder import RunFolder
-from diffusers_disback.training.settings.fields import groups, named, setting, values
+from diffusers_disback.training.settings.fields import groups, named, setting, title, values
 from diffusers_disback.training.settings.groups import TEACHER_FLAGS
 from diffusers_disback.training.settings_file import read_settings, write_settings
 
@@ -119,7 +119,7 @@ def test_flags_stand_in_groups_with_their_defaults(capsys):
     with pytest.raises(SystemExit) as ended:
         train_disback.parse(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    titles = [group.__doc__.splitlines()[0].rstrip(".") for group in groups(DisBackConfig)]
+    titles = [title(group) for group in groups(DisBackConfig)]
     assert len(titles) == 9 and [said.index(f"{title}: --") for title in titles] == sorted(
         said.index(f"{title}: --") for title in titles
     )

@@ -503,7 +503,7 @@ def test_showing_a_path_draws_what_its_nodes_paint(repo, hub, tmp_path, teacher_
     shutil.move(teacher_folder, tmp_path / "moved")
     try:
         assert command(["path", "verify", repo]) == 2
-        assert "say where the teacher is with --pretrained_model_name_or_path" in capsys.readouterr().err
+        assert "say where it lies with --pretrained_model_name_or_path" in capsys.readouterr().err
         assert command(["path", "verify", repo, "--pretrained_model_name_or_path", str(tmp_path / "moved")]) == 0
     finally:
         shutil.move(tmp_path / "moved", teacher_folder)

@@ -16,6 +16,7 @@ from .degradation import DegradationRecorder
 from .evaluation import Evaluation, check_evaluators
 from .evaluation.report import Report, drawable, summary
 from .families import ModelFamily, load_family
+from .hub.files import write_text
 from .hub.publish.background import RunUpload, repository_of
 from .hub.publish.results import is_finished, write_results
 from .hub.publish.student import check_teacher_files, save_student
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 
 SCRIPT = "examples/text_to_image/train_disback.py"
+PROMPTS = "prompts.txt"
 
 
 class DisBackTrainer:
@@ -87,9 +89,9 @@ class DisBackTrainer:
         self.folder = Path(config.output_dir)
         self._prompts = None if train_dataset is None else given_prompts(train_dataset, config.caption_column)
         self._make_evaluation = evaluation
-        self._command = (
-            [SCRIPT, "--config", str(self.folder / SETTINGS)] if command is None else without_token(command)
-        )
+        prompts_file = [] if self._prompts is None else ["--prompts_file", str(self.folder / PROMPTS)]
+        own_command = [SCRIPT, "--config", str(self.folder / SETTINGS), *prompts_file]
+        self._command = own_command if command is None else without_token(command)
         check_settings(config)
         check_evaluators(config.evaluators)
         if config.push_to_hub:
@@ -186,6 +188,8 @@ class DisBackTrainer:
         self._measure_first()
         if state.is_main_process:
             write_settings(self.folder / SETTINGS, config)
+            if self._prompts is not None:  # so that the training script can repeat the run
+                write_text(self.folder / PROMPTS, "".join(f"{prompt}\n" for prompt in self._prompts))
 
     def _measure_first(self) -> None:
         """Measures the teacher and the initial student, on the main process. Encoders leave memory when all is encoded."""

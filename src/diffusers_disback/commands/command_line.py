@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TextIO, get_origin
 
 from ..hub.files import printable
-from ..training.settings.fields import Range, Settings, check_number, choices_of, default_of, groups, kind_of
+from ..training.settings.fields import Range, Settings, check_number, choices_of, default_of, groups, kind_of, title
 from ..training.settings_file import read_settings
 from ..training.signals import Interrupted, SignalHandler
 
@@ -119,6 +119,13 @@ def message(error: BaseException, code: int) -> str:
     return " ".join([said, *map(_lines, getattr(error, "__notes__", []))])
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises its errors as any other, without a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. --help tells all flags.")
+
+
 def read_flags(config: type[Settings], arguments: list[str], **how: Any) -> dict[str, Any]:
     """The settings that a command line gives; those of a file that it names with `--config` come before its own flags.
 
@@ -130,23 +137,19 @@ def read_flags(config: type[Settings], arguments: list[str], **how: Any) -> dict
     Raises:
         ValueError: If a flag is unknown, or its value is of the wrong kind.
     """
-    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS, **how)
+    parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, **how)
     parser.add_argument(
         "--config", help="A YAML file of flags, as in `seed: 0`. Flags of the command line override it."
     )
     for group, own in groups(config).items():
-        section = parser.add_argument_group((group.__doc__ or "").split("\n")[0].rstrip("."))
+        section = parser.add_argument_group(title(group))
         for one in own:
             add_flag(section, one)
 
-    def refuse(said: str) -> NoReturn:
-        raise ValueError(f"{said}. --help tells all flags.")
-
-    parser.error = refuse  # type: ignore[method-assign]
     known, unknown = parser.parse_known_args(arguments)
     if unknown:
         flags = [argument for argument in unknown if argument.startswith("-")]  # a value may be a secret
-        refuse(f"unrecognized arguments: {' '.join(flags or unknown)}")
+        parser.error(f"unrecognized arguments: {' '.join(flags or unknown)}")
     given = vars(known)
     file = given.pop("config", None)
     return given if file is None else {**read_settings(file, config), **given}

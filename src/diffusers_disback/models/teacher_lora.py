@@ -138,11 +138,6 @@ def _pickled(lora: str) -> str:
 def spellings(network: nn.Module) -> dict[str, str]:
     """Every name under which LoRAs know a layer of a UNet -> its name in the network."""
     found: dict[str, str] = {}
-
-    def know(spelling: str, name: str) -> None:
-        if found.setdefault(spelling, name) != name:  # it would be guessed which
-            found[spelling] = ""
-
     original = original_names(network)
     for name, module in network.named_modules():
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -151,14 +146,13 @@ def spellings(network: nn.Module) -> dict[str, str]:
         attention = re.fullmatch(r"(.*)\.(to_[qkv]|to_out)(?:\.0)?", name)
         if attention:  # the older layout of diffusers named processors
             names += [f"{attention[1]}.processor.{attention[2]}", f"{attention[1]}.{attention[2]}"]
-        for spelling in dict.fromkeys(names):
-            know(spelling, name)
-            know(f"unet.{spelling}", name)
-        know(f"lora_unet_{name.replace('.', '_')}", name)
+        spelled = [*names, *(f"unet.{each}" for each in names), f"lora_unet_{name.replace('.', '_')}"]
         if name in original:
-            know(f"lora_unet_{original[name].replace('.', '_')}", name)
-            know(f"diffusion_model.{original[name]}", name)
-            know(f"model.diffusion_model.{original[name]}", name)
+            spelled += [f"{prefix}{original[name]}" for prefix in ("diffusion_model.", "model.diffusion_model.")]
+            spelled.append(f"lora_unet_{original[name].replace('.', '_')}")
+        for spelling in spelled:
+            if found.setdefault(spelling, name) != name:  # it would be guessed which
+                found[spelling] = ""
     return {spelling: name for spelling, name in found.items() if name}
 
 
@@ -170,54 +164,46 @@ _ORIGINAL = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
-_OF_RESNET = {
-    "conv1": "in_layers.2",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
+_WITHIN = {
+    "resnets": {
+        "conv1": "in_layers.2",
+        "conv2": "out_layers.3",
+        "time_emb_proj": "emb_layers.1",
+        "conv_shortcut": "skip_connection",
+    },
+    "downsamplers": {"conv": "op"},
 }
+_PLACE = re.compile(r"((?:(?:down|up)_blocks\.\d+|mid_block)\.(\w+)\.\d+)\.(.+)")
 
 
 def original_names(network: nn.Module) -> dict[str, str]:
     """Names of a UNet's layers -> those of the original checkpoints (CompVis, Stability)."""
-    places: dict[str, str] = {}
-    number = 1
+    places = {f"mid_block.resnets.{j}": f"middle_block.{2 * j}" for j in (0, 1)}
+    places["mid_block.attentions.0"] = "middle_block.1"
+    number = 1  # input_blocks.0 is conv_in
     for index, block in enumerate(network.down_blocks):
         for j in range(len(block.resnets)):
-            places |= _places(f"down_blocks.{index}", block, j, f"input_blocks.{number}")
+            places[f"down_blocks.{index}.resnets.{j}"] = f"input_blocks.{number}.0"
+            places[f"down_blocks.{index}.attentions.{j}"] = f"input_blocks.{number}.1"
             number += 1
-        if getattr(block, "downsamplers", None):
-            places[f"down_blocks.{index}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
-            number += 1
+        places[f"down_blocks.{index}.downsamplers.0"] = f"input_blocks.{number}.0"
+        number += bool(block.downsamplers)
     number = 0
     for index, block in enumerate(network.up_blocks):
         for j in range(len(block.resnets)):
-            places |= _places(f"up_blocks.{index}", block, j, f"output_blocks.{number}")
-            if j == len(block.resnets) - 1 and getattr(block, "upsamplers", None):
-                place = 2 if getattr(block, "attentions", None) else 1
-                places[f"up_blocks.{index}.upsamplers.0.conv"] = f"output_blocks.{number}.{place}.conv"
+            places[f"up_blocks.{index}.resnets.{j}"] = f"output_blocks.{number}.0"
+            places[f"up_blocks.{index}.attentions.{j}"] = f"output_blocks.{number}.1"
             number += 1
-    places |= {"mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1"}
-    places |= {"mid_block.resnets.1": "middle_block.2"}
-    found = {}
+        beside = 2 if getattr(block, "attentions", None) else 1
+        places[f"up_blocks.{index}.upsamplers.0"] = f"output_blocks.{number - 1}.{beside}"
+    names = {}
     for name, _ in network.named_modules():
-        if name in _ORIGINAL:
-            found[name] = _ORIGINAL[name]
-        for place, original in places.items():
-            if name == place:
-                found[name] = original
-            elif name.startswith(f"{place}."):
-                rest = name.removeprefix(f"{place}.")
-                found[name] = f"{original}.{_OF_RESNET.get(rest, rest) if '.resnets.' in place else rest}"
-    return found
-
-
-def _places(block: str, module: nn.Module, j: int, original: str) -> dict[str, str]:
-    """Where a block's resnet and attention of a number are in the original."""
-    places = {f"{block}.resnets.{j}": f"{original}.0"}
-    if getattr(module, "attentions", None):
-        places[f"{block}.attentions.{j}"] = f"{original}.1"
-    return places
+        match = _PLACE.fullmatch(name)
+        if match and match[1] in places:
+            names[name] = f"{places[match[1]]}.{_WITHIN.get(match[2], {}).get(match[3], match[3])}"
+        elif name in _ORIGINAL:
+            names[name] = _ORIGINAL[name]
+    return names
 
 
 def _sorted_out(weights: dict[str, Tensor], known: dict[str, str], lora: str) -> dict[str, _Layer]:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ..hub.files import read_text, write_text
-from .settings.fields import Settings, check, groups, kind_of, values
+from .settings.fields import Settings, check, groups, kind_of, title, values
 
 
 SETTINGS = "settings.yaml"
@@ -108,6 +108,6 @@ def write_settings(file: Path, settings: Settings) -> None:
         given.pop("resume_from_checkpoint", None)
         if given:
             text = yaml.dump(given, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
-            parts.append(f"# {group.__doc__.splitlines()[0]}\n{text}")
+            parts.append(f"# {title(group)}\n{text}")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, "\n".join(parts))

@@ -26,7 +26,7 @@ from .student import LORA, PICTURES, check_student_is_whole
 
 # What a run's folder holds and no push sends: the path's own folders, which are read from its branches, and what says what
 # a run on this machine did.
-_OWN = ("path", "settings", SETTINGS, "checkpoints", "logs", "conditions")
+_OWN = ("path", "settings", SETTINGS, "prompts.txt", "checkpoints", "logs", "conditions")
 
 
 def write_model_card(folder: Path, report: dict[str, Any]) -> None:

@@ -125,6 +125,11 @@ def groups(config: type[Settings]) -> dict[type[Settings], list[Field]]:
     return {group: own for group, own in found.items() if own}
 
 
+def title(group: type[Settings]) -> str:
+    """What a group is of."""
+    return (group.__doc__ or group.__name__).split("\n")[0].rstrip(".")
+
+
 def named(*configs: type[Settings], **facts: Any) -> set[str]:
     """The names of the settings of which something is true, such as `is_rate=True`."""
     every = [one for config in configs for one in fields(config)]
