@@ -154,7 +154,7 @@ def test_folders_that_hold_no_readable_path(path, tmp_path):
         DegradationPath.create(path.folder, path.teacher, "", tiny.START, {})
     manifest = path.folder / "path.json"
     for change, message in [
-        ({"format_version": 99}, "format version 99; this library reads 1"),
+        ({"format_version": 99}, "format version 99; this library reads 1 and 2"),
         ({"nodes": [{"name": "../../etc"}]}, "names node 1 '../../etc'"),
     ]:
         manifest.write_text(json.dumps({**path.manifest, **change}))

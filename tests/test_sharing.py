@@ -238,7 +238,7 @@ def test_a_repository_of_something_else_is_left_alone(path, repo, hub, tmp_path,
         (repo, "holds another degradation path: .*its seed is None, this one's is 1"),
         ("alice/model", "holds model_index.json, which this run did not put there"),
         ("alice/page", "holds README.md, which this run did not put there"),
-        ("alice/json", "has format version None; this library reads 1. Nothing was overwritten"),
+        ("alice/json", "has format version None; this library reads 1 and 2. Nothing was overwritten"),
     ]:
         before = hub.snapshot(target)
         with pytest.raises(HubError, match=message):
@@ -358,8 +358,8 @@ def test_two_runs_at_once_do_not_mix(repo, hub, tmp_path, teacher_folder):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"format_version": 2}, "has format version 2; this library reads 1. Update"),
-        ({"format_version": "new"}, "has format version 'new'; this library reads 1"),
+        ({"format_version": 3}, "has format version 3; this library reads 1 and 2. Update"),
+        ({"format_version": "new"}, "has format version 'new'; this library reads 1 and 2"),
         ({"nodes": [{}]}, "names node 1 as {}, which is none"),
         ({"teacher": None}, "is not as its format says"),
         ({"nodes/files": ["a"]}, "without files"),

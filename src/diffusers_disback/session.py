@@ -169,6 +169,7 @@ class DisBackTrainer:
         prompts = load_prompts(config) if self._prompts is None else self._prompts
         self.teacher: ModelFamily = load_family(config.teacher, config.cache_dir).to(state.device)
         self.teacher.schedule.check_timestep(config.conditioning_timestep, "conditioning_timestep")
+        self.teacher.one_step_scheduler(config.conditioning_timestep)  # or it would be refused at the end
         if state.is_main_process:  # what the end of the run needs of the teacher's files is read before it begins
             if warning := self.teacher.check_schedule():
                 print(warning, file=sys.stderr)

@@ -99,13 +99,22 @@ class TextFamily(ModelFamily):
         pipeline: DiffusionPipeline,
         given: dict[str, Tensor],
         noise: Tensor,
-        **arguments: Any,
+        num_inference_steps: int = 1,
+        guidance_scale: float = 1.0,
     ) -> Tensor:
         """As of `ModelFamily`, by the stock pipeline's own call."""
-        if arguments.get("guidance_scale", 1) <= 1:
+        if guidance_scale <= 1:
             given = {name: tensor for name, tensor in given.items() if not name.startswith("negative")}
         height, width = (side * self.stride for side in noise.shape[-2:])
-        return pipeline(**given, height=height, width=width, latents=noise, output_type="pt", **arguments).images
+        return pipeline(
+            **given,
+            height=height,
+            width=width,
+            latents=noise,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            output_type="pt",
+        ).images
 
     def undecorated(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
         """Without its safety checker, too."""

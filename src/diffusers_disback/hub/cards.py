@@ -33,6 +33,7 @@ class Usage:
         has_own_pipeline (`bool`): Whether `DisBackOneStepPipeline` loads students, too.
         takes_lora (`bool`): Whether the stock pipeline loads a LoRA.
         network_class (`str`): Of diffusers, that loads the denoiser.
+        scheduler_class (`str`): Of diffusers, of a student's scheduler.
         bare (`str`, *optional*): The template of a snippet that evaluates the bare network.
     """
 
@@ -42,6 +43,7 @@ class Usage:
     has_own_pipeline: bool = False
     takes_lora: bool = True
     network_class: str = "AutoModel"
+    scheduler_class: str = "DDIMScheduler"
     bare: str | None = None
 
     def call(self, prompt: str, steps: int) -> str:

@@ -141,7 +141,11 @@ def check_fit(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], wh
 
 def check_adapter_fit(network: nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:
     """Raises a `ValueError` unless an adapter's weights are pairs of the shapes that a network's layers take."""
-    layers = {name: layer.weight.shape for name, layer in network.named_modules() if hasattr(layer, "weight")}
+    layers = {
+        name: layer.weight.shape
+        for name, layer in network.named_modules()
+        if isinstance(getattr(layer, "weight", None), Tensor)
+    }
     pairs: dict[str, dict[str, torch.Size]] = {}
     for key, tensor in weights.items():
         name, _, part = key.partition(".lora_")

@@ -1,0 +1,243 @@
+"""What is added from outside: an objective and two families, each in a few lines, from a command line to a card and a pushed
+path."""
+
+import inspect
+import json
+
+import pytest
+import tiny
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UNet2DModel,
+)
+from script import arguments
+from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from diffusers_disback import (
+    FAMILIES,
+    OBJECTIVES,
+    DegradationPath,
+    ModelFamily,
+    ModelReference,
+    NoiseSchedule,
+    Objective,
+    OneStepGenerator,
+    TextFamily,
+    family_of,
+)
+from diffusers_disback.hub.cards import Usage
+from diffusers_disback.models.noise_schedule import FLOW
+
+
+class ScoreIdentity(Objective):
+    """Score identity distillation (arXiv 2404.04057): the gradient passes through both scores."""
+
+    def __init__(self, alpha: float = 1.2):
+        self.alpha = alpha
+
+    def generator_loss(self, x0, batch, target, fake_score):
+        t = batch.draw_timesteps(20, target.schedule.num_timesteps * 4 // 5)
+        x_t = target.schedule.diffuse(x0, batch.draw_noise(), t)
+        x0_target = target.denoise(x_t, t, batch.condition, batch.negative)
+        difference = x0_target - fake_score.denoise(x_t, t, batch.condition)
+        weight = (x0 - x0_target).abs().mean(dim=(1, 2, 3), keepdim=True).detach().clamp_min(1e-6)
+        return (difference * (x0_target - x0 - self.alpha * difference) / weight).mean()
+
+
+class Pixels(ModelFamily):
+    """An unconditional UNet on pixels: all answers are the defaults."""
+
+    pipeline_classes = ("DDPMPipeline", "DDIMPipeline")
+
+
+class StableDiffusion3(TextFamily):
+    """A transformer on straight paths, with pooled and unpooled embeddings of three text encoders; the schedule is not shifted."""
+
+    pipeline_classes = ("StableDiffusion3Pipeline",)
+    network_name = "transformer"
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    needed = ("transformer", "vae", *encoders, "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
+    agree_in = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim")
+    usage = Usage(network_class="SD3Transformer2DModel", scheduler_class="FlowMatchEulerDiscreteScheduler")
+
+    def noise_schedule(self):
+        sigma = self.many_step_scheduler().sigmas.flip(0)  # (t + 1) / 1000
+        return NoiseSchedule(1 - sigma, sigma, FLOW)
+
+    @staticmethod
+    def call(network, x_t, t, condition):
+        return network(x_t, timestep=t + 1, return_dict=False, **condition)[0]
+
+    def encode_prompt(self, prompts, guided=False):
+        return self.pipeline.encode_prompt(prompts, prompts, prompts, self.text_encoders[0].device, 1, guided)
+
+    @torch.no_grad()
+    def encode(self, prompts, resolution=None):
+        embeds, _, pooled, _ = self.encode_prompt(prompts)
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def many_step_scheduler(self):
+        return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+
+    def one_step_scheduler(self, timestep):
+        if timestep != self.schedule.num_timesteps - 1:
+            raise ValueError(f"conditioning_timestep={timestep}: the stock pipeline begins at pure noise; pass 999.")
+        return self.many_step_scheduler()
+
+
+def pixels() -> DDIMPipeline:
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    return DDIMPipeline(network, tiny.scheduler())
+
+
+def flow() -> StableDiffusion3Pipeline:
+    xl = tiny.pipeline_xl()
+    xl.vae.register_to_config(shift_factor=0.0)
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=2 * tiny.WIDTH,
+        pooled_projection_dim=2 * tiny.WIDTH,
+        pos_embed_max_size=8,
+    )
+    first, second = (CLIPTextModelWithProjection(xl.text_encoder_2.config).eval() for _ in range(2))
+    size = {"d_model": 2 * tiny.WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    third = T5EncoderModel(T5Config(vocab_size=len(xl.tokenizer), **size)).eval()
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=xl.vae,
+        text_encoder=first,
+        tokenizer=xl.tokenizer,
+        text_encoder_2=second,
+        tokenizer_2=xl.tokenizer_2,
+        text_encoder_3=third,
+        tokenizer_3=xl.tokenizer,  # of T5 there is none to be had offline
+    )
+
+
+TEACHERS = {"pixels": (Pixels, pixels), "flow": (StableDiffusion3, flow), "stable_diffusion": (None, tiny.pipeline)}
+LORA = {"lora_rank": 2}
+RUNS = [("stable_diffusion", "sid", {}), ("stable_diffusion", "sid", {**LORA, "gradient_checkpointing": True})]
+RUNS += [("pixels", "dmd", {}), ("pixels", "sid", {}), ("flow", "dmd", {}), ("flow", "sid", LORA)]
+
+
+@pytest.fixture(autouse=True)
+def extensions(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "sid", ScoreIdentity)
+    monkeypatch.setitem(FAMILIES, "pixels", Pixels)
+    monkeypatch.setitem(FAMILIES, "flow", StableDiffusion3)
+
+
+def distil(folder, teacher, prompts, /, **flags):
+    """The training script, by its command line."""
+    import train_disback
+
+    train_disback.main(arguments(folder, teacher, prompts, **flags))
+
+
+def test_each_is_a_few_lines():
+    for extension in (ScoreIdentity, Pixels, StableDiffusion3):
+        assert len(inspect.getsource(extension).splitlines()) <= 40
+
+
+@pytest.mark.parametrize(("name", "objective", "flags"), RUNS, ids=lambda value: value if type(value) is str else None)
+def test_from_settings_to_a_card_and_a_pushed_path(
+    tmp_path, repo, hub, prompts_file, monkeypatch, name, objective, flags
+):
+    kind, make = TEACHERS[name]
+    teacher = make()
+    teacher.save_pretrained(tmp_path / "teacher")
+    denoiser, timestep = ("transformer", 999) if name == "flow" else ("unet", 399)
+    changes = {"prompts_file": None} if name == "pixels" else {}
+    push = {"push_to_hub": True, "hub_model_id": repo}
+    changes |= {"objective": objective, "conditioning_timestep": timestep, **flags, **push}
+    distil(tmp_path / "run", tmp_path / "teacher", prompts_file, **changes)
+
+    student = DiffusionPipeline.from_pretrained(repo)
+    assert type(student) is type(teacher)
+    family = family_of(student)
+    network = family.network
+    was, is_ = getattr(teacher, denoiser).state_dict(), network.state_dict()
+    assert was.keys() == is_.keys() and any(not torch.equal(was[key], is_[key]) for key in was)
+
+    # In one step the stock pipeline is the generator.
+    family = family_of(teacher)
+    noise = torch.randn(2, *family.latent_shape(), generator=torch.Generator().manual_seed(3))
+    source = family.conditions(tiny.PROMPTS if family.takes_prompts else None)
+    with torch.no_grad():
+        x0 = OneStepGenerator(family.score_model(network), timestep)(noise, source.condition([0, 0], [False, False]))
+    if name == "pixels":
+        seed = torch.Generator().manual_seed(3)
+        stock = student(batch_size=2, generator=seed, num_inference_steps=1, output_type="pt").images
+        assert torch.equal(stock, (x0 / 2 + 0.5).clamp(0, 1))
+    else:
+        call = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "latent"}
+        stock = student([source.captions[0]] * 2, latents=noise, **call).images
+        assert torch.allclose(stock, x0, atol=1e-5)
+
+    path = DegradationPath.from_pretrained(repo, teacher=ModelReference(str(tmp_path / "teacher")))
+    assert (
+        path.denoiser == denoiser and len(path) == 2 and path.kind == ("adapter" if "lora_rank" in flags else "full")
+    )
+    assert sorted(hub.repos[repo].branches) == ["degradation-000002", "degradation-000004", "main"]
+    assert any(file.startswith(f"{denoiser}/") for file in hub.files(repo, "degradation-000004"))
+    path.verify(path.local_teacher().meta_network())
+    path.load(0, into=network)
+    assert all(torch.equal(was[key], tensor) for key, tensor in network.state_dict().items())
+
+    card = hub.files(repo)["README.md"].decode()
+    task = "unconditional-image-generation" if name == "pixels" else "text-to-image"
+    assert f"pipeline_tag: {task}" in card and ("DisBackOneStepPipeline" in card) == (name == "stable_diffusion")
+    monkeypatch.chdir(tmp_path)  # where the teacher lies by the name that is published
+    for snippet in card.split("```python")[1:]:
+        scope = {}
+        exec(snippet.split("```")[0], scope)
+        assert scope["image"].size == (16, 16)
+    report = json.loads(hub.files(repo)["report.json"])
+    assert report["component"] == denoiser and report["student"].keys() >= {"drift_mean", "seconds_per_image"}
+    assert {"samples.png", "path.png", "convergence.png"} <= hub.files(repo).keys()
+
+
+def test_what_a_family_does_not_take_is_refused(tmp_path, prompts_file):
+    pixels().save_pretrained(tmp_path / "pixels")
+    flow().save_pretrained(tmp_path / "flow")
+    with pytest.raises(ValueError, match="a DDIMPipeline, which takes no prompts; leave --prompts_file out"):
+        distil(tmp_path / "run", tmp_path / "pixels", prompts_file)
+    with pytest.raises(ValueError, match="A UNet2DModel takes no adapters: .* Leave --lora_rank out"):
+        distil(tmp_path / "run", tmp_path / "pixels", prompts_file, prompts_file=None, lora_rank=2)
+    with pytest.raises(ValueError, match="There are no prompts: pass --prompts_file"):
+        distil(tmp_path / "other", tmp_path / "flow", prompts_file, prompts_file=None)
+    with pytest.raises(ValueError, match="the stock pipeline begins at pure noise; pass 999"):
+        distil(tmp_path / "other", tmp_path / "flow", prompts_file)
+
+
+def test_a_teacher_of_no_family_is_told_what_a_family_answers(tmp_path, prompts_file, monkeypatch):
+    monkeypatch.delitem(FAMILIES, "pixels")
+    pixels().save_pretrained(tmp_path / "pixels")
+    with pytest.raises(
+        ValueError, match="is a DDIMPipeline; supported are stable_diffusion: StableDiffusionPipeline"
+    ) as told:
+        distil(tmp_path / "run", tmp_path / "pixels", prompts_file)
+    for answer in ("pipeline_classes", "network_name", "noise_schedule", "conditions", "call", "one_step", "sample"):
+        assert answer in str(told.value) and hasattr(ModelFamily, answer)
