@@ -20,7 +20,7 @@ from diffusers_disback.families import to_pipeline
 
 
 PROMPT = "a red house by the sea"
-# A fifth of the width at the resolution of SD 1.5: seconds a picture on a slow CPU.
+# A fifth of the width at the resolution of SD 1.5: seconds a image on a slow CPU.
 SMALL = dict.fromkeys(UNETS, (0.2, 64))
 
 
@@ -36,7 +36,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 @torch.no_grad()
 def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Both in turn. The parts are given what they get within the pipeline, and make the same picture."""
+    """Both in turn. The parts are given what they get within the pipeline, and make the same image."""
     factor, latents = SMALL[name]
     teacher = random_pipeline(name, arguments.factor or factor, arguments.latents or latents)
     pipeline = to_pipeline(teacher.unet, 399, teacher).to(arguments.device)
@@ -71,15 +71,15 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             ]
         )
         x0 = (noise - sigma * output) / alpha if epsilon else alpha * noise - sigma * output
-        took_vae, picture = timed(lambda: pipeline.vae.decode(x0 / pipeline.vae.config.scaling_factor)[0])
-        return {"text encoders": took_text, "unet": took_unet, "vae": took_vae}, picture
+        took_vae, image = timed(lambda: pipeline.vae.decode(x0 / pipeline.vae.config.scaling_factor)[0])
+        return {"text encoders": took_text, "unet": took_unet, "vae": took_vae}, image
 
     seconds: dict[str, list[float]] = {"pipeline": [], "text encoders": [], "unet": [], "vae": []}
     for number in range(arguments.rounds + 1):
-        whole, picture = timed(lambda: pipeline(prompts, latents=noise, output_type="pt").images)
+        whole, image = timed(lambda: pipeline(prompts, latents=noise, output_type="pt").images)
         own, same = parts()
         if number == 0:
-            difference = (picture - (same / 2 + 0.5).clamp(0, 1)).abs().max().item()
+            difference = (image - (same / 2 + 0.5).clamp(0, 1)).abs().max().item()
             continue
         for part, took in {"pipeline": whole, **own}.items():
             seconds[part].append(took)

@@ -27,7 +27,7 @@ from typing import Any
 
 from scripts import set_threads
 
-from diffusers_disback.evaluation.pictures import pyplot
+from diffusers_disback.evaluation.plots import pyplot
 
 
 HERE = Path(__file__).parent

@@ -11,7 +11,7 @@ from scripts import picture_options, set_threads
 from toy_world import ARMS, Regime, Run, teacher
 from worlds import Draws, Weights
 
-from diffusers_disback.evaluation.pictures import pyplot
+from diffusers_disback.evaluation.plots import pyplot
 
 
 HEALTHY = Regime(

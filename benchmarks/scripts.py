@@ -12,7 +12,7 @@ def set_threads() -> None:
 
 
 def picture_options(description: str) -> argparse.Namespace:
-    """Of a script that draws one picture of one seed."""
+    """Of a script that draws one image of one seed."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True)
     parser.add_argument("--seed", type=int, default=0)

@@ -51,7 +51,7 @@ class Regime:
         default (`tuple[int, int, int]`): The same three for the arm `default`, which may end stage 1 and phases earlier.
         batch (`int`): Samples of an update.
         mismatch_every, evaluate_every (`int`): Updates.
-        pictures (`int`): Of each evaluation.
+        images (`int`): Of each evaluation.
     """
 
     student_widths: tuple[int, int] | None = None
@@ -67,7 +67,7 @@ class Regime:
     batch: int = 16
     mismatch_every: int = 3
     evaluate_every: int = 10
-    pictures: int = 200
+    images: int = 200
 
 
 REGIMES = {
@@ -93,7 +93,7 @@ SMALL = Regime(
     default=(4, 2, 2),
     batch=2,
     evaluate_every=2,
-    pictures=80,
+    images=80,
 )
 
 
@@ -170,18 +170,18 @@ def untrained(teacher: ModelFamily, widths: tuple[int, int], seed: int) -> nn.Mo
 
 
 @functools.cache
-def _evaluation(pictures: int):
-    return shapes_evaluation(pictures) if pictures == NUM_PICTURES else _fewer(pictures)
+def _evaluation(images: int):
+    return shapes_evaluation(images) if images == NUM_PICTURES else _fewer(images)
 
 
-def pictures_of(teacher: ModelFamily, pictures: int, **arguments: Any) -> Tensor:
+def pictures_of(teacher: ModelFamily, images: int, **arguments: Any) -> Tensor:
     """What a teacher samples at the evaluation's prompts and noise with its own scheduler, `[N, 3, H, W]` uint8."""
-    return _evaluation(pictures).draw(teacher, teacher.undecorated(teacher.pipeline), **arguments)[0]
+    return _evaluation(images).sample(teacher, teacher.undecorated(teacher.pipeline), **arguments)[0]
 
 
-def _fewer(pictures: int):
+def _fewer(images: int):
     evaluation = shapes_evaluation(NUM_PICTURES)
-    evaluation.prompts = shapes_prompts(pictures)
+    evaluation.prompts = shapes_prompts(images)
     return evaluation
 
 
@@ -192,10 +192,10 @@ def run(regime: str, arm: str, seeds: list[int], small: bool) -> tuple[dict[str,
 
 
 def one(
-    task: Regime, arm: Arm, seed: int, look: Callable[[Tensor], dict[str, float]] = lambda pictures: {}
+    task: Regime, arm: Arm, seed: int, look: Callable[[Tensor], dict[str, float]] = lambda images: {}
 ) -> dict[str, Any]:
-    """The record of a run of both stages; `look` takes more measures of the pictures of each evaluation."""
-    evaluation = _evaluation(task.pictures)
+    """The record of a run of both stages; `look` takes more measures of the images of each evaluation."""
+    evaluation = _evaluation(task.images)
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingConfig(
             pretrained_model_name_or_path=str(EXAMPLES / "shapes" / "teacher"),
@@ -256,8 +256,8 @@ def one(
 
         def measure(network: nn.Module) -> dict[str, float]:
             pipeline = teacher.undecorated(teacher.one_step(network, training.conditioning_timestep))
-            pictures = evaluation.draw(teacher, pipeline)[0]
-            return {**evaluation.measure(pictures), **look(pictures)}
+            images = evaluation.sample(teacher, pipeline)[0]
+            return {**evaluation.measure(images), **look(images)}
 
         first = {"evaluations": counter.total, **measure(generator)}
         trainer = Trainer(training, backtracking, teacher, generator, data, path, measure, first)

@@ -47,7 +47,7 @@ def fresh_accelerate_state():
 
 @pytest.fixture(autouse=True)
 def teachers_that_draw_in_two_steps(monkeypatch):
-    """Tiny ones: their pictures were half of a run's time."""
+    """Tiny ones: their images were half of a run's time."""
     monkeypatch.setattr("diffusers_disback.evaluation.report.TEACHER_STEPS", 2)
 
 
@@ -104,7 +104,7 @@ def prompts_file(tmp_path_factory):
 
 @pytest.fixture
 def small_pictures(monkeypatch):
-    """A run's pictures are of two pixels each: drawing and plotting them was half of a tiny run. Runs in processes of their
+    """A run's images are of two pixels each: drawing and plotting them was half of a tiny run. Runs in processes of their
     own draw real ones."""
     from PIL import Image
 

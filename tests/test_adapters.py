@@ -412,12 +412,12 @@ def test_a_step_does_not_wait_for_the_device(tmp_path, path, lora_rank):
 
 def test_an_update_with_a_gradient_that_is_not_finite_is_not_made(tmp_path, path):
     stage = trainer(adapted(tmp_path, logging_steps=100), path, fake_score_updates=1)
-    learn = stage.fake_score.learn
+    step = stage.fake_score.backward_and_step
 
     def poisoned(loss):
-        learn(loss + (loss * float("nan") if stage.fake_score.optimizer.state_dict()["state"] else 0))
+        step(loss + (loss * float("nan") if stage.fake_score.optimizer.state_dict()["state"] else 0))
 
-    stage.fake_score.learn = poisoned
+    stage.fake_score.backward_and_step = poisoned
     with pytest.raises(FloatingPointError, match="fake_score_gradient_norm was not finite at step 1"):
         stage.run()
     assert all(parameter.isfinite().all() for parameter in stage.fake_score.parameters())
@@ -429,15 +429,15 @@ def test_one_bad_gradient_among_several_updates_stops_the_run(tmp_path, path, lo
     """It is not hidden by the good ones that follow in the same step, and nothing moves after it."""
     config = training(tmp_path, lora_rank=lora_rank, checkpointing_steps=1, logging_steps=100)
     stage = trainer(config, path if lora_rank else None, fake_score_updates=3)
-    learn, number, kept = stage.fake_score.learn, [], []
+    step, number, kept = stage.fake_score.backward_and_step, [], []
 
     def poisoned(loss):
         number.append(1)
         if len(number) == 5:  # the second update of step 1
             kept.extend(parameter.detach().clone() for parameter in stage.fake_score.parameters())
-        learn(loss * float("nan") if len(number) == 5 else loss)
+        step(loss * float("nan") if len(number) == 5 else loss)
 
-    stage.fake_score.learn = poisoned
+    stage.fake_score.backward_and_step = poisoned
     with pytest.raises(FloatingPointError, match="fake_score_gradient_norm was not finite at step 1"):
         stage.run()
     assert len(number) == 6 and all(map(torch.equal, kept, stage.fake_score.parameters()))
@@ -582,7 +582,7 @@ def test_nodes_that_are_more_than_a_plain_lora_are_refused(tmp_path, path):
 
 @pytest.mark.parametrize("name, alpha", [("stable_diffusion", None), ("stable_diffusion_xl", 2.0)])
 def test_the_lora_loads_in_the_stock_pipeline(run, tmp_path, name, alpha):
-    """Convolutions and attention alike, tensor by tensor; the pictures are those of the fused student."""
+    """Convolutions and attention alike, tensor by tensor; the images are those of the fused student."""
     teacher = tmp_path / "teacher"
     tiny.PIPELINES[name]().save_pretrained(teacher)
     folder = run(pretrained_model_name_or_path=teacher, lora_rank=4, lora_alpha=alpha)
@@ -608,7 +608,7 @@ def test_the_lora_loads_in_the_stock_pipeline(run, tmp_path, name, alpha):
 
 
 def test_the_lora_draws_what_was_trained(tmp_path, path, teacher_folder):
-    """Before it is fused: to rounding, the picture of the network that was trained."""
+    """Before it is fused: to rounding, the image of the network that was trained."""
     from diffusers_disback.families import to_pipeline
     from diffusers_disback.models.adapters import save_lora
     from diffusers_disback.models.generator import one_step_scheduler

@@ -49,7 +49,7 @@ ORDER = {
     ],
     "training.settings": [{"fields"}, {"groups"}],
     "objectives": [{"base"}, {"variational"}, {"__init__"}],
-    "evaluation": [{"base", "report_format"}, {"distance", "drift", "pictures"}, {"__init__"}, {"report"}, {"sweep"}],
+    "evaluation": [{"base", "report_format"}, {"distance", "drift", "plots"}, {"__init__"}, {"report"}, {"sweep"}],
     "hub.publish": [{"export", "student"}, {"run"}, {"background", "results"}],
     "planning": [{"allocations"}, {"plan"}],
     "commands": [{"command_line"}, {"cli"}],
@@ -67,7 +67,7 @@ DOORS = {
         "session.py",
     },
     "torchmetrics": {"evaluation/distance.py"},
-    "matplotlib": {"evaluation/pictures.py"},
+    "matplotlib": {"evaluation/plots.py"},
     "huggingface_hub": {
         *("hub/repository.py", "hub/errors.py", "hub/cards.py", "hub/publish/run.py", "path/storage.py"),
         *("models/pipeline_folder.py", "models/single_file.py", "models/model_files.py"),

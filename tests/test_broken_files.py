@@ -171,7 +171,7 @@ def test_every_value_of_a_manifest_has_its_kind(tmp_path, teacher_folder):
             (path.folder / "path.json").write_text(json.dumps(manifest))
             path_show(shown)
             if taken % 5 == 0:  # which takes longer
-                path_card(manifest, "user/repo", {}, picture=False)
+                path_card(manifest, "user/repo", {}, image=False)
     assert 50 < taken < 300  # names and settings, which may be any
 
 
@@ -186,7 +186,7 @@ def test_every_value_of_a_report_has_its_kind(tmp_path):
     }
     metric = {"label": "drift", "panel": "drift", "direction": "lower"}
     full["evaluation"] = {**full["evaluation"], "metrics": {"drift_psnr": metric}}
-    assert "user/repo" in student_card(full, "title", "user/repo", path_picture=False)
+    assert "user/repo" in student_card(full, "title", "user/repo", path_image=False)
     draw = random.Random(0)
     for place in places(full):
         for value in (*draw.sample(VALUES, 12), KeyError):
@@ -200,7 +200,7 @@ def test_every_value_of_a_report_has_its_kind(tmp_path):
                 continue
             if "student" in report:
                 with contextlib.suppress(ValueError):  # of the Hub's own tools, of a measure without a name
-                    student_card(report, "title", "user/repo", path_picture=False)
+                    student_card(report, "title", "user/repo", path_image=False)
 
 
 def test_a_reports_files_are_sizes_by_name(tmp_path):

@@ -60,7 +60,7 @@ def test_names_of_others_do_not_command_the_terminal(path, capsys, hub, repo):
 
 
 def test_a_teacher_that_moved_is_asked_as_the_path_says(tmp_path, monkeypatch, hub, repo):
-    """Its prediction type, which its files do not say, stays that of the recording: in pictures and in branches."""
+    """Its prediction type, which its files do not say, stays that of the recording: in images and in branches."""
     from diffusers_disback import ModelReference
     from diffusers_disback.commands import cli
     from diffusers_disback.path.path import DegradationPath
@@ -72,7 +72,7 @@ def test_a_teacher_that_moved_is_asked_as_the_path_says(tmp_path, monkeypatch, h
     path.finish({"steps": 100, "seconds": 1.0, "peak_memory_mb": 1.0})
     (tmp_path / "was").rename(tmp_path / "is")
     drawn = []
-    monkeypatch.setattr(cli, "draw", lambda path, *_: drawn.append(path.teacher))
+    monkeypatch.setattr(cli, "sample_path", lambda path, *_: drawn.append(path.teacher))
     moved = ["--pretrained_model_name_or_path", str(tmp_path / "is")]
     assert main(["path", "show", str(path.folder), *moved]) == 0
     assert drawn == [replace(teacher, name_or_path=str(tmp_path / "is"))]

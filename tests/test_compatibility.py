@@ -27,14 +27,14 @@ assert versions == ["0.35.2", "4.57.1", "0.36.0"], versions
 repo, prompt, file, node = sys.argv[1:]
 call = {"output_type": "pt", "generator": torch.Generator().manual_seed(0)}
 student = DiffusionPipeline.from_pretrained(repo)
-pictures = {"stock": student(prompt, num_inference_steps=1, guidance_scale=0, **call).images}
+images = {"stock": student(prompt, num_inference_steps=1, guidance_scale=0, **call).images}
 call["generator"].manual_seed(0)
 own = DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)
-pictures["own"] = own(prompt, **call).images
+images["own"] = own(prompt, **call).images
 call["generator"].manual_seed(0)
 degraded = DiffusionPipeline.from_pretrained(repo, revision=node)
-pictures["node"] = degraded(prompt, num_inference_steps=3, guidance_scale=2.0, **call).images
-save_file({name: picture.contiguous() for name, picture in pictures.items()}, file)
+images["node"] = degraded(prompt, num_inference_steps=3, guidance_scale=2.0, **call).images
+save_file({name: image.contiguous() for name, image in images.items()}, file)
 """
 
 
@@ -78,20 +78,20 @@ def test_older_libraries_draw_the_same(older_python, repo, hub, tmp_path):
     )
     node = "degradation-000002"
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
-    command = [older_python, "-c", LOAD, repo, PROMPT, tmp_path / "pictures.safetensors", node]
+    command = [older_python, "-c", LOAD, repo, PROMPT, tmp_path / "images.safetensors", node]
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "newly initialized" not in done.stderr, (
         "a text encoder whose keys do not fit is random, with a warning only"
     )
-    pictures = load_file(tmp_path / "pictures.safetensors")
+    images = load_file(tmp_path / "images.safetensors")
     pipe = DisBackOneStepPipeline.from_pretrained(repo)
     own = pipe(PROMPT, output_type="pt", generator=torch.Generator().manual_seed(0)).images
-    assert torch.allclose(pictures["stock"], own, atol=1e-5) and torch.allclose(pictures["own"], own, atol=1e-5)
+    assert torch.allclose(images["stock"], own, atol=1e-5) and torch.allclose(images["own"], own, atol=1e-5)
     from diffusers import DiffusionPipeline
 
     degraded = DiffusionPipeline.from_pretrained(repo, revision=node)
     drawn = degraded(
         PROMPT, num_inference_steps=3, guidance_scale=2.0, output_type="pt", generator=torch.Generator().manual_seed(0)
     ).images
-    assert torch.allclose(pictures["node"], drawn, atol=1e-5)
+    assert torch.allclose(images["node"], drawn, atol=1e-5)

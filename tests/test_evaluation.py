@@ -19,7 +19,7 @@ from diffusers_disback.evaluation import (
     Metric,
     check_evaluators,
 )
-from diffusers_disback.evaluation.pictures import convergence_plot, pyplot
+from diffusers_disback.evaluation.plots import convergence_plot, pyplot
 from diffusers_disback.evaluation.report import REPORT, Report, summary
 from diffusers_disback.evaluation.report_format import check_report
 from diffusers_disback.families import family_of
@@ -29,16 +29,16 @@ from shapes.world import CAPTIONS, pixels
 
 
 class Colours(nn.Module):
-    """Five features of a picture, of different sizes."""
+    """Five features of a image, of different sizes."""
 
     num_features = 5
 
-    def forward(self, pictures):
-        mean, std = pictures.mean((2, 3)), pictures.std((2, 3))
+    def forward(self, images):
+        mean, std = images.mean((2, 3)), images.std((2, 3))
         return torch.cat([3 * mean, 10 * std[:, :2]], 1)
 
 
-def pictures(seed, shift=0.0, count=300):
+def images(seed, shift=0.0, count=300):
     generator = torch.Generator().manual_seed(seed)
     values = torch.rand(count, 3, 1, 1, generator=generator) + 0.3 * torch.rand(count, 3, 8, 8, generator=generator)
     return ((values / 1.3 + shift).clamp(0, 1) * 255).to(torch.uint8)
@@ -52,17 +52,17 @@ def frechet_by_scipy(one, two):
 
 
 def test_the_distance_is_scipys():
-    real, generated = pictures(0), pictures(1, shift=0.1)
+    real, generated = images(0), images(1, shift=0.1)
     expected = frechet_by_scipy(real, generated)
     assert FrechetDistance(Colours(), real)(generated)["distance"] == pytest.approx(expected, rel=1e-3)
-    assert expected > 0.05, "pictures reach the features in 0..1, not scaled down to nothing"
+    assert expected > 0.05, "images reach the features in 0..1, not scaled down to nothing"
 
 
 def test_the_distance_can_be_asked_again():
-    metric = FrechetDistance(Colours(), pictures(0))
-    near, far = metric(pictures(1)), metric(pictures(1, shift=0.3))
+    metric = FrechetDistance(Colours(), images(0))
+    near, far = metric(images(1)), metric(images(1, shift=0.3))
     assert near["distance"] < far["distance"]
-    assert metric(pictures(1)) == near
+    assert metric(images(1)) == near
 
 
 def test_drift():
@@ -81,20 +81,20 @@ def test_drift():
 @pytest.mark.parametrize("name", EVALUATORS)
 def test_every_evaluator_gives_named_numbers(name):
     evaluator, prompts = EVALUATORS[name](*([Colours()] if name == "distance" else [])), ["a prompt"] * 300
-    evaluator.prepare(pictures(0), prompts)
-    measures = evaluator(pictures(1), prompts)
+    evaluator.prepare(images(0), prompts)
+    measures = evaluator(images(1), prompts)
     assert measures.keys() == evaluator.metrics.keys() and all(isinstance(value, float) for value in measures.values())
     for metric in evaluator.metrics.values():
         assert metric.label and metric.panel and metric.direction in ("higher", "lower", "zero")
 
 
 def test_the_distance_is_to_the_teachers_images_unless_there_are_others():
-    given, own = FrechetDistance(Colours()), FrechetDistance(Colours(), pictures(0))
-    given.prepare(pictures(0), [])
-    own.prepare(pictures(2, shift=0.3), [])
-    assert given(pictures(1)) == own(pictures(1))
+    given, own = FrechetDistance(Colours()), FrechetDistance(Colours(), images(0))
+    given.prepare(images(0), [])
+    own.prepare(images(2, shift=0.3), [])
+    assert given(images(1)) == own(images(1))
     with pytest.raises(ValueError, match="in 5 features needs more .* but has 5: raise --num_validation_images"):
-        FrechetDistance(Colours()).prepare(pictures(0, count=5), [])
+        FrechetDistance(Colours()).prepare(images(0, count=5), [])
 
 
 def test_which_of_two_values_is_worse():
@@ -221,7 +221,7 @@ def test_evaluators_that_do_not_fit_are_refused(monkeypatch):
         _ = evaluation.metrics
     monkeypatch.setattr(DriftEvaluator, "__call__", lambda *_: {"other": 1.0})
     with pytest.raises(ValueError, match="DriftEvaluator measures other, but its metrics are drift_mean, "):
-        evaluation.measure(pictures(0, count=1))
+        evaluation.measure(images(0, count=1))
 
 
 def test_reports_of_earlier_versions_are_read_without_directions(tasted, tmp_path):
@@ -246,11 +246,11 @@ def test_the_same_noise_for_every_pipeline():
     evaluation = Evaluation(tiny.PROMPTS, seed=3, batch_size=2)
     family = family_of(tiny.pipeline())
     pipe = family.sampler()
-    one, seconds = evaluation.draw(family, pipe, num_inference_steps=2, guidance_scale=2.0)
-    two, _ = evaluation.draw(family, pipe, num_inference_steps=2, guidance_scale=2.0)
+    one, seconds = evaluation.sample(family, pipe, num_inference_steps=2, guidance_scale=2.0)
+    two, _ = evaluation.sample(family, pipe, num_inference_steps=2, guidance_scale=2.0)
     assert one.shape == (3, 3, 16, 16) and one.dtype == torch.uint8 and seconds > 0
     assert torch.equal(one, two)
-    other, _ = Evaluation(tiny.PROMPTS, seed=4, batch_size=2).draw(family, pipe, num_inference_steps=2)
+    other, _ = Evaluation(tiny.PROMPTS, seed=4, batch_size=2).sample(family, pipe, num_inference_steps=2)
     assert not torch.equal(one, other)
 
 
@@ -293,31 +293,31 @@ def test_noise_and_wrong_pictures_score_badly(judge, held_out):
 
 
 def test_labels_are_cut_and_characters_without_a_glyph_are_told_once(tmp_path, monkeypatch):
-    from diffusers_disback.evaluation import pictures
-    from diffusers_disback.evaluation.pictures import LABEL, label, picture_grid
+    from diffusers_disback.evaluation import plots
+    from diffusers_disback.evaluation.plots import LABEL, image_grid, label
 
     assert label("a cat\non\ta mat") == "a cat on a mat"
     assert label("a \x1b[31mred").split() == ["a", r"\x1b[31mred"]
     for long in ("word " * 4000, "x" * 20_000, "a b" + " " * 20_000 + "c", "\x1b" * 200):
         assert len(label(long)) <= LABEL + 20 and label(long).endswith("…")
-    picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     captions = ["".join(map(chr, range(0x4E00, 0x4E00 + 60))) * 400, "$x_1$ \\frac", "a" * 20_000]
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        picture_grid({caption: [picture] for caption in captions}, ["a column"], tmp_path / "labels.png")
+        image_grid({caption: [image] for caption in captions}, ["a column"], tmp_path / "labels.png")
     (told,) = [str(warning.message) for warning in heard if "font" in str(warning.message)]
     assert "labels.png: the font lacks 60 of the characters" in told
     with Image.open(tmp_path / "labels.png") as drawn:
         assert drawn.width < 400 and drawn.height < 500
-    monkeypatch.setattr(pictures, "WIDEST", 4)
+    monkeypatch.setattr(plots, "WIDEST", 4)
     for rows, columns in ((12, 1), (1, 12)):
-        picture_grid({str(row): [picture] * columns for row in range(rows)}, [""] * columns, tmp_path / "many.png")
+        image_grid({str(row): [image] * columns for row in range(rows)}, [""] * columns, tmp_path / "many.png")
         with Image.open(tmp_path / "many.png") as drawn:
-            assert max(drawn.size) <= 100 * 5, "pictures shrink before they are too many for one file"
+            assert max(drawn.size) <= 100 * 5, "images shrink before they are too many for one file"
 
 
 def test_other_warnings_of_a_picture_are_passed_on(tmp_path):
-    from diffusers_disback.evaluation.pictures import glyphs_told_once
+    from diffusers_disback.evaluation.plots import glyphs_told_once
 
     with pytest.warns(UserWarning, match="something else"), glyphs_told_once(tmp_path / "x.png"):
         warnings.warn("something else", stacklevel=1)

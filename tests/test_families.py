@@ -103,12 +103,12 @@ def test_pictures_are_those_of_the_stock_pipeline(name, tmp_path):
     one = DisBackOneStepPipeline.from_pretrained(tmp_path)
     two = DiffusionPipeline.from_pretrained(tmp_path)
     call = {"num_images_per_prompt": 2, "output_type": "pt"}
-    pictures = one(tiny.PROMPTS[:2], generator=torch.Generator().manual_seed(3), **call).images
+    images = one(tiny.PROMPTS[:2], generator=torch.Generator().manual_seed(3), **call).images
     stock = {"num_inference_steps": 1, "guidance_scale": 0, **call}
-    assert torch.equal(two(tiny.PROMPTS[:2], generator=torch.Generator().manual_seed(3), **stock).images, pictures)
+    assert torch.equal(two(tiny.PROMPTS[:2], generator=torch.Generator().manual_seed(3), **stock).images, images)
     half = DisBackOneStepPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     drawn = half(tiny.PROMPTS[:2], generator=torch.Generator().manual_seed(3), **call).images.float()
-    assert (drawn - pictures).abs().mean() < 0.02
+    assert (drawn - images).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize(("name", "prediction", "objective"), CELLS)

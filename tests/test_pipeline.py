@@ -67,8 +67,8 @@ def test_the_bare_unet_draws_the_same_picture_bit_for_bit(pipe, folder, teacher_
     with torch.no_grad():
         x0 = OneStepGenerator(family.score_model(unet), 399)(latents(), family.encode([PROMPT]))
         assert torch.equal(draw(pipe, output_type="latent"), x0)
-        pictures = family.pipeline.vae.decode(x0 / family.pipeline.vae.config.scaling_factor).sample
-    assert torch.equal(draw(pipe), (pictures / 2 + 0.5).clamp(0, 1))
+        images = family.pipeline.vae.decode(x0 / family.pipeline.vae.config.scaling_factor).sample
+    assert torch.equal(draw(pipe), (images / 2 + 0.5).clamp(0, 1))
 
 
 def test_the_folder_loads_where_the_package_is_not_installed(pipe, folder, tmp_path):
@@ -79,10 +79,10 @@ import torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({str(folder)!r}, custom_pipeline={str(folder)!r}, trust_remote_code=True)
 latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-torch.save(pipe({PROMPT!r}, latents=latents, output_type="pt").images, {str(tmp_path / "picture.pt")!r})
+torch.save(pipe({PROMPT!r}, latents=latents, output_type="pt").images, {str(tmp_path / "image.pt")!r})
 """
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
-    assert torch.equal(torch.load(tmp_path / "picture.pt"), draw(pipe))
+    assert torch.equal(torch.load(tmp_path / "image.pt"), draw(pipe))
 
 
 def test_what_is_written(folder):
@@ -132,8 +132,8 @@ def test_output_types(pipe):
     assert isinstance(draw(pipe, output_type="np"), np.ndarray)
     assert draw(pipe, output_type="np").shape == (1, 16, 16, 3)
     assert draw(pipe, output_type="latent").shape == (1, 4, 8, 8)
-    pictures, objections = pipe(PROMPT, latents=latents(), output_type="pt", return_dict=False)
-    assert torch.equal(pictures, draw(pipe)) and objections is None
+    images, objections = pipe(PROMPT, latents=latents(), output_type="pt", return_dict=False)
+    assert torch.equal(images, draw(pipe)) and objections is None
 
 
 def test_other_sizes(pipe):

@@ -44,7 +44,7 @@ def pair(family, changed=lambda components: None):
 
 
 def outcome(pipe, arguments):
-    """What a call gives: pictures and flags, or the class of its error."""
+    """What a call gives: images and flags, or the class of its error."""
     torch.manual_seed(0)
     arguments = {"prompt": ONE, "output_type": "pt", **arguments()}
     try:
@@ -100,7 +100,7 @@ EITHER = {
     "sizes": {"height": 32, "width": 16},
     "height alone": {"height": 32},
     "a size that does not divide": {"height": 33, "width": 16},
-    "several pictures": {"num_images_per_prompt": 2, "prompt": MORE},
+    "several images": {"num_images_per_prompt": 2, "prompt": MORE},
     "generator": lambda: {"generator": seeded(5)},
     "generators": lambda: {"generator": [seeded(5), seeded(6)], "prompt": MORE},
     "too few generators": lambda: {"generator": [seeded(5)], "prompt": MORE},
@@ -231,13 +231,13 @@ def lora(pipe, family, seed, rank=2):
 
 @both_families
 def test_with_loras_on_every_part(family):
-    """Loaded, weighed, scaled, fused and taken off; every part's own changes the picture."""
+    """Loaded, weighed, scaled, fused and taken off; every part's own changes the image."""
     pipes = pair(family)
     parts = ["unet", *ENCODERS[family]]
     loras = {name: lora(pipes[0], family, seed) for seed, name in enumerate("ab")}
     loras |= {part: {k: v for k, v in loras["a"].items() if k.startswith(f"{part}.")} for part in parts}
     rows = {"prompts and a scale": {"prompt": MORE, "cross_attention_kwargs": {"scale": 0.5}}}
-    names = ("several pictures", "embeddings", "no scale", "clip_skip")
+    names = ("several images", "embeddings", "no scale", "clip_skip")
     more = {name: MATRIX[family][name] for name in names if (name, family) != ("clip_skip", "stable_diffusion")}
     before = outcome(pipes[0], dict)[1]
     for method, arguments, keywords, further in (
@@ -343,7 +343,7 @@ def test_with_an_ip_adapter(family):
 
 
 def test_with_a_safety_checker():
-    """Flags, and black pictures in place of those that it objects to."""
+    """Flags, and black images in place of those that it objects to."""
     part = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CLIPConfig(vision_config={**part, "image_size": 16, "patch_size": 8}, text_config=part, projection_dim=8)
     checker = StableDiffusionSafetyChecker(config).eval()
@@ -359,8 +359,8 @@ def test_with_a_safety_checker():
             pipe.safety_checker.concept_embeds_weights.data.fill_(threshold)
         drawn, found = compared(pipes, rows)
         assert len(drawn) == len(rows) and not found, found
-        _, pictures, flags = outcome(pipes[0], lambda: {"prompt": MORE})
-        assert flags == [objects, objects] and bool(pictures.any()) is not objects
+        _, images, flags = outcome(pipes[0], lambda: {"prompt": MORE})
+        assert flags == [objects, objects] and bool(images.any()) is not objects
     with pytest.raises(ValueError, match="needs a feature extractor"):
         DisBackOneStepPipeline(**{**pipes[0].components, "feature_extractor": None})
 
@@ -412,7 +412,7 @@ def test_with_words_of_textual_inversion(family):
 @both_families
 def test_with_memory_savers_and_in_other_precisions(family):
     pipes = pair(family)
-    rows = {name: MATRIX[family][name] for name in ("nothing else", "several pictures", "embeddings")}
+    rows = {name: MATRIX[family][name] for name in ("nothing else", "several images", "embeddings")}
     changes = {
         "slicing": lambda pipe: pipe.vae.enable_slicing(),
         "tiling": lambda pipe: pipe.vae.enable_tiling(),

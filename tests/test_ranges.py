@@ -80,7 +80,7 @@ def test_texts_are_refused_empty_and_names_unknown():
         TrainingConfig(lora_target_modules=[""])
     with pytest.raises(ValueError, match="--use_ema has to be True or False, but is 'no'"):
         BacktrackingConfig(use_ema="no")
-    assert TrainingConfig(validation_prompts=[""]).validation_prompts == [""], "the picture of no prompt"
+    assert TrainingConfig(validation_prompts=[""]).validation_prompts == [""], "the image of no prompt"
     secret = "hf_secret\udcff"
     with pytest.raises(ValueError) as told:
         TrainingConfig(hub_token=secret)

@@ -30,21 +30,21 @@ def test_captions_say_what_is_drawn():
     assert str(world.Scene("star", "orange", "gray")) == "an orange star on a gray background"
     rng = np.random.default_rng(0)
     for scene in world.SCENES:
-        picture = np.asarray(world.draw(scene, rng)).reshape(-1, 3).astype(int)
+        image = np.asarray(world.draw(scene, rng)).reshape(-1, 3).astype(int)
         for tone, share in ((world.COLOURS[scene.colour], 0.03), (world.BACKGROUNDS[scene.background], 0.4)):
-            assert (np.abs(picture - tone).max(1) <= 8).mean() > share, scene
+            assert (np.abs(image - tone).max(1) <= 8).mean() > share, scene
 
 
 def test_edges_are_anti_aliased():
-    picture = np.asarray(world.draw(world.Scene("circle", "red", "black"), np.random.default_rng(0)))
-    assert len(np.unique(picture[..., 0])) > 4
+    image = np.asarray(world.draw(world.Scene("circle", "red", "black"), np.random.default_rng(0)))
+    assert len(np.unique(image[..., 0])) > 4
 
 
 def test_the_world_as_a_data_set():
     rows = world.shapes_dataset(3, seed=5)
     assert rows.column_names == ["image", "text"]
-    picture, scene = world.example(1, 5)
-    assert rows[1]["text"] == str(scene) and (np.asarray(rows[1]["image"]) == np.asarray(picture)).all()
+    image, scene = world.example(1, 5)
+    assert rows[1]["text"] == str(scene) and (np.asarray(rows[1]["image"]) == np.asarray(image)).all()
 
 
 def test_the_world_as_an_image_folder(tmp_path):
@@ -105,13 +105,13 @@ def test_the_card_tells_the_measured_quality():
 
 
 def test_the_teacher_draws_what_it_is_told():
-    """A hundred pictures; the whole measure is `python -m shapes.measure_teacher`."""
+    """A hundred images; the whole measure is `python -m shapes.measure_teacher`."""
     from shapes.evaluator import ShapesEvaluator, load_judge
 
     quality = json.loads((TEACHER / "quality.json").read_text())
     family = family_of(StableDiffusionPipeline.from_pretrained(TEACHER))
     evaluation = Evaluation(shapes_prompts(100))
-    drawn, _ = evaluation.draw(
+    drawn, _ = evaluation.sample(
         family, family.sampler(), num_inference_steps=25, guidance_scale=quality["guidance_scale"]
     )
     accuracies = ShapesEvaluator(load_judge(), num_reference=100).accuracies(drawn, evaluation.prompts)

@@ -58,11 +58,11 @@ def test_a_branch_is_the_degraded_teacher(path, repo, hub, teacher_folder):
     assert type(pipe).__name__ == "StableDiffusionPipeline"
     expected = tiny.pipeline()
     expected.unet = unet
-    pictures = [
+    images = [
         p("a red circle", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
         for p in (pipe, expected)
     ]
-    assert torch.equal(*pictures)
+    assert torch.equal(*images)
     files = hub.files(repo, branch)
     for name in ("model_index.json", "scheduler/scheduler_config.json", "vae/diffusion_pytorch_model.safetensors"):
         assert files[name] == (teacher_folder / name).read_bytes()

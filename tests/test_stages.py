@@ -409,14 +409,14 @@ def test_a_nan_between_two_logs_is_found_at_the_end(tmp_path, path):
 def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path, path):
     """The losses of that step are fine; the update makes the weights NaN."""
     stage = trainer(training(tmp_path, checkpointing_steps=1, logging_steps=100), path, fake_score_updates=1)
-    learn = stage.fake_score.learn
+    step = stage.fake_score.backward_and_step
 
     def poisoned(loss):
         if stage.student.optimizer.state_dict()["state"][0]["step"] == 2:
             loss = loss + next(stage.fake_score.network.parameters()).sum() * float("nan")
-        learn(loss)
+        step(loss)
 
-    stage.fake_score.learn = poisoned
+    stage.fake_score.backward_and_step = poisoned
     with pytest.raises(FloatingPointError, match="fake_score_gradient_norm was not finite at step 1"):
         stage.run()
     saved = sorted(f.name for f in Path(tmp_path, "checkpoints", "backtracking").glob("checkpoint-*"))
@@ -427,7 +427,7 @@ def test_a_checkpoint_is_not_gone_on_from_along_another_path(tmp_path, path, tea
     trainer(training(tmp_path), path).train()
     other = record(training(tmp_path / "other", seed=5), teacher_folder, steps=4, nodes=4)
     stage = trainer(training(tmp_path, resume_from_checkpoint="latest"), other)
-    with pytest.raises(ValueError, match="cannot be gone on from: path was"):
+    with pytest.raises(ValueError, match="cannot be resumed: path was"):
         stage.train()
 
 

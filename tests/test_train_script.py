@@ -162,7 +162,7 @@ def test_a_signal_ends_either_stage_after_its_step_with_a_checkpoint_and_a_code(
         checkpoint = folder / "checkpoints" / stage.name / f"checkpoint-{step + 1:06d}"
         told = capsys.readouterr().err.splitlines()[-1]
         assert told == (
-            f"train: ended by {signal.Signals(number).name}. The last checkpoint, {checkpoint}, is whole: go on with "
+            f"train: ended by {signal.Signals(number).name}. The last checkpoint, {checkpoint}, is whole: resume with "
             "--resume_from_checkpoint latest."
         )
         assert (checkpoint / "stage.json").is_file() and not (folder / "run.lock").exists()
@@ -227,7 +227,7 @@ def test_a_run_is_finished_when_all_that_it_leaves_is_there(run, monkeypatch):
 
     monkeypatch.setattr(session, "write_results", attempts)
     folder = run()
-    assert failed == ["replace"] * 5, "three pictures, the card and the report"
+    assert failed == ["replace"] * 5, "three images, the card and the report"
     report = json.loads((folder / "report.json").read_text())
     assert set(report["files"]) >= {"README.md", "samples.png", "convergence.png", "path.png", "model_index.json"}
     assert report["files"]["unet/diffusion_pytorch_model.safetensors"] > 0
@@ -514,7 +514,7 @@ def test_validation_as_asked(run):
     assert [row["step"] for row in report["curve"]] == [0, 3, 4]
     assert report["evaluation"]["num_pictures"] == 6
     more = json.loads((run("more", validation_prompts=prompts) / "report.json").read_text())
-    assert more["student"]["drift_mean"] != report["student"]["drift_mean"], "another number of pictures is measured"
+    assert more["student"]["drift_mean"] != report["student"]["drift_mean"], "another number of images is measured"
 
 
 def test_evaluators_are_chosen_by_name(run, monkeypatch):
@@ -630,7 +630,9 @@ def test_a_pipeline_that_is_no_stable_diffusion(run, tmp_path):
         layers_per_block=1,
     )
     DDPMPipeline(unet, tiny.scheduler()).save_pretrained(tmp_path / "ddpm")
-    with pytest.raises(ValueError, match="The teacher is a DDPMPipeline; supported are StableDiffusionPipeline"):
+    with pytest.raises(
+        ValueError, match="The teacher is a DDPMPipeline; supported are stable_diffusion: StableDiffusionPipeline"
+    ):
         run(pretrained_model_name_or_path=tmp_path / "ddpm")
     tiny.pipeline(in_channels=9).save_pretrained(tmp_path / "inpainting")
     with pytest.raises(ValueError, match="UNet takes 9 channels, but its autoencoder makes 4"):

@@ -148,14 +148,14 @@ import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 repo, prompt, file = sys.argv[1:]
 call = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "pt"}
-pictures = []
+images = []
 for cls in (DiffusionPipeline, AutoPipelineForText2Image):
     pipe = cls.from_pretrained(repo)
-    pictures.append(pipe(prompt, generator=torch.Generator().manual_seed(0), **call).images)
+    images.append(pipe(prompt, generator=torch.Generator().manual_seed(0), **call).images)
 pipe = DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)
-pictures.append(pipe(prompt, generator=torch.Generator().manual_seed(0), output_type="pt").images)
+images.append(pipe(prompt, generator=torch.Generator().manual_seed(0), output_type="pt").images)
 from safetensors.torch import save_file
-save_file({str(i): picture.contiguous() for i, picture in enumerate(pictures)}, file)
+save_file({str(i): image.contiguous() for i, image in enumerate(images)}, file)
 assert not any(name.startswith("diffusers_disback") for name in sys.modules)
 """
 
@@ -165,7 +165,7 @@ def test_a_stranger_without_this_package_draws_the_same(run, repo, hub, tmp_path
 
     folder = run(push_to_hub=True, hub_model_id=repo)
     shutil.rmtree(folder)
-    line = [sys.executable, "-c", STRANGER, repo, tiny.PROMPTS[0], tmp_path / "pictures.safetensors"]
+    line = [sys.executable, "-c", STRANGER, repo, tiny.PROMPTS[0], tmp_path / "images.safetensors"]
     home = tmp_path / "home"  # an empty cache
     done = subprocess.run(
         list(map(str, line)), env={**os.environ, "HF_HOME": str(home)}, capture_output=True, text=True
@@ -174,8 +174,8 @@ def test_a_stranger_without_this_package_draws_the_same(run, repo, hub, tmp_path
     without_cache()
     pipe = DisBackOneStepPipeline.from_pretrained(repo)
     own = pipe(tiny.PROMPTS[0], generator=torch.Generator().manual_seed(0), output_type="pt").images
-    pictures = load_file(tmp_path / "pictures.safetensors")
-    assert len(pictures) == 3 and all(torch.equal(own, picture) for picture in pictures.values())
+    images = load_file(tmp_path / "images.safetensors")
+    assert len(images) == 3 and all(torch.equal(own, image) for image in images.values())
 
 
 def test_the_card_is_valid_and_its_snippets_run_from_the_hub(run, repo, hub):

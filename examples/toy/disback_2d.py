@@ -110,7 +110,7 @@ def backtrack(generator: nn.Module, path: list[nn.Module], steps_per_target: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="DisBack in two dimensions.")
-    parser.add_argument("--output", default="toy.png", help="the picture")
+    parser.add_argument("--output", default="toy.png", help="the image")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_path_nodes", type=int, default=3, help="0 for no path")
     arguments = parser.parse_args()

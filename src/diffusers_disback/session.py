@@ -14,7 +14,7 @@ from .backtracking import BacktrackingTrainer
 from .data.prompts import given_prompts
 from .degradation import DegradationRecorder
 from .evaluation import Evaluation, check_evaluators
-from .evaluation.report import Report, drawable, summary
+from .evaluation.report import Report, inference_copy, summary
 from .families import ModelFamily, load_family
 from .hub.files import write_text
 from .hub.publish.background import RunUpload, repository_of
@@ -210,7 +210,7 @@ class DisBackTrainer:
             self.teacher.release_encoders()
         if self._report is not None:
             self._report.add_teacher()
-            with drawable(self.generator, self.state.device, self.dtype) as network:
+            with inference_copy(self.generator, self.state.device, self.dtype) as network:
                 self.initial_measures = self._measure(network, "initial")
         self.teacher.offload_to_cpu()
         self.state.wait_for_everyone()
@@ -245,6 +245,6 @@ class DisBackTrainer:
         lora = None if self.result is None else self.result.lora
         save_student(deployed, self.teacher.model, self.folder, lora)
         if lora is not None:
-            with drawable(student, self.state.device, self.dtype) as network:
+            with inference_copy(student, self.state.device, self.dtype) as network:
                 self._measure(network)
         self._student = None

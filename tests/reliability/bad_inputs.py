@@ -211,7 +211,7 @@ def flipped(name: str) -> Callable[[Path], None]:
 
 
 def recorded(**flags: Any) -> Callable[[Path], dict[str, Any]]:
-    """A copy of a run that was recorded, to go on with."""
+    """A copy of a run that was recorded, to resume with."""
 
     def prepare(folder: Path) -> dict[str, Any]:
         shutil.copytree(folder.parent / "recorded", folder / "run")

@@ -1,5 +1,5 @@
 """Faults of the machine under the training script: a full disk, a read-only one, a folder deleted, checkpoints damaged,
-signals, and two processes on one folder. Each has to end in a clear error, and the run to be gone on with to an equal end.
+signals, and two processes on one folder. Each has to end in a clear error, and the run to be resumed to an equal end.
 
     python tests/reliability/machine_faults.py [--mode adapter] [--every 5] [--only disk damage ...]
 
@@ -128,7 +128,7 @@ def disk(folder: Path, size: int) -> Iterator[Callable[[str], None]]:
 
 
 def full_disks(faults: Faults) -> None:
-    """A disk that fills at ten sizes; with more room the run is gone on with."""
+    """A disk that fills at ten sizes; with more room the run is resumed."""
     # Whole pages, as the disk counts.
     size = sum(-(-file.stat().st_size // 4096) * 4096 for file in faults.whole.rglob("*") if file.is_file())
     place = faults.output.parent / "disk"
@@ -189,7 +189,7 @@ def failing_operations(faults: Faults) -> None:
 
 def deleted_folder(faults: Faults) -> None:
     """The output folder is deleted before a step: the run ends in a clear error, or as if nothing had been. What it has left
-    since is gone on with to an equal end, or refused in a clear error; without it the same command makes it anew."""
+    since is resumed to an equal end, or refused in a clear error; without it the same command makes it anew."""
     for stage, step in (
         ("degradation", 0),
         ("degradation", 2),

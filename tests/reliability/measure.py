@@ -5,7 +5,7 @@
     python tests/reliability/measure.py --only fuzz soak-full
     python tests/reliability/measure.py --tables        # the tables alone, of the figures that are there
 
-A measurement that was broken off is gone on with where it was. The figures lie in `benchmarks/results/reliability`.
+A measurement that was broken off is resumed where it was. The figures lie in `benchmarks/results/reliability`.
 """
 
 import argparse

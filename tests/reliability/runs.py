@@ -85,7 +85,7 @@ class Runs:
 
 
 def differences(one: Path, two: Path) -> list[str]:
-    """The files in which two runs' results differ: weights, nodes, pictures and configs byte for byte; `report.json`,
+    """The files in which two runs' results differ: weights, nodes, images and configs byte for byte; `report.json`,
     `path.json` and `node.json` in all but time, memory, ids and places; the card in all but its tables and these."""
     first, second = contents(one), contents(two)
     return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
@@ -173,7 +173,7 @@ _ERROR = re.compile(
 
 
 class Notebook:
-    """The rows of a measurement, one a case, so that it can be gone on with after a break; and its result.
+    """The rows of a measurement, one a case, so that it can be resumed after a break; and its result.
 
     Rows lie in `outputs/reliability` and are kept for as long as the sources are the same.
 

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def notebooks(tmp_path, monkeypatch):
-    """Results of tests are not those of the repository, and tests do not go on with measurements."""
+    """Results of tests are not those of the repository, and tests do not resume with measurements."""
     monkeypatch.setattr(runs, "WORK", tmp_path / "work")
     monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
 

@@ -1,4 +1,4 @@
-"""Judges pictures of the shapes world: the distance to real ones, and whether they show what their caption says."""
+"""Judges images of the shapes world: the distance to real ones, and whether they show what their caption says."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,11 +25,11 @@ def is_shapes_teacher(name_or_path: str) -> bool:
 
 
 class ShapesEvaluator(Evaluator):
-    """`distance` (Frechet, in the judge's features, to fresh real pictures), and an accuracy per attribute.
+    """`distance` (Frechet, in the judge's features, to fresh real images), and an accuracy per attribute.
 
     Args:
         judge (`Judge`): Float32.
-        num_reference (`int`): Real pictures.
+        num_reference (`int`): Real images.
     """
 
     metrics = {
@@ -41,13 +41,13 @@ class ShapesEvaluator(Evaluator):
         self.judge = judge
         self.frechet = FrechetDistance(judge, torch.from_numpy(pixels(num_reference, REFERENCE_SEED)[0]))
 
-    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        return {**self.frechet(pictures), **self.accuracies(pictures, prompts)}
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        return {**self.frechet(images), **self.accuracies(images, prompts)}
 
     @torch.no_grad()
-    def accuracies(self, pictures: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        """The share of pictures in which the judge sees what the caption says, by attribute."""
-        logits = [self.judge.classify(part.float() / 255) for part in pictures.split(100)]
+    def accuracies(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        """The share of images in which the judge sees what the caption says, by attribute."""
+        logits = [self.judge.classify(part.float() / 255) for part in images.split(100)]
         accuracies = {}
         for name, words in ATTRIBUTES.items():
             seen = torch.cat([part[name] for part in logits]).argmax(1)
@@ -68,13 +68,13 @@ def shapes_prompts(num: int = NUM_PICTURES, seed: int = 0) -> list[str]:
 
 
 def held_out(num: int = NUM_PICTURES) -> tuple[Tensor, list[str]]:
-    """Real pictures that nothing was trained on or is measured against, and their captions."""
-    pictures, scenes = pixels(num, HELD_OUT_SEED)
-    return torch.from_numpy(pictures), [str(SCENES[index]) for index in scenes]
+    """Real images that nothing was trained on or is measured against, and their captions."""
+    images, scenes = pixels(num, HELD_OUT_SEED)
+    return torch.from_numpy(images), [str(SCENES[index]) for index in scenes]
 
 
 def shapes_evaluation(num: int = NUM_PICTURES) -> Evaluation:
-    """Prompts and noise that are always the same, and the judge; its `floor` is what real pictures score."""
+    """Prompts and noise that are always the same, and the judge; its `floor` is what real images score."""
     evaluation = Evaluation(shapes_prompts(num), name="Captioned shapes", type="captioned-shapes")
     judge = ShapesEvaluator(load_judge())
     evaluation.evaluators.append(judge)

@@ -22,9 +22,9 @@ def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 class Judge(ModelMixin, ConfigMixin):
-    """Pictures -> features; `classify` puts one linear head per attribute on them.
+    """Images -> features; `classify` puts one linear head per attribute on them.
 
-    The features are pooled over the picture, so they are made for what a picture shows, not for where.
+    The features are pooled over the image, so they are made for what a image shows, not for where.
     """
 
     @register_to_config
@@ -36,20 +36,20 @@ class Judge(ModelMixin, ConfigMixin):
         self.heads = nn.ModuleDict({name: nn.Linear(num_features, len(words)) for name, words in ATTRIBUTES.items()})
         self.num_features = num_features
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Penultimate features.
 
         Args:
-            pictures (`Tensor`): RGB in 0..1, `[B, 3, 64, 64]`.
+            images (`Tensor`): RGB in 0..1, `[B, 3, 64, 64]`.
 
         Returns:
             `Tensor`: `[B, num_features]`.
         """
-        maps = self.stages(pictures * 2 - 1)
+        maps = self.stages(images * 2 - 1)
         pooled = nn.functional.adaptive_avg_pool2d(maps, 4).flatten(1)
         return nn.functional.silu(self.project(pooled))
 
-    def classify(self, pictures: Tensor) -> dict[str, Tensor]:
+    def classify(self, images: Tensor) -> dict[str, Tensor]:
         """Logits of every attribute, `[B, number of words]` each."""
-        features = self(pictures)
+        features = self(images)
         return {name: head(features) for name, head in self.heads.items()}

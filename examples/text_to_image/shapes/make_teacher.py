@@ -108,9 +108,9 @@ def fit(
 def fresh_pictures(
     batch_size: int, part: int, step: int, device: torch.device, max_tilt: float
 ) -> tuple[Tensor, Tensor]:
-    """Pictures in 0..1, never drawn before, and their scenes. World seeds from 1,000,000 on are for training."""
-    pictures, scenes = pixels(batch_size, 1_000_000 * part + step, max_tilt)
-    return torch.from_numpy(pictures).to(device).float() / 255, torch.from_numpy(scenes).to(device)
+    """Images in 0..1, never drawn before, and their scenes. World seeds from 1,000,000 on are for training."""
+    images, scenes = pixels(batch_size, 1_000_000 * part + step, max_tilt)
+    return torch.from_numpy(images).to(device).float() / 255, torch.from_numpy(scenes).to(device)
 
 
 def attribute_labels(scenes: Tensor) -> dict[str, Tensor]:
@@ -124,8 +124,8 @@ def attribute_labels(scenes: Tensor) -> dict[str, Tensor]:
 
 def make_judge(steps: int, work_dir: Path) -> Judge:
     def loss(judge: nn.Module, step: int) -> Tensor:
-        pictures, scenes = fresh_pictures(64, 1, step, judge.device, ANY_TILT)
-        logits = judge.classify(pictures)
+        images, scenes = fresh_pictures(64, 1, step, judge.device, ANY_TILT)
+        logits = judge.classify(images)
         return sum(nn.functional.cross_entropy(logits[k], label) for k, label in attribute_labels(scenes).items())
 
     return fit("judge", Judge(), loss, steps, 2e-3, work_dir, ema_decay=0.99)
@@ -143,12 +143,12 @@ def make_autoencoder(steps: int, work_dir: Path) -> AutoencoderKL:
     )
 
     def loss(vae: nn.Module, step: int) -> Tensor:
-        pictures, _ = fresh_pictures(24, 2, step, vae.device, ANY_TILT)
-        pictures = pictures * 2 - 1
-        posterior = vae.encode(pictures).latent_dist
+        images, _ = fresh_pictures(24, 2, step, vae.device, ANY_TILT)
+        images = images * 2 - 1
+        posterior = vae.encode(images).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
-        rebuilt = vae.decode(posterior.mean + posterior.std * noise.to(pictures.device)).sample
-        difference = rebuilt - pictures
+        rebuilt = vae.decode(posterior.mean + posterior.std * noise.to(images.device)).sample
+        difference = rebuilt - images
         return difference.square().mean() + difference.abs().mean() + 1e-6 * posterior.kl().mean()
 
     return fit("vae", vae, loss, steps, 3e-3, work_dir, ema_decay=0.995)
@@ -156,13 +156,13 @@ def make_autoencoder(steps: int, work_dir: Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode_world(vae: AutoencoderKL, num_images: int, work_dir: Path) -> dict[str, Tensor]:
-    """Posterior moments of `num_images` pictures and their scenes; kept in `work_dir/latents.safetensors`."""
+    """Posterior moments of `num_images` images and their scenes; kept in `work_dir/latents.safetensors`."""
     file = work_dir / "latents.safetensors"
     if not file.exists():
         rows = []
         for step in tqdm(range(num_images // 100), desc="encode", mininterval=10):
-            pictures, scenes = fresh_pictures(100, 3, step, vae.device, MAX_TILT)
-            posterior = vae.encode(pictures * 2 - 1).latent_dist
+            images, scenes = fresh_pictures(100, 3, step, vae.device, MAX_TILT)
+            posterior = vae.encode(images * 2 - 1).latent_dist
             rows.append((posterior.mean, posterior.std, scenes))
         mean, std, scenes = (torch.cat(column).cpu().contiguous() for column in zip(*rows, strict=True))
         save_file({"mean": mean, "std": std, "scenes": scenes}, file)

@@ -1,8 +1,8 @@
-"""Measures the shapes teacher and its judge on pictures that neither has seen, and writes their card.
+"""Measures the shapes teacher and its judge on images that neither has seen, and writes their card.
 
     cd examples/text_to_image && python -m shapes.measure_teacher
 
-Bars: the judge >= 0.99 on held-out real pictures, the autoencoder's reconstructions >= 0.98, and the teacher with 25
+Bars: the judge >= 0.99 on held-out real images, the autoencoder's reconstructions >= 0.98, and the teacher with 25
 DDIM steps >= 0.97 on each attribute. The command fails if one is missed.
 """
 
@@ -16,7 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from diffusers_disback.evaluation.pictures import picture_grid
+from diffusers_disback.evaluation.plots import image_grid
 from diffusers_disback.evaluation.report import versions
 from diffusers_disback.families import family_of
 
@@ -30,10 +30,10 @@ BARS = {"real": 0.99, "reconstructed": 0.98, "teacher": 0.97}
 
 
 @torch.no_grad()
-def rebuild(vae: torch.nn.Module, pictures: Tensor) -> Tensor:
-    """Pictures after a pass through the autoencoder, `[N, 3, 64, 64]` uint8."""
+def rebuild(vae: torch.nn.Module, images: Tensor) -> Tensor:
+    """Images after a pass through the autoencoder, `[N, 3, 64, 64]` uint8."""
     parts = []
-    for part in pictures.split(100):
+    for part in images.split(100):
         latents = vae.encode(part.float() / 127.5 - 1).latent_dist.mean
         parts.append(((vae.decode(latents).sample.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
     return torch.cat(parts)
@@ -103,8 +103,8 @@ Seconds of training on two cores of a shared machine (other work ran beside it):
 
 ## Quality
 
-Measured by the judge, a classifier of shape, colour and background, on {count} pictures each; *distance* is the
-Frechet distance of its 64 features to {count} fresh real pictures. `real` are other real pictures: the judge's own
+Measured by the judge, a classifier of shape, colour and background, on {count} images each; *distance* is the
+Frechet distance of its 64 features to {count} fresh real images. `real` are other real images: the judge's own
 accuracy, and the distance's floor.
 
 | | distance | shape | colour | background |
@@ -133,17 +133,17 @@ def main() -> None:
     real, captions = held_out(count)
     quality = {"real": judge(real, captions), "reconstructed": judge(rebuild(teacher.vae, real), captions)}
     for scale in arguments.guidance_scales:
-        pictures, _ = evaluation.draw(family, pipeline, num_inference_steps=STEPS, guidance_scale=scale)
-        quality[f"teacher, guidance {scale:g}"] = judge(pictures, evaluation.prompts)
+        images, _ = evaluation.sample(family, pipeline, num_inference_steps=STEPS, guidance_scale=scale)
+        quality[f"teacher, guidance {scale:g}"] = judge(images, evaluation.prompts)
         print(f"guidance {scale:g}: {quality[f'teacher, guidance {scale:g}']}", flush=True)
     chosen = min(arguments.guidance_scales, key=lambda scale: quality[f"teacher, guidance {scale:g}"]["distance"])
     quality["teacher"] = quality[f"teacher, guidance {chosen:g}"]
 
     wanted = list(CAPTIONS[::13])
     evaluation.prompts = [caption for caption in wanted for _ in range(COLUMNS)]
-    drawn, _ = evaluation.draw(family, pipeline, num_inference_steps=STEPS, guidance_scale=chosen)
+    drawn, _ = evaluation.sample(family, pipeline, num_inference_steps=STEPS, guidance_scale=chosen)
     rows = {caption: list(drawn[COLUMNS * row : COLUMNS * (row + 1)]) for row, caption in enumerate(wanted)}
-    picture_grid(rows, [""] * COLUMNS, arguments.teacher / "samples.png", cell_inches=0.7)
+    image_grid(rows, [""] * COLUMNS, arguments.teacher / "samples.png", cell_inches=0.7)
     seconds = plot_curves(arguments.work_dir, arguments.teacher / "curves.png")
 
     folders = (arguments.teacher, arguments.judge)

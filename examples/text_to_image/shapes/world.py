@@ -1,6 +1,6 @@
-"""A world of captioned pictures: one shape, of one colour, on one background.
+"""A world of captioned images: one shape, of one colour, on one background.
 
-Picture `index` of world `seed` is a pure function of the two numbers. Run as a module, it writes an image folder:
+Image `index` of world `seed` is a pure function of the two numbers. Run as a module, it writes an image folder:
 
     cd examples/text_to_image && python -m shapes.world --output_dir shapes_folder --num_images 1000
 """
@@ -69,7 +69,7 @@ def _polygon(shape: str) -> list[tuple[float, float]]:
 
 
 def draw(scene: Scene, rng: np.random.Generator, max_tilt: float = MAX_TILT) -> Image.Image:
-    """An anti-aliased RGB picture of the scene, with jittered place, size, tilt (in radians) and tones."""
+    """An anti-aliased RGB image of the scene, with jittered place, size, tilt (in radians) and tones."""
     side = RESOLUTION * OVERSAMPLING
     radius = rng.uniform(0.24, 0.36) * side
     x, y = rng.uniform(radius + 2, side - radius - 2, size=2)
@@ -78,8 +78,8 @@ def draw(scene: Scene, rng: np.random.Generator, max_tilt: float = MAX_TILT) -> 
         tuple(int(v) for v in np.clip(np.array(tone) + rng.integers(-8, 9, size=3), 0, 255))
         for tone in (COLOURS[scene.colour], BACKGROUNDS[scene.background])
     )
-    picture = Image.new("RGB", (side, side), background)
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side, side), background)
+    canvas = ImageDraw.Draw(image)
     if scene.shape == "circle":
         # A disc of the same area as the others' average, so that size does not give the shape away.
         r = 0.85 * radius
@@ -90,30 +90,30 @@ def draw(scene: Scene, rng: np.random.Generator, max_tilt: float = MAX_TILT) -> 
             (x + radius * (cos * u - sin * v), y + radius * (sin * u + cos * v)) for u, v in _polygon(scene.shape)
         ]
         canvas.polygon(corners, fill=colour)
-    return picture.resize((RESOLUTION, RESOLUTION), Image.Resampling.BOX)
+    return image.resize((RESOLUTION, RESOLUTION), Image.Resampling.BOX)
 
 
 def example(index: int, seed: int, max_tilt: float = MAX_TILT) -> tuple[Image.Image, Scene]:
-    """Picture `index` of world `seed`, and what it shows."""
+    """Image `index` of world `seed`, and what it shows."""
     rng = np.random.default_rng([seed, index])
     scene = SCENES[rng.integers(len(SCENES))]
     return draw(scene, rng, max_tilt), scene
 
 
 def pixels(num_images: int, seed: int, max_tilt: float = MAX_TILT) -> tuple[np.ndarray, np.ndarray]:
-    """The first `num_images` pictures of world `seed`, tilted by `max_tilt` radians at most.
+    """The first `num_images` images of world `seed`, tilted by `max_tilt` radians at most.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: Pixels in 0..255, `[N, 3, 64, 64]` uint8, and the index of each picture's
+        `tuple[np.ndarray, np.ndarray]`: Pixels in 0..255, `[N, 3, 64, 64]` uint8, and the index of each image's
         scene in `SCENES`, `[N]`.
     """
-    pictures = np.empty((num_images, 3, RESOLUTION, RESOLUTION), np.uint8)
+    images = np.empty((num_images, 3, RESOLUTION, RESOLUTION), np.uint8)
     scenes = np.empty(num_images, np.int64)
     for index in range(num_images):
-        picture, scene = example(index, seed, max_tilt)
-        pictures[index] = np.asarray(picture).transpose(2, 0, 1)
+        image, scene = example(index, seed, max_tilt)
+        images[index] = np.asarray(image).transpose(2, 0, 1)
         scenes[index] = SCENES.index(scene)
-    return pictures, scenes
+    return images, scenes
 
 
 def shapes_dataset(num_images: int, seed: int = 0) -> datasets.Dataset:
@@ -121,8 +121,8 @@ def shapes_dataset(num_images: int, seed: int = 0) -> datasets.Dataset:
 
     def rows():
         for index in range(num_images):
-            picture, scene = example(index, seed)
-            yield {"image": picture, "text": str(scene)}
+            image, scene = example(index, seed)
+            yield {"image": image, "text": str(scene)}
 
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     return datasets.Dataset.from_list(list(rows()), features=features)
@@ -134,9 +134,9 @@ def write_image_folder(folder: str | Path, num_images: int, seed: int = 0) -> No
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "metadata.jsonl", "w") as metadata:
         for index in range(num_images):
-            picture, scene = example(index, seed)
+            image, scene = example(index, seed)
             name = f"{index:06d}.png"
-            picture.save(folder / name)
+            image.save(folder / name)
             metadata.write(json.dumps({"file_name": name, "text": str(scene)}) + "\n")
 
 

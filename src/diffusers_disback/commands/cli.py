@@ -74,22 +74,22 @@ def path_show(parsed: argparse.Namespace) -> None:
         print(f"{index:>4}  {node['step']:>8}  {node['loss']:>10.5g}  {kind}  {node['name']}")
     print("complete" if path.complete else "unfinished")
     if not parsed.table and path.nodes:
-        draw(path, parsed.prompt, parsed.guidance_scale, parsed.num_inference_steps, Path(parsed.output))
+        sample_path(path, parsed.prompt, parsed.guidance_scale, parsed.num_inference_steps, Path(parsed.output))
         print(f"see {parsed.output}")
 
 
-def draw(path: "DegradationPath", prompts: list[str], guidance_scale: float, steps: int, file: Path) -> None:
+def sample_path(path: "DegradationPath", prompts: list[str], guidance_scale: float, steps: int, file: Path) -> None:
     """What the teacher and each node paint, side by side, from the same noise."""
     from diffusers.utils.logging import disable_progress_bar
 
     from ..evaluation import Evaluation
-    from ..evaluation.report import draw_path
+    from ..evaluation.report import sample_nodes
     from ..families import load_family
 
     disable_progress_bar()
     family = load_family(path.local_teacher())
     tell_truncation(family, prompts)
-    draw_path(path, family, family.sampler(), Evaluation(prompts), [guidance_scale] * (len(path) + 1), steps, file)
+    sample_nodes(path, family, family.sampler(), Evaluation(prompts), [guidance_scale] * (len(path) + 1), steps, file)
 
 
 def tell_truncation(family: "ModelFamily", prompts: list[str]) -> None:
@@ -112,7 +112,7 @@ def path_verify(parsed: argparse.Namespace) -> None:
 
 
 def timestep_sweep(parsed: argparse.Namespace) -> None:
-    """Asks a teacher once at each of a range of timesteps: a table, a picture, and the one that is nearest to it."""
+    """Asks a teacher once at each of a range of timesteps: a table, a image, and the one that is nearest to it."""
     from diffusers.utils.logging import disable_progress_bar
 
     from ..data.prompts import PromptFile
@@ -138,18 +138,16 @@ def timestep_sweep(parsed: argparse.Namespace) -> None:
     tell_truncation(family, prompts)
     repeated = [prompt for prompt in prompts for _ in range(parsed.num_images_per_prompt)]
     family.to(device()).network.to(device())
-    evaluation, picture = Evaluation(repeated, batch_size=parsed.batch_size), Path(parsed.output)
-    measures = sweep(family, parsed.timesteps, evaluation, parsed.guidance_scale, parsed.num_inference_steps, picture)
+    evaluation, image = Evaluation(repeated, batch_size=parsed.batch_size), Path(parsed.output)
+    measures = sweep(family, parsed.timesteps, evaluation, parsed.guidance_scale, parsed.num_inference_steps, image)
     names = list(next(iter(measures.values())))
     print(f"{'timestep':>8}  " + "  ".join(f"{name:>16}" for name in names))
     for t, values in measures.items():
         print(f"{t:>8}  " + "  ".join(f"{values[name]:>16.4f}" for name in names))
     best = recommended(measures)
-    write_json(
-        picture.with_suffix(".json"), {"recommended": best, "timesteps": measures, "num_pictures": len(repeated)}
-    )
-    print(f"recommended: --conditioning_timestep {best} (least drift, over {len(repeated)} pictures)")
-    print(f"see {picture} and {picture.with_suffix('.json')}")
+    write_json(image.with_suffix(".json"), {"recommended": best, "timesteps": measures, "num_pictures": len(repeated)})
+    print(f"recommended: --conditioning_timestep {best} (least drift, over {len(repeated)} images)")
+    print(f"see {image} and {image.with_suffix('.json')}")
 
 
 def half(parsed: argparse.Namespace) -> None:
@@ -302,14 +300,14 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--prompts_file", help="a text file with one prompt a line, instead")
     sweep.add_argument("--num_prompts", type=number(True, minimum=1), default=16, help="of the file, from the top")
     sweep.add_argument("--num_images_per_prompt", type=number(True, minimum=1), default=4)
-    sweep.add_argument("--batch_size", type=number(True, minimum=1), default=4, help="pictures drawn at once")
+    sweep.add_argument("--batch_size", type=number(True, minimum=1), default=4, help="images drawn at once")
     sweep.add_argument(
-        "--guidance_scale", type=number(False, minimum=1), default=7.5, help="of the teacher's many-step pictures"
+        "--guidance_scale", type=number(False, minimum=1), default=7.5, help="of the teacher's many-step images"
     )
     sweep.add_argument(
         "--num_inference_steps", type=number(True, minimum=1, maximum=1000), default=25, help="of their sampler (DDIM)"
     )
-    sweep.add_argument("--output", default="timesteps.png", help="the picture; the table goes beside it, as JSON")
+    sweep.add_argument("--output", default="timesteps.png", help="the image; the table goes beside it, as JSON")
 
     halving = command(commands, "half", half)
     halving.add_argument("folder", help="a student's, as training wrote it")
@@ -330,7 +328,7 @@ def parser() -> argparse.ArgumentParser:
         add_teacher(made)
         if name == "show":
             made.add_argument("--table", action="store_true", help="draw nothing, and do not load the teacher")
-            made.add_argument("--prompt", action="append", help="a row of the picture; can be given several times")
+            made.add_argument("--prompt", action="append", help="a row of the image; can be given several times")
             made.add_argument(
                 "--guidance_scale", type=number(False, minimum=1), default=1.0, help="of the teacher and of every node"
             )
@@ -340,7 +338,7 @@ def parser() -> argparse.ArgumentParser:
                 default=25,
                 help="of the sampler (DDIM)",
             )
-            made.add_argument("--output", default="path.png", help="the picture")
+            made.add_argument("--output", default="path.png", help="the image")
     return top
 
 

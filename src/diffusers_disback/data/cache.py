@@ -17,11 +17,11 @@ from ..models.weights import open_weights, save_weights
 
 
 logger = logging.getLogger(__name__)
-_SMALL = 64  # numbers a row, such as a picture's size: kept as they are
+_SMALL = 64  # numbers a row, such as a image's size: kept as they are
 
 
 class ConditionCache:
-    """Row i is the condition of prompt i. Shards are written whole or not at all: what was cut off is gone on with.
+    """Row i is the condition of prompt i. Shards are written whole or not at all: what was cut off is resumed.
 
     Args:
         folder (`str` or `Path`): Of all caches; each has a folder of its own in it, named by what its rows depend on.

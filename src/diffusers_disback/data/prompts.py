@@ -34,8 +34,8 @@ _OTHERS = {  # how files begin that hold no lines of text
     b"PAR1\x15": "a Parquet file; put it into a folder and pass that as --dataset_name",
     b"ARROW1\0\0": "an Arrow file; put it into a folder and pass that as --dataset_name",
     b"%PDF-": "a PDF; save its text as plain text",
-    b"\x89PNG": "a picture",
-    b"\xff\xd8\xff": "a picture",
+    b"\x89PNG": "a image",
+    b"\xff\xd8\xff": "a image",
 }
 _NUL = (
     "holds a NUL character: it is no text, or text in UTF-16 without a byte order mark. Save it as UTF-8, as by "
@@ -91,7 +91,7 @@ class PromptFile(Sequence[str]):
             if stat.S_ISDIR(kind):
                 raise ValueError(
                     f"The prompts file {file} cannot be read: it is a folder. Name a text file, or pass the folder as "
-                    "--train_data_dir (pictures with a metadata.jsonl) or --dataset_name."
+                    "--train_data_dir (images with a metadata.jsonl) or --dataset_name."
                 )
             if not stat.S_ISREG(kind):
                 raise ValueError(
@@ -170,7 +170,7 @@ class PromptFile(Sequence[str]):
             raise ValueError(
                 f"The prompts file {self.file} is a table or JSON, not one prompt a line (it begins {printable(first[:60])!r}). "
                 "Put it into a folder of its own and pass that as --dataset_name, or, if it is the metadata.jsonl of "
-                "pictures, pass their folder as --train_data_dir; --caption_column names the column."
+                "images, pass their folder as --train_data_dir; --caption_column names the column."
             )
 
     def __len__(self) -> int:
@@ -300,7 +300,7 @@ def dataset_prompts(
     config_name: str | None = None,
     split: str = "train",
 ) -> Captions:
-    """The caption column of a data set; other columns, such as pictures, are not read.
+    """The caption column of a data set; other columns, such as images, are not read.
 
     Args:
         caption_column (`str`): Its name.

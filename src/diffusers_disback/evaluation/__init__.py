@@ -1,4 +1,4 @@
-"""Measures of pictures. An evaluator sees pictures and prompts, never a trainer."""
+"""Measures of images. An evaluator sees images and prompts, never a trainer."""
 
 import time
 from collections.abc import Sequence
@@ -37,15 +37,15 @@ class Evaluation:
     """Draws the same prompts from the same noise with any pipeline, and measures what comes.
 
     Args:
-        prompts (`list[str]`): One picture each.
+        prompts (`list[str]`): One image each.
         seed (`int`): Of the noise.
-        batch_size (`int`): Pictures drawn at once.
+        batch_size (`int`): Images drawn at once.
         name (`str`): Of these prompts, as a card calls them.
         type (`str`): The same as an identifier.
 
     Attributes:
-        evaluators (`list[Evaluator]`): What measures the pictures; `add` adds registered ones.
-        size (`int`, *optional*): The pictures' side in pixels; by default the pipeline's own.
+        evaluators (`list[Evaluator]`): What measures the images; `add` adds registered ones.
+        size (`int`, *optional*): The images' side in pixels; by default the pipeline's own.
         references (`dict`): Measures to set beside those of pipelines, by name, such as the `floor` of a distance.
     """
 
@@ -117,8 +117,8 @@ class Evaluation:
         return {name: tensor[rows].to(device) for name, tensor in self._encoded.items()}
 
     @told_once()
-    def draw(self, family: ModelFamily, pipeline: DiffusionPipeline, **arguments: Any) -> tuple[Tensor, float]:
-        """Pictures, `[N, 3, H, W]` uint8 on the CPU, and the seconds that one took.
+    def sample(self, family: ModelFamily, pipeline: DiffusionPipeline, **arguments: Any) -> tuple[Tensor, float]:
+        """Images, `[N, 3, H, W]` uint8 on the CPU, and the seconds that one took.
 
         Args:
             family (`ModelFamily`): The teacher.
@@ -128,25 +128,25 @@ class Evaluation:
         if self._family is not family or not set(self.prompts) <= self._places.keys():
             self.encode(family)
         generator = torch.Generator().manual_seed(self.seed)
-        pictures, started = [], time.monotonic()
+        images, started = [], time.monotonic()
         for first in range(0, len(self.prompts), self.batch_size):
             prompts = self.prompts[first : first + self.batch_size]
             shape = (len(prompts), *family.latent_shape(self.size))
             # The same noise in any precision.
             noise = randn_tensor(shape, generator=generator, device=pipeline.device, dtype=torch.float32)
             drawn = family.sample(pipeline, self._given(prompts, pipeline.device), noise, **arguments)
-            pictures.append((drawn.float().clamp(0, 1) * 255).round().to("cpu", torch.uint8))
-        return torch.cat(pictures), (time.monotonic() - started) / len(self.prompts)
+            images.append((drawn.float().clamp(0, 1) * 255).round().to("cpu", torch.uint8))
+        return torch.cat(images), (time.monotonic() - started) / len(self.prompts)
 
-    def measure(self, pictures: Tensor) -> dict[str, float]:
-        """All evaluators' measures of what `draw` drew.
+    def measure(self, images: Tensor) -> dict[str, float]:
+        """All evaluators' measures of what `sample` gave.
 
         Raises:
             ValueError: If an evaluator does not return what it says that it measures.
         """
         measures: dict[str, float] = {}
         for evaluator in self.evaluators:
-            values = evaluator(pictures, self.prompts)
+            values = evaluator(images, self.prompts)
             if values.keys() != evaluator.metrics.keys():
                 raise ValueError(
                     f"{type(evaluator).__name__} measures {', '.join(values)}, but its metrics are "

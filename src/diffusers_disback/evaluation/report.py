@@ -1,4 +1,4 @@
-"""What a run found out: measures of teacher, initial student and student, pictures, and `report.json`."""
+"""What a run found out: measures of teacher, initial student and student, images, and `report.json`."""
 
 import copy
 import platform
@@ -19,7 +19,7 @@ from ..families import ModelFamily
 from ..models.adapters import base_of
 from ..path.path import DegradationPath
 from . import Evaluation
-from .pictures import convergence_plot, picture_grid
+from .plots import convergence_plot, image_grid
 from .report_format import REPORT, read_report
 
 
@@ -27,12 +27,12 @@ TEACHER_STEPS = 25
 
 
 @contextmanager
-def drawable(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
-    """A float32 network on a device, in a precision, for as long as it draws pictures.
+def inference_copy(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """A float32 network on a device, in a precision, for as long as it draws images.
 
     Args:
         network (`nn.Module`): A denoiser. In float32 it is moved, and moved back; in half of it a copy is made.
-        device (`torch.device`): Where pictures are drawn.
+        device (`torch.device`): Where images are drawn.
         dtype (`torch.dtype`): That the run computes in. The rest of the pipeline stays in float32.
     """
     if dtype == torch.float32:
@@ -55,12 +55,12 @@ class Report:
 
     Args:
         evaluation (`Evaluation`): Prompts and evaluators.
-        wanted (`list[str]`): Prompts whose pictures are shown.
+        wanted (`list[str]`): Prompts whose images are shown.
         family (`ModelFamily`): The teacher.
         guidance_scale (`float`): The teacher's guidance.
         teacher_steps (`int`, *optional*): Steps of the teacher's sampler (DDIM); by default 25.
         dtype (`torch.dtype`): In which denoisers draw.
-        size (`int`, *optional*): The pictures' side in pixels; by default that which the teacher was made for.
+        size (`int`, *optional*): The images' side in pixels; by default that which the teacher was made for.
 
     Raises:
         ValueError: If two evaluators measure under one name.
@@ -91,24 +91,24 @@ class Report:
         self.shown: dict[str, Tensor] = {}
 
     def add_teacher(self) -> None:
-        """Measures the teacher in many steps, and gives these pictures to the evaluators. Its denoiser is on the device just
+        """Measures the teacher in many steps, and gives these images to the evaluators. Its denoiser is on the device just
         for that."""
         arguments = {"num_inference_steps": self.teacher_steps, "guidance_scale": self.guidance_scale}
         own = self.family.network
-        with drawable(own, self.family.device, self.dtype) as network:
+        with inference_copy(own, self.family.device, self.dtype) as network:
             self.teacher.register_modules(**{self.family.network_name: network})
-            pictures, seconds = self.evaluation.draw(self.family, self.teacher, **arguments)
-            shown, _ = self.gallery.draw(self.family, self.teacher, **arguments)
+            images, seconds = self.evaluation.sample(self.family, self.teacher, **arguments)
+            shown, _ = self.gallery.sample(self.family, self.teacher, **arguments)
         self.teacher.register_modules(**{self.family.network_name: own})
-        self.evaluation.prepare(pictures)
-        self._keep("teacher", pictures, seconds, shown)
+        self.evaluation.prepare(images)
+        self._keep("teacher", images, seconds, shown)
         self.measures["teacher"] |= arguments
 
     def add_student(self, name: str, pipeline: DiffusionPipeline) -> dict[str, float]:
         """Measures a one-step pipeline under a name (`initial`, `student`); its safety checker is taken off."""
         pipeline = self.family.undecorated(pipeline)
-        pictures, seconds = self.evaluation.draw(self.family, pipeline)
-        return self._keep(name, pictures, seconds, self.gallery.draw(self.family, pipeline)[0])
+        images, seconds = self.evaluation.sample(self.family, pipeline)
+        return self._keep(name, images, seconds, self.gallery.sample(self.family, pipeline)[0])
 
     def write_samples(self, file: Path) -> None:
         """Rows of prompts; columns: teacher in many steps, initial student, student."""
@@ -119,7 +119,7 @@ class Report:
         }
         columns = [name for name in titles if name in self.shown]
         rows = {prompt: [self.shown[name][row] for name in columns] for row, prompt in enumerate(self.gallery.prompts)}
-        picture_grid(rows, [titles[name] for name in columns], file)
+        image_grid(rows, [titles[name] for name in columns], file)
 
     def write_convergence(self, curve: list[dict[str, float]], switches: list[int], file: Path) -> None:
         """The measures over generator updates, with the teacher's as levels."""
@@ -136,7 +136,7 @@ class Report:
         last = {"initial student\n1 step": self.shown["initial"]}
         drawn = self.shown["teacher"]
         pipeline, steps = self.teacher, self.teacher_steps
-        draw_path(path, self.family, pipeline, self.gallery, scales, steps, file, last, drawn, self.dtype)
+        sample_nodes(path, self.family, pipeline, self.gallery, scales, steps, file, last, drawn, self.dtype)
 
     def content(self, **others: Any) -> dict[str, Any]:
         """What `report.json` holds: the measures by name, and what else is passed."""
@@ -161,14 +161,14 @@ class Report:
             if metric.is_worse(student[key], other[key]) and not (name == "teacher" and metric.direction == "zero")
         ]
 
-    def _keep(self, name: str, pictures: Tensor, seconds: float, shown: Tensor) -> dict[str, float]:
-        measures = {key: round(value, 6) for key, value in self.evaluation.measure(pictures).items()}
+    def _keep(self, name: str, images: Tensor, seconds: float, shown: Tensor) -> dict[str, float]:
+        measures = {key: round(value, 6) for key, value in self.evaluation.measure(images).items()}
         self.measures[name] = {**measures, "seconds_per_image": round(seconds, 6)}
         self.shown[name] = shown
         return measures
 
 
-def draw_path(
+def sample_nodes(
     path: DegradationPath,
     family: ModelFamily,
     teacher: DiffusionPipeline,
@@ -180,7 +180,7 @@ def draw_path(
     drawn: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes a picture of what each node draws, from the same noise. The teacher's own denoiser stays in CPU
+    """Writes a image of what each node draws, from the same noise. The teacher's own denoiser stays in CPU
     memory.
 
     Args:
@@ -191,13 +191,13 @@ def draw_path(
         scales (`list[float]`): The guidance of nodes 0..N.
         num_inference_steps (`int`): Of the sampler.
         file (`Path`): PNG.
-        others (`dict[str, Tensor]`, *optional*): More columns: title -> pictures.
-        drawn (`Tensor`, *optional*): The teacher's pictures, if they are there already.
+        others (`dict[str, Tensor]`, *optional*): More columns: title -> images.
+        drawn (`Tensor`, *optional*): The teacher's images, if they are there already.
         dtype (`torch.dtype`): In which denoisers draw.
     """
     name, kept, columns = family.network_name, family.network, {}
     own = copy.deepcopy(kept) if dtype == torch.float32 else kept
-    with drawable(own, family.device, dtype) as network:
+    with inference_copy(own, family.device, dtype) as network:
         teacher.register_modules(**{name: network})
         for index, scale in enumerate(scales):
             title = f"node {index}, step {path.nodes[index - 1]['step']}" if index else "teacher"
@@ -207,17 +207,17 @@ def draw_path(
                 network.load_lora_adapter(path.node_folder(index), subfolder=name, prefix=None, use_safetensors=True)
             elif index:
                 path.load(index, network)
-            pictures = drawn
+            images = drawn
             if index or drawn is None:
                 arguments = {"num_inference_steps": num_inference_steps, "guidance_scale": scale}
-                pictures, _ = evaluation.draw(family, teacher, **arguments)
+                images, _ = evaluation.sample(family, teacher, **arguments)
             if adapter:
                 network.unload_lora()
-            columns[f"{title}\nw={scale:.3g}"] = pictures
+            columns[f"{title}\nw={scale:.3g}"] = images
     teacher.register_modules(**{name: kept})
     columns |= others or {}
     rows = {prompt: [column[row] for column in columns.values()] for row, prompt in enumerate(evaluation.prompts)}
-    picture_grid(rows, list(columns), file)
+    image_grid(rows, list(columns), file)
 
 
 def summary(folder: Path) -> str:

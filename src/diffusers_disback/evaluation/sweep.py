@@ -5,7 +5,7 @@ from pathlib import Path
 from ..families import ModelFamily
 from . import Evaluation
 from .drift import DriftEvaluator
-from .pictures import picture_grid
+from .plots import image_grid
 
 
 def timestep_sweep(
@@ -21,8 +21,8 @@ def timestep_sweep(
     Args:
         family (`ModelFamily`): The teacher, all of it on the device that is to draw.
         timesteps (`list[int]`): Of the teacher's schedule.
-        evaluation (`Evaluation`): Prompts, noise and how many pictures at once.
-        guidance_scale (`float`): Of the teacher's many-step pictures, from which drift is measured.
+        evaluation (`Evaluation`): Prompts, noise and how many images at once.
+        guidance_scale (`float`): Of the teacher's many-step images, from which drift is measured.
         num_inference_steps (`int`): Of their sampler (DDIM).
         file (`Path`): PNG with up to six prompts as rows, and a column for each timestep.
 
@@ -34,21 +34,21 @@ def timestep_sweep(
         ValueError: If a timestep is outside the schedule, or has no signal and the network predicts the noise.
     """
     arguments = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    reference, _ = evaluation.draw(family, family.sampler(), **arguments)
+    reference, _ = evaluation.sample(family, family.sampler(), **arguments)
     drift = DriftEvaluator()
     drift.prepare(reference, evaluation.prompts)
     columns, measures = {f"teacher\n{num_inference_steps} steps": reference}, {}
     for t in timesteps:
-        pictures, _ = evaluation.draw(family, family.undecorated(family.one_step(family.network, t)))
-        columns[f"t={t}"] = pictures
-        measures[t] = drift(pictures, evaluation.prompts)
+        images, _ = evaluation.sample(family, family.undecorated(family.one_step(family.network, t)))
+        columns[f"t={t}"] = images
+        measures[t] = drift(images, evaluation.prompts)
         measures[t]["total"] = sum(abs(value) for value in measures[t].values())
     rows = {prompt: evaluation.prompts.index(prompt) for prompt in list(dict.fromkeys(evaluation.prompts))[:6]}
-    grid = {prompt: [pictures[row] for pictures in columns.values()] for prompt, row in rows.items()}
-    picture_grid(grid, list(columns), file)
+    grid = {prompt: [images[row] for images in columns.values()] for prompt, row in rows.items()}
+    image_grid(grid, list(columns), file)
     return measures
 
 
 def recommended(measures: dict[int, dict[str, float]]) -> int:
-    """The timestep whose pictures drift least from the teacher's, by `total`."""
+    """The timestep whose images drift least from the teacher's, by `total`."""
     return min(measures, key=lambda t: measures[t]["total"])

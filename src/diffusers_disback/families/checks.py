@@ -42,7 +42,7 @@ def _check_prediction_type(
     other = "v_prediction or sample" if declared == "epsilon" else "epsilon"
     return (
         f"The teacher's scheduler says prediction_type={declared!r}, but at the highest noise level its output is "
-        f"{'not ' if declared == 'epsilon' else ''}the noise (mean squared difference {loss:.2g}). If its pictures are "
+        f"{'not ' if declared == 'epsilon' else ''}the noise (mean squared difference {loss:.2g}). If its images are "
         f"wrong, try --prediction_type {other}."
     )
 
@@ -54,9 +54,9 @@ def _check_betas(family: ModelFamily, model: ScoreModel, device: torch.device, e
         return None
     return (
         f"The teacher's scheduler says beta_schedule={family.pipeline.scheduler.config.beta_schedule!r}, but at middle "
-        f"timesteps its network takes pictures of this schedule for {'less' if slope > 1 else 'more'} noisy than they "
+        f"timesteps its network takes images of this schedule for {'less' if slope > 1 else 'more'} noisy than they "
         f"are (by a factor of {slope:.2f}): its betas, or its prediction type, may not be those that it was trained with. "
-        "If its pictures are wrong, mend its scheduler_config.json, or try --prediction_type."
+        "If its images are wrong, mend its scheduler_config.json, or try --prediction_type."
     )
 
 

@@ -65,7 +65,7 @@ _OTHER_BASES = (
 
 
 def student_card(
-    report: dict[str, Any], title: str, repo: str, path_picture: bool, usage: Usage = STABLE_DIFFUSION
+    report: dict[str, Any], title: str, repo: str, path_image: bool, usage: Usage = STABLE_DIFFUSION
 ) -> str:
     """`README.md` of a student.
 
@@ -73,7 +73,7 @@ def student_card(
         report (`dict`): The content of `report.json`.
         title (`str`): Its name.
         repo (`str`): The folder or repository of the snippets.
-        path_picture (`bool`): Whether there is a `path.png`.
+        path_image (`bool`): Whether there is a `path.png`.
         usage (`Usage`): What its family says of its use.
 
     Raises:
@@ -82,12 +82,12 @@ def student_card(
     from jinja2 import UndefinedError
 
     try:
-        return _student_card(published_report(report), title, repo, path_picture, usage)
+        return _student_card(published_report(report), title, repo, path_image, usage)
     except (AttributeError, KeyError, TypeError, UndefinedError) as error:
         raise ValueError(f"No card can be made of this report.json: {error!r} is missing or wrong.") from error
 
 
-def _student_card(report: dict[str, Any], title: str, repo: str, path_picture: bool, usage: Usage) -> str:
+def _student_card(report: dict[str, Any], title: str, repo: str, path_image: bool, usage: Usage) -> str:
     from huggingface_hub import EvalResult
 
     evaluation, settings = report["evaluation"], report["settings"]
@@ -119,7 +119,7 @@ def _student_card(report: dict[str, Any], title: str, repo: str, path_picture: b
         results,
         report={"path": None, **report},
         repo=repo,
-        path_picture=path_picture,
+        path_image=path_image,
         lora_fits=usage.takes_lora and is_plain and bool(report.get("lora")),
         arguments=usage.call(python(report["example_prompt"]), 1),
         denoiser=title_of(report.get("component", "unet")),
@@ -134,7 +134,7 @@ def path_card(
     manifest: dict[str, Any],
     repo_id: str,
     teacher_card: dict[str, Any],
-    picture: bool,
+    image: bool,
     usage: Usage = STABLE_DIFFUSION,
 ) -> str:
     """`README.md` of a repository that holds a path alone.
@@ -143,7 +143,7 @@ def path_card(
         manifest (`dict`): The content of `path.json`.
         repo_id (`str`): The repository.
         teacher_card (`dict`): What the teacher's card declares; see `ModelReference.card`.
-        picture (`bool`): Whether there is a `path.png`.
+        image (`bool`): Whether there is a `path.png`.
         usage (`Usage`): What its teacher's family says of its use.
     """
     manifest = published_manifest(manifest)
@@ -157,7 +157,7 @@ def path_card(
         repo_id.split("/")[-1],
         manifest=manifest,
         figures={node["name"]: {key: node[key] for key in ("step", "loss", "bytes")} for node in manifest["nodes"]},
-        picture=picture,
+        image=image,
         denoiser=manifest.get("component", "unet"),
         arguments=usage.call(python("a photograph"), 25),
         repo=repo_id,

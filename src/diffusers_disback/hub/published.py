@@ -25,7 +25,7 @@ def published(value: Any) -> Any:
     is absolute, that leads up by `..` or begins at a home folder becomes its last component.
 
     What was published once stays as it is. It says nothing of the machine, and does not lead to the file any more: what
-    is needed to go on with a run is kept elsewhere.
+    is needed to resume with a run is kept elsewhere.
 
     Args:
         value (`Any`): As JSON has them; lists and dictionaries are gone through, prompts in them left alone.

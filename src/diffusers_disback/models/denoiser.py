@@ -12,7 +12,7 @@ _NOT_GIVEN = {
     ),
     "class_embed_type": (None, "it is conditioned on classes, or on another noise level, as upscalers are"),
     "num_class_embeds": (None, "it is conditioned on classes"),
-    "encoder_hid_dim_type": (None, "it projects its conditions, among them pictures, by itself"),
+    "encoder_hid_dim_type": (None, "it projects its conditions, among them images, by itself"),
     "attention_type": ("default", "it takes boxes or other groundings"),
 }
 

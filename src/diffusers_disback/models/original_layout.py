@@ -53,7 +53,7 @@ _QUANTISED = re.compile(
 _SHORT = re.compile(
     r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.(?=embeddings|encoder|final_layer_norm)"
 )
-# Beside an encoder's weights: buffers of the text model, and of the picture's model that it was trained with.
+# Beside an encoder's weights: buffers of the text model, and of the image's model that it was trained with.
 _BUFFER = re.compile(r"(^|\.)(position_ids|attn_mask|logit_scale|logit_bias)$")
 # How tensors begin in a file of one part, or in another layout, and what to do with it.
 _ALONE = [

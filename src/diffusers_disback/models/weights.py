@@ -80,7 +80,7 @@ def metadata_of(file: str | Path) -> dict[str, str]:
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
     """Sees that no weight is NaN or infinite: what comes of one that is looks like a fault of the training's settings, or, in
-    pictures, of nothing at all.
+    images, of nothing at all.
 
     Args:
         tensors (`Iterable[tuple[str, Tensor]]`): With their names.

@@ -263,9 +263,9 @@ class DegradationPath(PathNodes):
         manifest = self.push_nodes(repository, claim=not create_pr)
         files: Files = {MANIFEST: to_bytes(manifest)}
         if "model_index.json" not in repository.tree(repository.head()):  # a student has a card of its own
-            picture = inside(Path(self.where), "path.png", self.where)
-            files |= {"path.png": picture} if picture.is_file() else {}
-            card = path_card(manifest, repository.repo_id, self.local_teacher().card(), picture.is_file(), usage)
+            image = inside(Path(self.where), "path.png", self.where)
+            files |= {"path.png": image} if image.is_file() else {}
+            card = path_card(manifest, repository.repo_id, self.local_teacher().card(), image.is_file(), usage)
             files["README.md"] = card.encode()
         repository.commit(
             files,

@@ -81,7 +81,7 @@ class DisBackOneStepPipeline(
     guidance_scale=0`. A call here *is* that call, after what makes no sense of a one-step student was refused.
 
     Args:
-        vae (`AutoencoderKL`): Decodes latents to pictures.
+        vae (`AutoencoderKL`): Decodes latents to images.
         text_encoder (`CLIPTextModel`): The teacher's.
         tokenizer (`CLIPTokenizer`): The teacher's.
         unet (`UNet2DConditionModel`): The one-step student.
@@ -93,7 +93,7 @@ class DisBackOneStepPipeline(
         tokenizer_2 (`CLIPTokenizer`, *optional*): SDXL's second.
         force_zeros_for_empty_prompt (`bool`): Of the stock SDXL pipeline's config.
         image_encoder (`CLIPVisionModelWithProjection`, *optional*): For IP-Adapters.
-        add_watermarker (`bool`, *optional*): Whether SDXL's pictures get an invisible watermark; by default, as the stock
+        add_watermarker (`bool`, *optional*): Whether SDXL's images get an invisible watermark; by default, as the stock
             pipeline's, if the package for it is installed.
 
     Raises:
@@ -173,7 +173,7 @@ class DisBackOneStepPipeline(
 
     @property
     def is_xl(self) -> bool:
-        """Whether the student is told pictures' sizes, as SDXL's are; text encoders may be left out where embeddings are
+        """Whether the student is told images' sizes, as SDXL's are; text encoders may be left out where embeddings are
         passed."""
         return self.unet.config.addition_embed_type == "text_time"
 
@@ -258,7 +258,7 @@ class DisBackOneStepPipeline(
 
     @property
     def conditioning_timestep(self) -> int:
-        """The timestep at which the student is asked."""
+        """The timestep at which the student is evaluated."""
         return self.scheduler.config.num_train_timesteps - 1
 
     def check_one_step(self, num_inference_steps: int, guidance_scale: float) -> None:
@@ -269,7 +269,7 @@ class DisBackOneStepPipeline(
         """
         if num_inference_steps != 1:
             raise ValueError(
-                f"num_inference_steps={num_inference_steps}: a one-step student makes a picture in one step; leave "
+                f"num_inference_steps={num_inference_steps}: a one-step student makes a image in one step; leave "
                 "the argument out."
             )
         if guidance_scale > 1:
@@ -314,7 +314,7 @@ class DisBackOneStepPipeline(
         ip_adapter_image_embeds: list[torch.Tensor] | None = None,
         **others: Any,
     ) -> StableDiffusionPipelineOutput | StableDiffusionXLPipelineOutput | tuple:
-        """Draws pictures, with one evaluation of the UNet.
+        """Draws images, with one evaluation of the UNet.
 
         Args:
             prompt (`str` or `list[str]`, *optional*): What to draw; or pass `prompt_embeds`.
@@ -322,7 +322,7 @@ class DisBackOneStepPipeline(
             num_inference_steps (`int`): 1. Here so that a habit gets a clear error.
             guidance_scale (`float`): At most 1, which means none. Likewise.
             negative_prompt (`str`, *optional*): Has no effect without guidance; there is a warning.
-            num_images_per_prompt (`int`): Pictures of each prompt.
+            num_images_per_prompt (`int`): Images of each prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Makes the latents reproducible.
             latents (`torch.Tensor`, *optional*): Standard normal noise, `[B, C, height / 8, width / 8]` for an
                 8x autoencoder.
@@ -330,7 +330,7 @@ class DisBackOneStepPipeline(
             prompt_2 (`str` or `list[str]`, *optional*): For SDXL's second text encoder; by default `prompt`.
             pooled_prompt_embeds (`torch.Tensor`, *optional*): SDXL's, with `prompt_embeds`, `[B, pooled width]`.
             original_size, crops_coords_top_left, target_size (`tuple[int, int]`, *optional*): What SDXL is told of the
-                picture's size and crop, in pixels, height first; by default an uncropped picture of `(height, width)`.
+                image's size and crop, in pixels, height first; by default an uncropped image of `(height, width)`.
             output_type (`str`): `"pil"`, `"np"`, `"pt"` (`[B, 3, height, width]` in 0..1) or `"latent"`.
             return_dict (`bool`): An output object, or a tuple.
             cross_attention_kwargs (`dict`, *optional*): For the attention processors; `scale` is the LoRA scale.
@@ -343,7 +343,7 @@ class DisBackOneStepPipeline(
 
         Returns:
             `StableDiffusionPipelineOutput`, `StableDiffusionXLPipelineOutput` or `tuple`: As of the stock pipeline: the
-            pictures, and of the former for each whether the safety checker objects.
+            images, and of the former for each whether the safety checker objects.
 
         Raises:
             ValueError: If an argument asks for several steps or for guidance, or the arguments do not fit together.

@@ -92,7 +92,7 @@ class Planner:
 
     @property
     def resolution(self) -> int:
-        """The pictures' side in pixels."""
+        """The images' side in pixels."""
         return self.training.resolution or self.network.config.sample_size * self.stride
 
     def _network_of(self, role: str) -> nn.Module:
@@ -282,5 +282,5 @@ Weights, gradients and optimiser states are counted; states of 8 bits and quanti
 estimate: what the operations of one pass allocate, followed on the meta device with fused attention and autocast's casts.
 On a CPU, in float32, that was right to 0.1 %, and 18 to 262 MB less than resident memory grew by (docs/performance.md); on
 a GPU nothing was measured. Not in it: the CUDA context, workspaces of kernels, what an allocator rounds up or keeps,
---compile, --channels_last, xformers, and what draws pictures: the autoencoder, and before training the teacher's UNet in
+--compile, --channels_last, xformers, and what draws images: the autoencoder, and before training the teacher's UNet in
 the run's precision, with the text encoders until prompts are encoded."""

@@ -267,7 +267,7 @@ def guidance_of_node(node: int, num_nodes: int, config: BacktrackingConfig) -> f
 
 
 def nodes_are_guided(config: BacktrackingConfig, num_nodes: int) -> bool:
-    """Whether any recorded node is a target with guidance above 1, so that its unconditional branch is asked."""
+    """Whether any recorded node is a target with guidance above 1, so that its unconditional branch is evaluated."""
     return any(guidance_of_node(node, num_nodes, config) > 1 for node in range(1, num_nodes))
 
 

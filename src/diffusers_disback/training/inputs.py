@@ -132,6 +132,6 @@ def _check_no_prompts(config: DisBackConfig, teacher: ModelFamily) -> None:
 
 
 def validation_prompts(config: DisBackConfig, prompts: Sequence[str]) -> list[str]:
-    """The prompts of the sample pictures: those asked for, or six from all over the data."""
+    """The prompts of the sample images: those asked for, or six from all over the data."""
     last = len(prompts) - 1
     return list(dict.fromkeys(config.validation_prompts or [prompts[i * last // 5] for i in range(6)]))

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 def process_state() -> PartialState:
     """This process among the others, as `accelerate launch` set them up. To be called before any Accelerator is made."""
-    # Others wait while the main process draws pictures or fills a cache, which may take hours.
+    # Others wait while the main process draws images or fills a cache, which may take hours.
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(hours=24))
 
 

@@ -60,7 +60,7 @@ class RunFolder:
             results.append(str(file.relative_to(self.folder)))
             raise ValueError(
                 f"{self.folder} holds a run's results already ({', '.join(results)}). Pass --resume_from_checkpoint "
-                "latest to go on with that run, or choose another --output_dir."
+                "latest to resume with that run, or choose another --output_dir."
             )
         if file.exists():
             others = changed(read_json(file), without_rates(settings))
@@ -163,11 +163,11 @@ class RunFolder:
         return None
 
     def intact(self) -> str:
-        """What a run that is cut off can be gone on with from, in words."""
+        """What a run that is cut off can be resumed from, in words."""
         for stage in reversed(_RESULTS):
             whole = [folder for folder in self.checkpoints(stage) if damage(folder, sizes_only=True) is None]
             if whole:
-                return f"The last checkpoint, {whole[-1]}, is whole: go on with --resume_from_checkpoint latest."
+                return f"The last checkpoint, {whole[-1]}, is whole: resume with --resume_from_checkpoint latest."
         return "There was no checkpoint yet; with --resume_from_checkpoint latest the same command begins again."
 
     def draft_of_checkpoint(self, stage: str, step: int) -> Path:

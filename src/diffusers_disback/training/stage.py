@@ -117,7 +117,7 @@ class Stage(ABC):
         return {}
 
     def identity(self) -> dict[str, Any]:
-        """What, besides the settings, has to be the same for a checkpoint to be gone on from."""
+        """What, besides the settings, has to be the same for a checkpoint to be resumed."""
         return {"num_processes": self.accelerator.num_processes}
 
     def state(self) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class Stage(ABC):
         }
         if changed:
             what = "; ".join(f"{name} was {was}, is {is_}" for name, (was, is_) in changed.items())
-            raise ValueError(f"{checkpoint} cannot be gone on from: {what}.")
+            raise ValueError(f"{checkpoint} cannot be resumed: {what}.")
         if state["step"] > self.steps:
             raise ValueError(f"{checkpoint} is at step {state['step']}, beyond the {self.steps} steps asked for.")
         for learner in self.learners:

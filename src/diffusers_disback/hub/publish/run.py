@@ -21,7 +21,7 @@ from ..files import inside, read_text, to_bytes, write_text
 from ..markdown import python
 from ..published import REPORT, published, published_files, published_report
 from ..repository import Files, Repository, is_repo_id
-from .student import LORA, PICTURES, check_student_is_whole
+from .student import IMAGES, LORA, check_student_is_whole
 
 
 # What a run's folder holds and no push sends: the path's own folders, which are read from its branches, and what says what
@@ -33,7 +33,7 @@ def write_model_card(folder: Path, report: dict[str, Any]) -> None:
     """Writes `README.md` of a student's folder; its snippets name the folder until it is pushed.
 
     Args:
-        folder (`Path`): With the run's pictures.
+        folder (`Path`): With the run's images.
         report (`dict`): The content of `report.json`.
     """
     write_text(folder / CARD, _card(folder, report, folder.as_posix()))
@@ -188,7 +188,7 @@ def _report_to_push(folder: Path) -> dict[str, Any]:
 def student_files(folder: Path, repo_id: str) -> Files:
     """What belongs to a student's pipeline and its report, and nothing else of a run's folder."""
     what = str(folder)
-    own = {name: inside(folder, name, what) for name in (INDEX, "pipeline.py", REPORT, *PICTURES)}
+    own = {name: inside(folder, name, what) for name in (INDEX, "pipeline.py", REPORT, *IMAGES)}
     files: Files = {name: file for name, file in own.items() if file.is_file()}
     files |= licences_of(folder, what)
     folders = [folder / name for name in components_of(read_index(folder, what))]
@@ -230,7 +230,7 @@ def pull(
     tree = repository.tree(head)
     if INDEX not in tree and MANIFEST not in tree:
         raise ValueError(f"{repo_id} holds neither a pipeline nor a degradation path at {revision or 'main'}.")
-    draft = folder.with_name(folder.name + ".draft")  # if broken off, it is gone on with
+    draft = folder.with_name(folder.name + ".draft")  # if broken off, it is resumed
     place = Path("path") if INDEX in tree else Path()
     if MANIFEST in tree and not (draft / place / MANIFEST).exists():
         shared = DegradationPath.from_pretrained(repo_id, head, cache_dir=cache_dir, token=token)

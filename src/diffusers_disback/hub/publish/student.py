@@ -23,7 +23,7 @@ from ..repository import write_files
 
 logger = logging.getLogger(__name__)
 LORA = "lora"
-PICTURES = ("samples.png", "convergence.png", "path.png")
+IMAGES = ("samples.png", "convergence.png", "path.png")
 _DRAFT = "student.draft"
 
 
@@ -118,7 +118,7 @@ def _write_student(pipeline: DiffusionPipeline, teacher: LocalModel, folder: Pat
 
 def results(folder: Path) -> dict[str, int]:
     """The files that a run leaves for others, `path/` apart, and their sizes; `report.json`, which lists them, is the last."""
-    files = [folder / name for name in (INDEX, "pipeline.py", CARD, *PICTURES)]
+    files = [folder / name for name in (INDEX, "pipeline.py", CARD, *IMAGES)]
     if (folder / INDEX).is_file():
         for name in components_of(read_index(folder, str(folder))):
             files += sorted((folder / name).glob("*"))
@@ -127,7 +127,7 @@ def results(folder: Path) -> dict[str, int]:
 
 
 def missing_results(folder: Path, report: dict[str, Any]) -> list[str]:
-    """What of a run's results is not there, or not whole, by its report. Texts and pictures may have been changed since."""
+    """What of a run's results is not there, or not whole, by its report. Texts and images may have been changed since."""
     basics = [INDEX, CARD, f"{report.get('component', 'unet')}/config.json"] if "student" in report else []
     told = report.get("files") or dict.fromkeys(basics)  # older versions did not list them
     missing = []
@@ -140,7 +140,7 @@ def missing_results(folder: Path, report: dict[str, Any]) -> list[str]:
 
 
 def check_student_is_whole(folder: Path, report: dict[str, Any]) -> None:
-    """Checks, before a run is pushed, that a student that was asked for is there, with all that belongs to it. A picture
+    """Checks, before a run is pushed, that a student that was asked for is there, with all that belongs to it. A image
     that is missing is told, and pushed without.
 
     Raises:
@@ -158,7 +158,7 @@ def check_student_is_whole(folder: Path, report: dict[str, Any]) -> None:
     if "student" not in report or done != settings.get("max_train_steps", done):
         raise ValueError(f"{folder} holds no finished student: its run was cut off. {remedy}")
     missing = missing_results(folder, report)
-    without = [name for name in missing if name in PICTURES]
+    without = [name for name in missing if name in IMAGES]
     if missing != without:
         raise ValueError(f"The student of {folder} is not whole: it has no {', '.join(missing)}. {remedy}")
     if without:

@@ -63,10 +63,12 @@ class ModelSettings(Settings):
         by_content=True,
     )
     conditioning_timestep: int = setting(
-        399, 'The timestep at which the student is asked. DMD2, for SDXL: "conditioned at timestep 399".', minimum=0
+        399,
+        'The timestep at which the student is evaluated. DMD2, for SDXL: "conditioned at timestep 399".',
+        minimum=0,
     )
     resolution: int | None = setting(
-        None, "The pictures' side in pixels; by default what the teacher was made for.", minimum=8, maximum=16384
+        None, "The images' side in pixels; by default what the teacher was made for.", minimum=8, maximum=16384
     )
     cache_dir: str | None = free_setting(None, "Where downloaded models and data sets are kept.")
 
@@ -241,7 +243,7 @@ class LoggingSettings(Settings):
     logging_steps: int = free_setting(10, "Log losses every so many steps.", minimum=1)
     tracker_project_name: str = free_setting("diffusers-disback", "The project's name at the tracker.")
     validation_prompts: list[str] = free_setting(
-        [], "Prompts of the sample pictures; by default the first of the data.", may_be_empty=True, is_free_text=True
+        [], "Prompts of the sample images; by default the first of the data.", may_be_empty=True, is_free_text=True
     )
     evaluators: list[str] = free_setting(
         ["drift"],
@@ -250,7 +252,7 @@ class LoggingSettings(Settings):
     )
     num_validation_images: int = free_setting(
         4,
-        "Pictures of each validation prompt that are measured. (The shapes teacher is measured on 2,000 others.)",
+        "Images of each validation prompt that are measured. (The shapes teacher is measured on 2,000 others.)",
         minimum=1,
     )
     validation_steps: int = free_setting(

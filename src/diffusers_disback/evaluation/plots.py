@@ -1,4 +1,4 @@
-"""What a run shows: grids of pictures with captions, and curves."""
+"""What a run shows: grids of images with captions, and curves."""
 
 import re
 import textwrap
@@ -14,19 +14,19 @@ from ..hub.files import printable, written_whole
 from .base import Metric
 
 
-LABEL = 110  # characters of a caption that are shown beside its pictures; the card and the report have all of it
+LABEL = 110  # characters of a caption that are shown beside its images; the card and the report have all of it
 _MISSING = re.compile(r"Glyph .* missing from")
-WIDEST = 200  # inches that a picture takes at most; matplotlib refuses 2^16 dots
+WIDEST = 200  # inches that a image takes at most; matplotlib refuses 2^16 dots
 
 
-def picture_grid(rows: dict[str, list[Tensor]], columns: list[str], file: Path, cell_inches: float = 1.3) -> None:
-    """Writes a grid of pictures, a title over each column and a caption left of each row.
+def image_grid(rows: dict[str, list[Tensor]], columns: list[str], file: Path, cell_inches: float = 1.3) -> None:
+    """Writes a grid of images, a title over each column and a caption left of each row.
 
     Args:
-        rows (`dict[str, list[Tensor]]`): Caption -> its pictures, RGB in 0..255, `[3, H, W]` uint8, one per column.
+        rows (`dict[str, list[Tensor]]`): Caption -> its images, RGB in 0..255, `[3, H, W]` uint8, one per column.
         columns (`list[str]`): Titles.
         file (`Path`): PNG.
-        cell_inches (`float`): The side of a picture at 100 dots per inch.
+        cell_inches (`float`): The side of a image at 100 dots per inch.
     """
     plt = pyplot()
     cell_inches = min(cell_inches, WIDEST / (max(len(rows), len(columns)) + 2))
@@ -36,9 +36,9 @@ def picture_grid(rows: dict[str, list[Tensor]], columns: list[str], file: Path, 
         figsize=(cell_inches * (len(columns) + 1.4), cell_inches * len(rows) + 0.5),
         squeeze=False,
     )
-    for row, (caption, pictures) in zip(axes, rows.items(), strict=True):
-        for axis, picture in zip(row, pictures, strict=True):
-            axis.imshow(picture.permute(1, 2, 0).numpy())
+    for row, (caption, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(row, images, strict=True):
+            axis.imshow(image.permute(1, 2, 0).numpy())
             axis.set_xticks([])
             axis.set_yticks([])
         row[0].set_ylabel(
@@ -53,7 +53,7 @@ def picture_grid(rows: dict[str, list[Tensor]], columns: list[str], file: Path, 
 
 
 def label(caption: str) -> str:
-    """A caption as it stands beside its pictures: its beginning, in short lines, with control characters as escapes."""
+    """A caption as it stands beside its images: its beginning, in short lines, with control characters as escapes."""
     text = printable(" ".join(caption[: 2 * LABEL].split()))
     if len(text) > LABEL or len(caption) > 2 * LABEL:
         text = text[: LABEL - 1].rstrip() + "…"
@@ -62,7 +62,7 @@ def label(caption: str) -> str:
 
 @contextmanager
 def glyphs_told_once(file: Path) -> Iterator[None]:
-    """While a picture is drawn, warns once of all characters that the font lacks, and of all else as ever."""
+    """While a image is drawn, warns once of all characters that the font lacks, and of all else as ever."""
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         yield
