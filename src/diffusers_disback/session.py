@@ -102,6 +102,7 @@ class DisBackTrainer:
         self._report: Report | None = None
         self._upload: RunUpload | None = None
         self._student: nn.Module | None = None
+        self._is_trained = False
 
     @property
     def is_finished(self) -> bool:
@@ -125,13 +126,16 @@ class DisBackTrainer:
             self._prepare()
             self._record()
             self._backtrack()
+        self._is_trained = True
         return self.result
 
     def save_model(self) -> None:
-        """Writes the student's pipeline, report, images and card into `args.output_dir`, on the main process."""
-        if self._report is None:
+        """Writes the student's pipeline, report, images and card into `args.output_dir`. Call it on every process."""
+        if not self._is_trained:
             return
-        with in_use(self.folder):
+        with in_use(self.folder):  # which all processes agree on
+            if self._report is None:
+                return
             if self._student is not None:
                 self._save_student(self._student)
             with self.teacher.on_device(self.state.device):
