@@ -1,6 +1,7 @@
 """Imports go downwards only, heavy libraries enter by known doors, and importing the package is light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,62 @@ def test_nothing_is_loaded_leniently_or_unpickled():
             assert name not in ("torch.load", "pickle.load", "pickle.loads"), file
             lenient = any(k.arg == "strict" and ast.unparse(k.value) == "False" for k in call.keywords)
             assert not lenient or name == "zip", f"{file}: {ast.unparse(call)}"
+
+
+# Components and classes of pipelines are named by families; elsewhere only for these reasons.
+COMPONENT = re.compile(
+    r"(unet|transformer|vae|(text_encoder|tokenizer)(_\d)?)(/.*|\..*)?|(UNet|Autoencoder|StableDiffusion)\w*"
+)
+NAMES_PARTS = {
+    "models/pipeline_folder.py": "which classes of others' folders may be loaded in which place",
+    "models/components.py": "which parts of others' folders have no weights, and how safety checkers are loaded",
+    "models/original_layout.py": "a checkpoint in one file is of Stable Diffusion's layout",
+    "models/single_file.py": "a checkpoint in one file is of Stable Diffusion's layout",
+    "models/autoencoder.py": "another autoencoder is read",
+    "models/teacher_lora.py": "layouts of LoRAs for Stable Diffusion's UNets",
+    "models/reference.py": "another autoencoder takes the place of a model's own; a denoiser is a UNet where nothing says otherwise",
+    "models/adapters.py": "a denoiser is a UNet where nothing says otherwise",
+    "path/storage.py": "a denoiser is a UNet where nothing says otherwise",
+    "path/nodes.py": "a denoiser is a UNet where nothing says otherwise",
+    "path/path.py": "another autoencoder, as path.json tells it",
+    "path/sharing.py": "another autoencoder, which may be private",
+    "path/manifest.py": "format 1, and another autoencoder",
+    "hub/cards.py": "reports and paths of before the component was told, and the words on Stable Diffusion",
+    "hub/publish/run.py": "reports of before the component was told",
+    "hub/publish/student.py": "reports of before the component was told",
+    "hub/publish/export.py": "kohya's layout of a LoRA is of UNets",
+    "commands/cli.py": "a LoRA is extracted from UNets",
+    "training/settings/groups.py": "a setting is the autoencoder's",
+}
+
+
+def parts_named(file: Path) -> set[str]:
+    """The components and classes of pipelines that a file names in code, docstrings apart."""
+    tree = ast.parse(file.read_text())
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    words = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            words.add(node.attr)
+        elif isinstance(node, ast.Name) and node.id[:1].isupper():
+            words.add(node.id)
+        elif isinstance(node, ast.alias):
+            words.add(node.name)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            words.add(node.value)
+    return {word for word in words if COMPONENT.fullmatch(word)}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_families_alone_know_what_a_pipeline_is_made_of(file):
+    relative = file.relative_to(SOURCE)
+    if relative.parts[0] in ("families", "pipelines"):
+        return
+    named = parts_named(file)
+    assert bool(named) == (str(relative) in NAMES_PARTS), f"{relative} names {sorted(named)}"
+    calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    asked = [ast.unparse(call) for call in calls if ast.unparse(call.func) == "isinstance"]
+    assert not [call for call in asked if re.search(r"[Pp]ipeline", call)], asked
 
 
 def modules_after(statement: str) -> set[str]:

@@ -3,6 +3,7 @@ path."""
 
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -19,6 +20,7 @@ from script import arguments
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from diffusers_disback import (
+    EVALUATORS,
     FAMILIES,
     OBJECTIVES,
     DegradationPath,
@@ -30,6 +32,7 @@ from diffusers_disback import (
     TextFamily,
     family_of,
 )
+from diffusers_disback.commands.cli import main as command
 from diffusers_disback.hub.cards import Usage
 from diffusers_disback.models.noise_schedule import FLOW
 
@@ -217,6 +220,35 @@ def test_from_settings_to_a_card_and_a_pushed_path(
     report = json.loads(hub.files(repo)["report.json"])
     assert report["component"] == denoiser and report["student"].keys() >= {"drift_mean", "seconds_per_image"}
     assert {"samples.png", "path.png", "convergence.png"} <= hub.files(repo).keys()
+
+
+def test_commands_know_a_family_without_prompts(tmp_path, prompts_file, capsys):
+    pixels().save_pretrained(tmp_path / "teacher")
+    distil(tmp_path / "run", tmp_path / "teacher", prompts_file, prompts_file=None, stage="record")
+    path, output = str(tmp_path / "run" / "path"), str(tmp_path / "nodes.png")
+    assert command(["path", "verify", path]) == 0
+    assert command(["path", "show", path, "--output", output, "--num_inference_steps", "2"]) == 0
+    assert (tmp_path / "nodes.png").is_file()
+    assert command(["plan", "--pretrained_model_name_or_path", str(tmp_path / "teacher")]) == 0
+    out = capsys.readouterr().out
+    assert "fits the teacher" in out and "peak on the device" in out and "16 x 16 pixels" in out
+
+
+def test_the_snippets_of_the_docs_are_taken_up(tmp_path, prompts_file, monkeypatch):
+    """An objective, a family and an evaluator, as the page on how to add them has them."""
+    for registry, name in ((OBJECTIVES, "mean_shift"), (FAMILIES, "pixels"), (EVALUATORS, "sharpness")):
+        monkeypatch.setitem(registry, name, None)  # so that it is gone when the test is over
+        del registry[name]
+    page = (Path(__file__).parent.parent / "docs" / "how_to_add.md").read_text()
+    snippets = [part.split("```")[0] for part in page.split("```python")[1:]]
+    for snippet in snippets[:3]:  # the fourth is of a setting
+        exec(snippet, {})
+    pixels().save_pretrained(tmp_path / "teacher")
+    flags = {"objective": "mean_shift", "objective_args": "strength=0.5", "evaluators": ["drift", "sharpness"]}
+    distil(tmp_path / "run", tmp_path / "teacher", prompts_file, prompts_file=None, **flags)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["pipeline_class"] == "DDIMPipeline" and report["student"]["sharpness"] > 0
+    assert "sharpness" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_what_a_family_does_not_take_is_refused(tmp_path, prompts_file):

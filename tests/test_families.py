@@ -107,8 +107,10 @@ def test_pictures_are_those_of_the_stock_pipeline(name, tmp_path):
     stock = {"num_inference_steps": 1, "guidance_scale": 0, **call}
     assert torch.equal(two(tiny.PROMPTS[:2], generator=torch.Generator().manual_seed(3), **stock).images, images)
     half = DisBackOneStepPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    drawn = half(tiny.PROMPTS[:2], generator=torch.Generator().manual_seed(3), **call).images.float()
-    assert (drawn - images).abs().mean() < 0.02
+    # Drawn in one precision: older versions of torch draw other noise in another.
+    call["latents"] = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    in_half, in_full = (pipe(tiny.PROMPTS[:2], **call).images.float() for pipe in (half, one))
+    assert (in_half - in_full).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize(("name", "prediction", "objective"), CELLS)

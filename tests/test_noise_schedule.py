@@ -16,6 +16,7 @@ from diffusers import (
 from diffusers_disback.families import family_of, to_pipeline
 from diffusers_disback.models.generator import many_step_scheduler, one_step_scheduler
 from diffusers_disback.models.noise_schedule import (
+    FLOW,
     PREDICTION_TYPES,
     NoiseSchedule,
     ddpm_scheduler,
@@ -38,6 +39,25 @@ def test_tables_are_the_schedulers_own():
     assert torch.equal(schedule.alpha, scheduler.alphas_cumprod**0.5)
     assert torch.equal(schedule.sigma, (1 - scheduler.alphas_cumprod) ** 0.5)
     assert schedule.num_timesteps == T
+
+
+def test_flow_is_on_straight_lines_and_no_scheduler_gives_it():
+    sigma = torch.arange(1, T + 1) / T
+    schedule = NoiseSchedule(1 - sigma, sigma, FLOW)
+    x0, noise, t = torch.randn(8, 4, 2, 2), torch.randn(8, 4, 2, 2), torch.randint(T, (8,))
+    x_t = schedule.diffuse(x0, noise, t)
+    velocity = schedule.regression_target(x0, noise, t)
+    assert torch.equal(velocity, noise - x0)
+    assert torch.allclose(schedule.x0_of_output(velocity, x_t, t), x0, atol=1e-5)
+    score = schedule.score_of_x0(x0, x_t, t)
+    assert torch.allclose(score, -noise / sigma[t].view(-1, 1, 1, 1), rtol=1e-3, atol=1e-3)
+    schedule.check_timestep(T - 1)  # where there is no signal, and none is needed
+    with pytest.raises(ValueError, match="of straight lines, but alpha is not 1 - sigma"):
+        NoiseSchedule((1 - sigma**2) ** 0.5, sigma, FLOW)
+    with pytest.raises(ValueError, match="prediction_type='flow' is none of epsilon, v_prediction, sample, flow_pred"):
+        NoiseSchedule(1 - sigma, sigma, "flow")
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no beta schedule"):
+        one_step_scheduler(FlowMatchEulerDiscreteScheduler(), T - 1)
 
 
 @pytest.mark.parametrize("scheduler_class", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler])

@@ -37,6 +37,43 @@ def test_a_path_is_what_is_in_its_folder(path):
     assert node == {**path.nodes[0], "path": path.manifest["id"]} and node["dtype"] == "float32"
 
 
+def test_a_path_of_version_1_is_read_verified_and_pushed_as_it_is(path, repo, hub):
+    """As it was written before paths told the component: a UNet's."""
+    file = path.folder / "path.json"
+    old = {key: value for key, value in path.manifest.items() if key != "component"} | {"format_version": 1}
+    file.write_text(json.dumps(old))
+    again = DegradationPath.from_pretrained(path.folder, teacher=path.teacher)
+    assert again.denoiser == "unet" and len(again) == 2
+    again.check(fingerprint(tiny.unet()), tiny.START)
+    again.push_to_hub(repo)
+    shared = DegradationPath.from_pretrained(repo, teacher=path.teacher)
+    assert shared.manifest["format_version"] == 1 and "component" not in shared.manifest
+    for read in (again, shared):
+        read.verify(tiny.unet())
+        for index in (0, 1, 2):
+            network = tiny.unet(seed=9)
+            read.load(index, into=network)
+            assert weights_equal(network, tiny.unet(seed=index))
+    again.begin(100)  # a recording that is resumed stays what it was
+    again.append(tiny.unet(seed=3), step=200, loss=0.5)
+    assert json.loads(file.read_text())["format_version"] == 1
+
+
+def test_a_path_names_the_component_that_its_nodes_are_of(path):
+    assert path.manifest["format_version"] == 2 and path.manifest["component"] == "unet"
+    with pytest.raises(ValueError, match="is of a pipeline's unet, but this teacher's denoiser is its transformer"):
+        path.check(fingerprint(tiny.unet()), tiny.START, "transformer")
+    for version, component in [(2, None), (2, "../unet"), (2, "a/b"), (2, 3), (2, ""), (1, "transformer")]:
+        changed = {**path.manifest, "format_version": version, "component": component}
+        (path.folder / "path.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match="'component' cannot be"):
+            DegradationPath.from_pretrained(path.folder)
+    del changed["component"]
+    (path.folder / "path.json").write_text(json.dumps({**changed, "format_version": 2}))
+    with pytest.raises(ValueError, match="'component' is missing"):
+        DegradationPath.from_pretrained(path.folder)
+
+
 def test_a_node_loads_in_stock_diffusers(path):
     stock = UNet2DConditionModel.from_pretrained(path.folder / "degradation-000200", subfolder="unet")
     assert weights_equal(stock, tiny.unet(seed=2))

@@ -11,7 +11,7 @@ from test_families import SIZES
 from test_gradients import ThroughScores, batches_of
 
 from diffusers_disback.commands.cli import main
-from diffusers_disback.families import family_of
+from diffusers_disback.families import StableDiffusion, StableDiffusionXL, family_of
 from diffusers_disback.models.adapters import SharedNetwork, lora_config
 from diffusers_disback.objectives import OBJECTIVES
 from diffusers_disback.planning.allocations import Allocations, size
@@ -27,7 +27,8 @@ def planner(config: dict, use_ema: bool = False, **settings) -> Planner:
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(config)
 
-    return Planner(skeleton, TrainingConfig(**settings), BacktrackingConfig(use_ema=use_ema))
+    family = StableDiffusionXL if config.get("addition_embed_type") == "text_time" else StableDiffusion
+    return Planner(skeleton, family, TrainingConfig(**settings), BacktrackingConfig(use_ema=use_ema))
 
 
 def original(name: str, **settings) -> Planner:

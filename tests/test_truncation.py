@@ -27,8 +27,8 @@ def test_prompts_that_are_cut_off_are_counted_and_no_batch_tells(kind, caplog, c
     assert truncation(family.tokenizers, tiny.PROMPTS) is None and truncation(family.tokenizers, []) is None
     family.encode(prompts)
     evaluation = Evaluation(prompts)
-    evaluation.sample(family.pipeline, num_inference_steps=1)
-    evaluation.encode(family.pipeline)
+    evaluation.sample(family, family.sampler(), num_inference_steps=1)
+    evaluation.encode(family)
     assert (
         not [record for record in caplog.records if record.levelno >= logging.WARNING] and not capfd.readouterr().err
     )

@@ -404,7 +404,11 @@ def test_an_upload_that_is_due_stands_for_all_before_it(tmp_path, monkeypatch, c
     monkeypatch.setattr(RunUpload, "_create", lambda upload: go.wait())
     monkeypatch.setattr(RunUpload, "_push_path", lambda upload: done.append("path"))
     monkeypatch.setattr(RunUpload, "_push_all", lambda upload: done.append("all"))
-    upload = RunUpload(TrainingConfig(pretrained_model_name_or_path="teacher", output_dir=str(tmp_path), push_to_hub=True, hub_model_id="alice/x"))
+    upload = RunUpload(
+        TrainingConfig(
+            pretrained_model_name_or_path="teacher", output_dir=str(tmp_path), push_to_hub=True, hub_model_id="alice/x"
+        )
+    )
     for _ in range(5):
         upload.submit_path()
     go.set()

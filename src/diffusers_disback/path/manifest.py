@@ -71,7 +71,9 @@ def check_manifest(manifest: Any, where: str, pinned: bool) -> None:
             f"{what} has format version {shown(version)}; this library reads {' and '.join(map(str, _READ))}."
             + (" Update diffusers-disback." if newer else "")
         )
-    check_fields(manifest, _FIELDS if version == 1 else {**_FIELDS, "component": is_component}, what)
+    # A component in version 1 is of no known meaning: such nodes are all UNets.
+    component = {"component?": lambda value: value == "unet"} if version == 1 else {"component": is_component}
+    check_fields(manifest, {**_FIELDS, **component}, what)
     if manifest["complete"] or "cost" in manifest:
         check_fields(manifest, {"cost": is_record}, what)
         check_fields(manifest["cost"], {"steps": is_count, "seconds": is_number, "peak_memory_mb": is_number}, what)
