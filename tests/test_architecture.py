@@ -37,7 +37,7 @@ ORDER = {
         {"reference"},
         {"adapters"},
     ],
-    "data": [{"truncation", "cache", "prompts"}, {"conditions"}],
+    "data": [{"truncation", "cache", "prompts"}, {"captions", "conditions"}],
     "path": [{"manifest", "node_spacing", "target_schedule"}, {"storage"}, {"sharing", "nodes"}, {"path"}],
     "families": [{"base"}, {"text", "checks"}, {"stable_diffusion"}, {"stable_diffusion_xl"}, {"__init__"}],
     "training": [
@@ -73,7 +73,7 @@ DOORS = {
         *("hub/repository.py", "hub/errors.py", "hub/cards.py", "hub/publish/run.py", "path/storage.py"),
         *("models/pipeline_folder.py", "models/single_file.py", "models/model_files.py"),
     },
-    "datasets": {"data/prompts.py", "session.py"},
+    "datasets": {"data/captions.py", "session.py"},
     "transformers": {"pipelines/one_step.py", "models/components.py", "planning/plan.py"},
     "peft": {"models/weights.py", "models/adapters.py"},
     "bitsandbytes": {"training/optim.py"},

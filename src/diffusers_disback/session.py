@@ -11,7 +11,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from .backtracking import BacktrackingTrainer
-from .data.prompts import given_prompts
+from .data.captions import given_prompts
 from .degradation import DegradationRecorder
 from .evaluation import Evaluation, check_evaluators
 from .evaluation.report import Report, inference_copy, summary

@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ..hub.repository import HubError, Repository
+from ..hub.files import read_json, read_text, to_bytes
+from ..hub.repository import Files, HubError, Repository, is_licence
+from .card import CARD
 from .pipeline_folder import WEIGHTS, of_variant, of_variants
 
 
@@ -103,3 +105,38 @@ def check_has_weights(component: str, names: Iterable[str], variant: str | None,
     elif any(file.suffix in (".bin", ".pt", ".ckpt") for file in files):
         hint = " There are pickled weights, which can run code when they are read, and are not."
     raise ValueError(f"{what} is not whole: its {component} is without weights in safetensors.{hint}")
+
+
+def card_files(names: list[str]) -> list[str]:
+    """The card and the texts of the licence at the root of a model."""
+    return [name for name in names if name == CARD or (is_licence(name) and "/" not in name)]
+
+
+def stamps_of(files: Files) -> dict[str, tuple[int, int, int]]:
+    """Of files, by name: size, time of change in nanoseconds, inode; zeros if one is not there any more."""
+    paths = {name: file for name, file in files.items() if isinstance(file, Path)}
+    stats = {name: file.stat() if file.exists() else None for name, file in paths.items()}
+    return {name: (s.st_size, s.st_mtime_ns, s.st_ino) if s else (0, 0, 0) for name, s in stats.items()}
+
+
+def without_variant(files: list[Path], variant: str | None) -> Files:
+    """A component's files by the names that they have without a variant."""
+    named: Files = {}
+    for file in own_files(files, variant):
+        match = WEIGHTS.fullmatch(file.name)
+        of = match and (match[1] or match[2])
+        if of and file.suffix == ".json":  # an index of shards, which it names
+            named[file.name.replace(f".{of}", "")] = read_text(file).replace(f".{of}", "").encode()
+        else:
+            named[file.name.replace(f".{of}", "") if of else file.name] = file
+    return named
+
+
+def with_dtype(file: Path, dtype: str) -> Path | bytes:
+    """The config of a transformers model, in which it is declared to be of the denoiser's precision: by default
+    transformers 5 loads what the config declares, diffusers float32, and the two would not fit together."""
+    config = read_json(file)
+    key = next((key for key in ("dtype", "torch_dtype") if key in config), "torch_dtype")
+    if "model_type" not in config or config.get(key) == dtype:
+        return file
+    return to_bytes({**config, key: dtype})

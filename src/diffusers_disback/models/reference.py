@@ -11,17 +11,24 @@ import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
-from ..hub.files import inside, read_json, read_text, to_bytes
-from ..hub.repository import Files, HubError, is_licence
+from ..hub.files import inside, read_json, to_bytes
+from ..hub.repository import Files, HubError
 from .autoencoder import autoencoder_folder, load_autoencoder, variant_of
-from .card import CARD, read_card
+from .card import read_card
 from .components import has_weights, meta_model, parts_left_out, without_parts
-from .model_files import check_has_weights, locate, names_of, own_files
+from .model_files import (
+    card_files,
+    check_has_weights,
+    locate,
+    names_of,
+    stamps_of,
+    with_dtype,
+    without_variant,
+)
 from .noise_schedule import scheduler_of, with_said_otherwise
 from .pipeline_folder import (
     INDEX,
     UNREADABLE,
-    WEIGHTS,
     check_classes,
     check_component,
     check_own,
@@ -112,7 +119,7 @@ class ModelReference:
                 if has_weights(name) and not (name == "vae" and self.vae is not None):
                     check_has_weights(name, names, self.variant, f"The model {self.name_or_path!r}")
             own = [one for name in components_of(index) for one in names_of(name, names, self.variant)]
-            return [INDEX, *_card_files(names), *own]
+            return [INDEX, *card_files(names), *own]
 
         commit = None if Path(place).is_dir() else root.name
         root = self._locate(place, commit, choose, cache_dir)
@@ -126,7 +133,7 @@ class ModelReference:
         lora = self.lora and lora_file(self.lora, cache_dir)
         local = LocalModel(self, root, commit, network, index, left_out, card_folder, vae or None, lora or None)
         files = local.find_files()
-        return replace(local, index=without_parts(index, left_out), files=files, stamps=_stamps(files))
+        return replace(local, index=without_parts(index, left_out), files=files, stamps=stamps_of(files))
 
     def resolve_denoiser(self, cache_dir: str | None = None, network_name: str = "unet") -> "LocalModel":
         """Brings the denoiser alone to this machine, and what the scheduler's config says that it predicts.
@@ -205,7 +212,7 @@ class ModelReference:
         if repo_id is None:
             return None
         try:
-            return locate(repo_id, commit, _card_files, cache_dir)[0]
+            return locate(repo_id, commit, card_files, cache_dir)[0]
         except HubError as error:
             logger.warning(f"The licence of {repo_id} could not be looked up. {error}")
             return None
@@ -257,7 +264,7 @@ class LocalModel:
                 encoder's config declares it.
         """
         return {
-            path: _with_dtype(content, dtype)
+            path: with_dtype(content, dtype)
             if path.endswith("/config.json") and isinstance(content, Path)
             else content
             for path, content in self.files.items()
@@ -265,7 +272,7 @@ class LocalModel:
 
     def changed_files(self) -> list[str]:
         """The names of those files that were written to since the model was resolved."""
-        return sorted(dict(self.stamps.items() ^ _stamps(self.files).items()))
+        return sorted(dict(self.stamps.items() ^ stamps_of(self.files).items()))
 
     def find_files(self) -> Files:
         """Lists what `component_files` gives, each as it lies on this machine.
@@ -281,9 +288,9 @@ class LocalModel:
         for name in components_of(index):
             if name == "vae" and self.vae_folder is not None:
                 found = files_of(self.vae_folder, f"the autoencoder {self.reference.vae!r}")
-                own = _without_variant(found, variant_of(self.vae_folder, self.reference.variant))
+                own = without_variant(found, variant_of(self.vae_folder, self.reference.variant))
             elif name != self.network_name:
-                own = _without_variant(files_of(self.folder / name, what, self.folder), self.reference.variant)
+                own = without_variant(files_of(self.folder / name, what, self.folder), self.reference.variant)
             else:
                 continue
             files |= {f"{name}/{file}": content for file, content in own.items()}
@@ -385,38 +392,3 @@ class LocalModel:
                 f"The config of the {self._network} cannot be read; say where the teacher is with "
                 f"--pretrained_model_name_or_path. {error}"
             ) from error
-
-
-def _card_files(names: list[str]) -> list[str]:
-    """The card and the texts of the licence at the root of a model."""
-    return [name for name in names if name == CARD or (is_licence(name) and "/" not in name)]
-
-
-def _stamps(files: Files) -> dict[str, tuple[int, int, int]]:
-    """Of files, by name: size, time of change in nanoseconds, inode; zeros if one is not there any more."""
-    paths = {name: file for name, file in files.items() if isinstance(file, Path)}
-    stats = {name: file.stat() if file.exists() else None for name, file in paths.items()}
-    return {name: (s.st_size, s.st_mtime_ns, s.st_ino) if s else (0, 0, 0) for name, s in stats.items()}
-
-
-def _without_variant(files: list[Path], variant: str | None) -> Files:
-    """A component's files by the names that they have without a variant."""
-    named: Files = {}
-    for file in own_files(files, variant):
-        match = WEIGHTS.fullmatch(file.name)
-        of = match and (match[1] or match[2])
-        if of and file.suffix == ".json":  # an index of shards, which it names
-            named[file.name.replace(f".{of}", "")] = read_text(file).replace(f".{of}", "").encode()
-        else:
-            named[file.name.replace(f".{of}", "") if of else file.name] = file
-    return named
-
-
-def _with_dtype(file: Path, dtype: str) -> Path | bytes:
-    """The config of a transformers model, in which it is declared to be of the denoiser's precision: by default
-    transformers 5 loads what the config declares, diffusers float32, and the two would not fit together."""
-    config = read_json(file)
-    key = next((key for key in ("dtype", "torch_dtype") if key in config), "torch_dtype")
-    if "model_type" not in config or config.get(key) == dtype:
-        return file
-    return to_bytes({**config, key: dtype})

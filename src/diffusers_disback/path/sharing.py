@@ -6,8 +6,9 @@ from typing import Any
 from ..hub.files import printable, read_text, to_bytes
 from ..hub.published import REPORT, published, published_files, published_manifest
 from ..hub.repository import Files, HubError, Repository, is_licence
+from ..models.card import CARD
 from ..models.pipeline_folder import INDEX
-from ..models.reference import CARD, ModelReference
+from ..models.reference import ModelReference
 from ..models.single_file import repo_of
 from .manifest import MANIFEST, check_manifest, denoiser_of, identity
 from .storage import Nodes, node_files

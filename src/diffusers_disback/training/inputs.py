@@ -11,8 +11,9 @@ import torch
 from accelerate import PartialState
 
 from ..data.cache import ConditionCache, choose_cache, digest
+from ..data.captions import dataset_prompts, spool_captions
 from ..data.conditions import CAPACITY, ConditionSource, PromptConditions
-from ..data.prompts import PromptFile, dataset_prompts, spool_captions
+from ..data.prompts import PromptFile
 from ..data.truncation import truncation
 from ..families import ModelFamily, family_class, network_name_of
 from ..hub.files import writing
