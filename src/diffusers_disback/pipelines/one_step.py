@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,8 +41,6 @@ from transformers import (
 
 
 logger = logging.get_logger(__name__)
-
-
 _DEPRECATED = {"callback": None, "callback_steps": None}  # the stock pipelines take them beside their signature
 
 
@@ -238,18 +237,14 @@ class DisBackOneStepPipeline(
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes `model_index.json` in the stock pipeline's name, and this file beside it as `pipeline.py`."""
         super().save_config(save_directory)
-        file = os.path.join(save_directory, self.config_name)
-        with open(file) as stream:
-            index = json.load(stream)
-        index["_class_name"] = self.stock_class.__name__
+        file = Path(save_directory, self.config_name)
+        index = {**json.loads(file.read_text()), "_class_name": self.stock_class.__name__}
         if not self.is_xl:
-            foreign: tuple[str, ...] = ("text_encoder_2", "tokenizer_2", "force_zeros_for_empty_prompt")
             index["requires_safety_checker"] = self.safety_checker is not None
-        else:
-            foreign = ("safety_checker", "requires_safety_checker")
+        of_xl = ("text_encoder_2", "tokenizer_2", "force_zeros_for_empty_prompt")
+        foreign = ("safety_checker", "requires_safety_checker") if self.is_xl else of_xl
         index = {name: value for name, value in index.items() if name not in foreign}
-        with open(file, "w") as stream:
-            stream.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         source, copy = inspect.getfile(type(self)), os.path.join(save_directory, "pipeline.py")
         if not (os.path.exists(copy) and os.path.samefile(source, copy)):
             shutil.copyfile(source, copy)
@@ -399,11 +394,8 @@ class DisBackOneStepPipeline(
             names = callback.tensor_inputs
 
         def hand_on(pipeline: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            asked = {name: tensors[name] for name in names}
-            changed = {} if callback is None else callback(pipeline, step, t, asked)
+            changed = {} if callback is None else callback(pipeline, step, t, {name: tensors[name] for name in names})
             return {**changed, "latents": changed.get("latents", tensors["latents"]).to(self.vae.dtype)}
 
-        return {
-            "callback_on_step_end": hand_on,
-            "callback_on_step_end_tensor_inputs": [*dict.fromkeys([*names, "latents"])],
-        }
+        inputs = list(dict.fromkeys([*names, "latents"]))
+        return {"callback_on_step_end": hand_on, "callback_on_step_end_tensor_inputs": inputs}
