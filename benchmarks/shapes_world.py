@@ -274,4 +274,4 @@ def one(
     columns["seconds"] = [round(seconds + stage_1["seconds"], 2) for seconds in columns["seconds"]]
     nodes = [] if path is None else [{"step": n["step"], "mismatch": n["mismatch"]} for n in path.nodes]
     curve = {"updates": [row["step"] for row in trainer.curve], **columns}
-    return {"stage_1": stage_1, "nodes": nodes, "switches": trainer.switches, "curve": curve}
+    return {"stage_1": stage_1, "nodes": nodes, "switches": trainer.result().switches, "curve": curve}

@@ -219,18 +219,18 @@ def test_the_adaptive_schedule_resumed_equals_the_unbroken(tmp_path, path):
     arguments |= {"max_train_steps": 24, "steps_per_target": 6}
     unbroken = trainer(training(tmp_path / "unbroken"), path, **arguments)
     expected = weights(unbroken.train())
-    assert unbroken.switches != [6, 12, 18] and unbroken.target_node == 0
+    assert unbroken.result().switches != [6, 12, 18] and unbroken.target_node == 0
     assert {measure.node for measure in unbroken.measures} == {3, 2, 1}
-    assert [wait["step"] for wait in unbroken.waits] == [0, *unbroken.switches]
+    assert [wait["step"] for wait in unbroken.waits] == [0, *unbroken.result().switches]
     broken = trainer(training(tmp_path / "broken", checkpointing_steps=4), path, **arguments)
-    broken.train_step = interrupted_at(unbroken.switches[0] + 3, broken.train_step)
+    broken.train_step = interrupted_at(unbroken.result().switches[0] + 3, broken.train_step)
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     resumed = trainer(
         training(tmp_path / "broken", checkpointing_steps=4, resume_from_checkpoint="latest"), path, **arguments
     )
     assert equal(weights(resumed.train()), expected)
-    assert resumed.measures == unbroken.measures and resumed.switches == unbroken.switches
+    assert resumed.measures == unbroken.measures and resumed.result().switches == unbroken.result().switches
 
 
 def test_measuring_changes_nothing(tmp_path, path):

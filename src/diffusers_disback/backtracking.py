@@ -1,7 +1,5 @@
 """Stage 2: the generator is distilled against the path in reverse, node by node, until the target is the teacher."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,6 +13,7 @@ from .families import ModelFamily
 from .models.batch import Batch
 from .models.generator import OneStepGenerator
 from .models.score_model import ScoreModel
+from .path.nodes import digest_of
 from .path.path import DegradationPath
 from .path.target_schedule import Measure
 from .training.config import BacktrackingConfig, TrainingConfig, guidance_of_node, target_schedule
@@ -32,17 +31,14 @@ class BacktrackingTrainer(Stage):
     The fake score starts at the path's last node, N; the targets are N-1, ..., 1 and then 0, the teacher.
 
     Args:
-        config (`TrainingConfig`): What both stages share.
+        config, family, data, inputs: As of `Stage`.
         backtracking (`BacktrackingConfig`): The settings of this stage.
-        family (`ModelFamily`): The teacher.
         generator (`nn.Module`): The initial generator's network; it is trained in place. The teacher's own, if all roles
             are adapters and it is the start: then it is left as it is.
-        data (`ConditionSource`): What samples are conditioned on.
         path (`DegradationPath`): The complete path; or `None`, for none.
         evaluate (`Callable`, *optional*): Network -> measures; called every `validation_steps` and at the end, on the
             main process.
         initial_measures (`dict`, *optional*): What it gave of the initial generator: the curve's first row.
-        inputs (`dict[str, str]`, *optional*): As of `Stage`.
     """
 
     name = "backtracking"
@@ -100,7 +96,9 @@ class BacktrackingTrainer(Stage):
         ema_decay = self.backtracking.ema_decay if self.backtracking.use_ema else None
         if not config.is_adapter("generator"):
             return Learner("generator", generator, rate, updates, config, ema_decay)
-        shared = self.scores.shared if generator is family.network else shared_base(generator, config)
+        shared = self.scores.shared
+        if shared is None or generator is not family.network:
+            shared = shared_base(generator, config)
         add_adapter(shared, "generator", config, config.seed + 1)
         return AdapterLearner("generator", shared, generator, rate, updates, config, ema_decay)
 
@@ -132,8 +130,10 @@ class BacktrackingTrainer(Stage):
         if node == self.target_node:
             return
         self.fill_target(node)
-        waited = self.path.seconds_waited if node else 0.0
-        self._fetch_ahead(node)
+        waited = 0.0
+        if self.path is not None:
+            waited = self.path.seconds_waited if node else 0.0
+            self.path.move_on(len(self.path) if self.target_node is None else self.target_node, node)
         self.target_node = node
         self.waits.append({"step": step, "node": node, "seconds": round(waited, 3)})
         self.target.guidance_scale = guidance_of_node(node, self.schedule.num_nodes, self.backtracking)
@@ -174,13 +174,6 @@ class BacktrackingTrainer(Stage):
             self.fill_target(node)
             yield
 
-    def _fetch_ahead(self, node: int) -> None:
-        """Lets go of the nodes behind a target, and begins to fetch the one after it."""
-        for behind in range(self.schedule.num_nodes if self.target_node is None else self.target_node, node, -1):
-            self.path.release(behind)
-        if node > 1:
-            self.path.prefetch(node - 1)
-
     def _make_room_for(self, learner: Learner) -> None:
         """Offloads what a learner's turn does not need to the CPU, if that was asked for."""
         if not self.config.offload_idle_role:
@@ -205,17 +198,11 @@ class BacktrackingTrainer(Stage):
             next_mismatch = mean(mismatches(batches, fake_score, predictions(self.target, batches)))
         mismatch, next_mismatch = self.agreed([mismatch, next_mismatch])
         self.measures.append(Measure(done, node, mismatch, next_mismatch))
-        self.accelerator.log(
-            {f"{self.name}/mismatch": mismatch, f"{self.name}/next_mismatch": next_mismatch}, step=done
-        )
+        measured = {f"{self.name}/mismatch": mismatch, f"{self.name}/next_mismatch": next_mismatch}
+        self.accelerator.log(measured, step=done)
 
     def mismatch(self, node: int) -> dict[str, float]:
-        """Returns the denoising losses of fake score, target and teacher on the student's samples, and both mismatches, in
-        each band.
-
-        Args:
-            node (`int`): The target.
-        """
+        """Returns the losses of fake score, target (`node`) and teacher, and both mismatches, on the student's samples."""
         if self.target_node is None:  # of a run that is resumed at its end
             self.fill_target(node)
         self._make_room_for(self.student)  # the target is on the device in the student's turn
@@ -233,23 +220,12 @@ class BacktrackingTrainer(Stage):
             measures = {} if self.evaluate is None else self.evaluate(network)
         return {"node": node, **measures, **self.mismatch(node)}
 
-    @property
-    def switches(self) -> list[int]:
-        """The updates from which nodes N-2, ..., 0 are the target; those to come as they will be at the latest."""
-        return self.schedule.switches(self.measures)
-
     def result(self) -> BacktrackingResult:
         """What the stage found out, for report and card."""
-        return BacktrackingResult(
-            self.summary(),
-            self.curve,
-            self.switches,
-            self.waits,
-            [asdict(measure) for measure in self.measures],
-            self.rate_changes,
-            self.accelerator.mixed_precision,
-            self.student.lora,
-        )
+        measures = [asdict(measure) for measure in self.measures]
+        switches = self.schedule.switches(self.measures)  # those to come as they will be at the latest
+        found = (self.summary(), self.curve, switches, self.waits, measures, self.rate_changes)
+        return BacktrackingResult(*found, self.accelerator.mixed_precision, self.student.lora)
 
     # Checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -259,18 +235,16 @@ class BacktrackingTrainer(Stage):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.waits = state["waits"]
-        self.measures = [Measure(**measure) for measure in state["measures"]]
+        self.measures = [Measure.from_state(measure) for measure in state["measures"]]
         if self.path is not None:
             self.path.folders.downloaded = state["downloaded"]
 
     def identity(self) -> dict[str, Any]:
-        hashes = [] if self.path is None else [node["files"] for node in self.path.nodes]
-        digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-        return {**super().identity(), "path": digest[:16]}
+        return {**super().identity(), "path": digest_of([] if self.path is None else self.path.nodes)}
 
     def release(self) -> None:
         """Lets go of all networks, when the student was saved; figures stay."""
-        self.generator = None
+        del self.generator
         self.scores.release()
         for learner in self.learners:
             learner.release()

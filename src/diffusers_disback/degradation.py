@@ -168,6 +168,8 @@ class DegradationRecorder(Stage):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._loss_since_node = torch.full_like(self._loss_since_node, state["loss_since_node"])
-        self.loss_history = state["loss_history"]
+        self.loss_history = state[
+            "loss_history" if "loss_history" in state else "walk"
+        ]  # which version 0.1.0 called it
         if self.has_flattened():
             self.steps = state["step"]

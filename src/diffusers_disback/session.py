@@ -177,8 +177,8 @@ class DisBackTrainer:
         if state.is_main_process:  # what the end of the run needs of the teacher's files is read before it begins
             if warning := self.teacher.check_schedule():
                 print(warning, file=sys.stderr)
-            check_teacher_files(self.teacher.model)
-            self._teacher_card: dict[str, Any] = self.teacher.model.card()
+            check_teacher_files(self.teacher.local_model)
+            self._teacher_card: dict[str, Any] = self.teacher.local_model.card()
         start = None
         if config.generator_model_name_or_path:
             start = ModelReference(
@@ -247,7 +247,7 @@ class DisBackTrainer:
         """Writes the student's pipeline. What was trained as an adapter is measured again, now that it is fused."""
         deployed = self.teacher.one_step(student, self.args.conditioning_timestep)
         lora = None if self.result is None else self.result.lora
-        save_student(deployed, self.teacher.model, self.folder, lora)
+        save_student(deployed, self.teacher.local_model, self.folder, lora)
         if lora is not None:
             with inference_copy(student, self.state.device, self.dtype) as network:
                 self._measure(network)

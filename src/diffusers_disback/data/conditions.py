@@ -26,9 +26,14 @@ class ConditionSource(Protocol):
         is_encoded (`bool`): Whether every condition is there already, so that encoders are not asked again.
     """
 
-    captions: Sequence[str]
-    empty: Condition
-    is_encoded: bool
+    @property
+    def captions(self) -> Sequence[str]: ...
+
+    @property
+    def empty(self) -> Condition: ...
+
+    @property
+    def is_encoded(self) -> bool: ...
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -130,7 +135,7 @@ class NoCondition:
 
     is_encoded = True
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.captions = ["sample"]
         self.empty: Condition = {}
 

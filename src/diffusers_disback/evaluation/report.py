@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .. import __version__
@@ -27,11 +27,11 @@ TEACHER_STEPS = 25
 
 
 @contextmanager
-def inference_copy(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
+def inference_copy(network: ModelMixin, device: torch.device, dtype: torch.dtype) -> Iterator[ModelMixin]:
     """A float32 network on a device, in a precision, for as long as it draws images.
 
     Args:
-        network (`nn.Module`): A denoiser. In float32 it is moved, and moved back; in half of it a copy is made.
+        network (`ModelMixin`): A denoiser. In float32 it is moved, and moved back; in half of it a copy is made.
         device (`torch.device`): Where images are drawn.
         dtype (`torch.dtype`): That the run computes in. The rest of the pipeline stays in float32.
     """
@@ -195,7 +195,8 @@ def sample_nodes(
         drawn (`Tensor`, *optional*): The teacher's images, if they are there already.
         dtype (`torch.dtype`): In which denoisers draw.
     """
-    name, kept, columns = family.network_name, family.network, {}
+    name, kept = family.network_name, family.network
+    columns: dict[str, Tensor] = {}
     own = copy.deepcopy(kept) if dtype == torch.float32 else kept
     with inference_copy(own, family.device, dtype) as network:
         teacher.register_modules(**{name: network})
@@ -207,10 +208,11 @@ def sample_nodes(
                 network.load_lora_adapter(path.node_folder(index), subfolder=name, prefix=None, use_safetensors=True)
             elif index:
                 path.load(index, network)
-            images = drawn
             if index or drawn is None:
                 arguments = {"num_inference_steps": num_inference_steps, "guidance_scale": scale}
                 images, _ = evaluation.sample(family, teacher, **arguments)
+            else:
+                images = drawn
             if adapter:
                 network.unload_lora()
             columns[f"{title}\nw={scale:.3g}"] = images

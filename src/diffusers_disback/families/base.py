@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from torch import Tensor, nn
 
 from ..data.conditions import ConditionSource, NoCondition
@@ -187,10 +187,36 @@ class ModelFamily:
         """What speaks against the scheduler's config, if anything does."""
         return None
 
+    def encode(self, prompts: list[str], resolution: int | None = None) -> Condition:
+        """The condition of prompts, batch first, on the encoders' device; of a family that takes them. That of `""` is the
+        negative one.
+
+        Args:
+            prompts (`list[str]`): Any.
+            resolution (`int`, *optional*): Of the images, in pixels, for networks that are told it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how prompts are encoded.")
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """Of the text encoders, in their order; none if there are no prompts."""
+        return []
+
     # What follows of it -----------------------------------------------------------------------------------------------
 
     @property
-    def network(self) -> nn.Module:
+    def local_model(self) -> LocalModel:
+        """The files that it was loaded from.
+
+        Raises:
+            ValueError: If it was made of a pipeline in memory.
+        """
+        if self.model is None:
+            raise ValueError(f"The {type(self.pipeline).__name__} is in memory alone: load it by `load_family`.")
+        return self.model
+
+    @property
+    def network(self) -> ModelMixin:
         """The teacher's denoiser."""
         return getattr(self.pipeline, self.network_name)
 
@@ -232,7 +258,7 @@ class ModelFamily:
         start: LocalModel | None = None,
         resolution: int | None = None,
         shared: bool = False,
-    ) -> nn.Module:
+    ) -> ModelMixin:
         """The network that the student starts from: the teacher's copy, or the denoiser of another model.
 
         Args:
@@ -244,6 +270,7 @@ class ModelFamily:
             ValueError: If the other model's denoiser does not take the teacher's latents and conditions, or its scheduler
                 says that it predicts something else than the teacher.
         """
+        network: ModelMixin
         if start is None:
             network = self.network if shared else self.score_model().copy().network
         else:
@@ -251,13 +278,13 @@ class ModelFamily:
             network = start.load_network(type(self.network))
             what = f"The {title_of(self.network_name)} of the student's start {start.name_or_path!r}"
             self.check_network(network.config, what)
-        for name in self.agree_in:
-            was, is_ = self.network.config[name], network.config[name]
-            if was != is_:
-                raise ValueError(
-                    f"The student's start {start.name_or_path!r} has {name} {is_}, the teacher has {was}: it works on "
-                    "other latents or other conditions."
-                )
+            for name in self.agree_in:
+                was, is_ = self.network.config[name], network.config[name]
+                if was != is_:
+                    raise ValueError(
+                        f"The student's start {start.name_or_path!r} has {name} {is_}, the teacher has {was}: it works on "
+                        "other latents or other conditions."
+                    )
         network.register_to_config(sample_size=self.latent_shape(resolution)[-1])
         return network
 
@@ -274,7 +301,7 @@ class ModelFamily:
 
     # Where its parts lie ----------------------------------------------------------------------------------------------
 
-    def to(self, device: torch.device) -> "ModelFamily":
+    def to(self, device: torch.device | str) -> "ModelFamily":
         """Moves all but the denoiser, of which training holds copies of its own."""
         self.device = torch.device(device)
         for component in self.pipeline.components.values():

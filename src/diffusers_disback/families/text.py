@@ -7,13 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..data.conditions import ConditionSource, PromptConditions
 from ..data.truncation import told_once
 from ..hub.cards import Usage
-from ..models.batch import Condition
 from ..models.weights import fingerprint
 from .base import ModelFamily
 
@@ -35,15 +34,6 @@ class TextFamily(ModelFamily):
     encoders: tuple[str, ...] = ("text_encoder",)
     needed: tuple[str, ...] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
-    def encode(self, prompts: list[str], resolution: int | None = None) -> Condition:
-        """The condition of prompts, batch first, on the text encoder's device. That of `""` is the negative one.
-
-        Args:
-            prompts (`list[str]`): Any.
-            resolution (`int`, *optional*): Of the images, in pixels, for networks that are told it.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not say how prompts are encoded.")
-
     def conditions(self, prompts: Sequence[str] | None = None, resolution: int | None = None) -> ConditionSource:
         return PromptConditions([] if prompts is None else prompts, partial(self.encode, resolution=resolution))
 
@@ -53,10 +43,11 @@ class TextFamily(ModelFamily):
 
     @classmethod
     def stride_of(cls, others: dict[str, nn.Module]) -> int:
-        return 2 ** (len(others["vae"].config.block_out_channels) - 1)
+        vae: ModelMixin = others["vae"]
+        return 2 ** (len(vae.config.block_out_channels) - 1)
 
     @property
-    def text_encoders(self) -> list[nn.Module]:
+    def text_encoders(self) -> list[Any]:
         """Whose outputs condition the denoiser."""
         encoders = [self.pipeline.components.get(name) for name in self.encoders]
         return [encoder for encoder in encoders if encoder is not None]
@@ -80,8 +71,9 @@ class TextFamily(ModelFamily):
             "autoencoder": fingerprint(self.pipeline.vae),
         }
 
-    def encode_prompt(self, prompts: list[str], guided: bool = False) -> tuple[Tensor | None, ...]:
-        """What the stock pipeline makes of prompts; with the negative embeddings where they are to be guided."""
+    def encode_prompt(self, prompts: list[str], guided: bool = False) -> tuple[Tensor, ...]:
+        """What the stock pipeline makes of prompts; with the negative embeddings where they are to be guided, which are
+        `None` elsewhere."""
         device = self.text_encoders[0].device
         with told_once():
             return self.pipeline.encode_prompt(

@@ -191,15 +191,18 @@ def _render(
     from huggingface_hub import ModelCard, ModelCardData
 
     base = repo_of(teacher) or teacher_card.get("base_model")
-    licence = {key: teacher_card[key] for key in ("license", "license_name", "license_link") if key in teacher_card}
+    licence: dict[str, Any] = {
+        key: teacher_card[key] for key in ("license", "license_name", "license_link") if key in teacher_card
+    }
     if address(licence.get("license_link")) is None:
         licence.pop("license_link", None)
+    relation: dict[str, Any] = {"base_model_relation": "finetune"} if base else {}
     data = ModelCardData(
         pipeline_tag=usage.task,
         base_model=base,
         eval_results=results,
         model_name=title if results else None,
-        **({"base_model_relation": "finetune"} if base else {}),
+        **relation,
         **licence,
     )
     values |= {

@@ -54,11 +54,11 @@ def _is_in_home(text: str) -> bool:
     return path.is_relative_to(home) and not Path.cwd().is_relative_to(home) and path.exists()
 
 
-def published_command(arguments: list[str]) -> list[str]:
+def published_command(arguments: Sequence[str]) -> list[str]:
     """A command line as others may see it: see `published`.
 
     Args:
-        arguments (`list[str]`): With flags as `--name value` or `--name=value`.
+        arguments (`Sequence[str]`): With flags as `--name value` or `--name=value`.
     """
     told, free = [], False
     for argument in arguments:

@@ -118,7 +118,7 @@ class Repository:
 
     def head(self, revision: str | None = None) -> str:
         """The commit that a branch or tag means now."""
-        return self._call(self.api.model_info, revision=revision).sha
+        return str(self._call(self.api.model_info, revision=revision).sha)
 
     def is_private(self) -> bool:
         """Whether others cannot see it."""

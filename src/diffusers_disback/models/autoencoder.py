@@ -11,7 +11,7 @@ from .components import meta_model
 from .model_files import locate
 from .original_layout import OF_VAE, check_no_tensor_is_missing, check_numbers, to_precision_of
 from .pipeline_folder import UNREADABLE, check_shards, files_of, of_variants, variant_taken
-from .single_file import made_once, single_file_of
+from .single_file import file_named, made_once, single_file_of
 from .weights import layout_of, save_weights
 
 
@@ -108,7 +108,7 @@ def load_autoencoder(folder: Path, variant: str | None, name: str) -> Autoencode
 
 def _converted(name: str, config: Path, cache_dir: str | None) -> Path:
     """One file as a folder, made once: it is named by the file's and the config's content."""
-    file = single_file_of(name).fetch(None, cache_dir)
+    file = file_named(name).fetch(None, cache_dir)
     if file.suffix.lower() != ".safetensors":
         raise ValueError(
             f"The autoencoder {name} is no .safetensors file. Pickles can run code when they are read, and are not; find or "

@@ -13,7 +13,7 @@ CARD = "README.md"
 _KEYS = ("license", "license_name", "license_link", "base_model")
 _LARGEST_CARD, _LARGEST_FRONT_MATTER, _LONGEST_NAME = 10_000_000, 256_000, 1000  # bytes, characters, characters
 _FRONT_MATTER = re.compile(r"\A\s*^---[ \t]*$(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
-_NOTHING = (None, "", "null", "~", [])
+_NOTHING: tuple[Any, ...] = (None, "", "null", "~", [])
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
-from torch import nn
+from diffusers import DiffusionPipeline, ModelMixin
 
 from ..hub.files import inside, parse_json, read_text
 from ..hub.repository import Files
@@ -103,7 +102,7 @@ def _try_to_load(name: str, class_name: str, root: Path, variant: str | None) ->
         raise ValueError(f"its weights lack {len(info['missing_keys'])} tensors")
 
 
-def meta_model(model_class: type[nn.Module], folder: Path, **where: str) -> nn.Module:
+def meta_model(model_class: type[ModelMixin], folder: Path, **where: str) -> ModelMixin:
     """A model of diffusers without weights, on the meta device, from its config.
 
     Raises:

@@ -88,7 +88,9 @@ def read_header(file: Path, name: str) -> tuple[dict[str, torch.Size], dict[str,
             f"{name} is no .safetensors file. Pickled checkpoints (.ckpt, .bin, .pt) can run code when they are read, and "
             "are not; find or make a safetensors version of it."
         )
-    shapes, dtypes = ({_plain_name(key): one for key, one in part.items()} for part in layout_of(file))
+    shapes, dtypes = layout_of(file)
+    shapes = {_plain_name(key): shape for key, shape in shapes.items()}
+    dtypes = {_plain_name(key): dtype for key, dtype in dtypes.items()}
     quantised = [key for key in shapes if _QUANTISED.fullmatch(key)]
     known = ("F64", "F32", *HALVES, *_EIGHTHS)
     foreign = [k for k, dtype in dtypes.items() if dtype not in known and _part_of(k) and not _BUFFER.search(k)]

@@ -253,7 +253,8 @@ def _content(file: Path) -> dict[str, Any]:
 
 def _named_files(content: dict[str, Any]) -> list[str]:
     """What a config says in places where file names stand, at any depth."""
-    named, left = [], [content]
+    named: list[str] = []
+    left: list[dict | list] = [content]
     while left:
         inner = left.pop()
         for key, value in inner.items() if isinstance(inner, dict) else enumerate(inner):

@@ -8,7 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 
 from ..hub.files import inside, read_json, to_bytes
@@ -56,14 +56,14 @@ def title_of(network_name: str) -> str:
     return "UNet" if network_name == "unet" else network_name
 
 
-def model_class(name: str) -> type[nn.Module]:
+def model_class(name: str) -> type[ModelMixin]:
     """The model of diffusers of a name.
 
     Raises:
         ValueError: If there is none.
     """
     found = getattr(diffusers, name, None)
-    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin)):
+    if not (isinstance(found, type) and issubclass(found, ModelMixin)):
         raise ValueError(f"{name} is no model of diffusers.")
     return found
 
@@ -126,8 +126,9 @@ class ModelReference:
         left_out = parts_left_out(index, root, self.variant, self.name_or_path)
         check_pipeline(root, index, self.variant, self.what)
         card_folder = root
-        if single_file_of(self.name_or_path) is not None:
-            commit = single_file_of(self.name_or_path).commit(self.revision, cache_dir)
+        single_file = single_file_of(self.name_or_path)
+        if single_file is not None:
+            commit = single_file.commit(self.revision, cache_dir)
             card_folder = self._card_beside_single_file(commit, cache_dir) or root
         vae = self.vae and autoencoder_folder(self.vae, self.variant, root / "vae", cache_dir)
         lora = self.lora and lora_file(self.lora, cache_dir)
@@ -295,9 +296,10 @@ class LocalModel:
                 continue
             files |= {f"{name}/{file}": content for file, content in own.items()}
         if self.reference.prediction_type is not None or self.reference.rescale_betas_zero_snr:
-            if _SCHEDULER not in files:
+            config = files.get(_SCHEDULER)
+            if not isinstance(config, Path):
                 raise ValueError(f"{what} has no {_SCHEDULER}: it is not whole.")
-            files[_SCHEDULER] = self._scheduler_config(files[_SCHEDULER])
+            files[_SCHEDULER] = self._scheduler_config(config)
         return files
 
     def scheduler_as_said(self, scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -330,9 +332,11 @@ class LocalModel:
 
     def load_vae(self) -> nn.Module:
         """The other autoencoder in float32; see `load_autoencoder`."""
+        if self.vae_folder is None or self.reference.vae is None:
+            raise ValueError(f"No autoencoder takes the place of that of {self.name_or_path!r}.")
         return load_autoencoder(self.vae_folder, self.reference.variant, self.reference.vae)
 
-    def load_network(self, network_class: type[nn.Module]) -> nn.Module:
+    def load_network(self, network_class: type[ModelMixin]) -> ModelMixin:
         """The model's denoiser in float32.
 
         Raises:
@@ -378,7 +382,7 @@ class LocalModel:
         """What else its denoiser's weights are made of, for messages."""
         return "" if self.reference.lora is None else f" with the LoRA {self.reference.lora!r} fused into it"
 
-    def meta_network(self) -> nn.Module:
+    def meta_network(self) -> ModelMixin:
         """The denoiser's architecture without weights, on the meta device.
 
         Raises:

@@ -104,6 +104,14 @@ def single_file_of(name: str) -> SingleFile | None:
     return SingleFile(inside[2], inside[1]) if inside and ".." not in name else SingleFile(name)
 
 
+def file_named(name: str) -> SingleFile:
+    """The file that a name means; a `ValueError` if it means a folder or a repository."""
+    found = single_file_of(name)
+    if found is None:
+        raise ValueError(f"{name} is no file.")
+    return found
+
+
 def repo_of(name: str) -> str | None:
     """The repository on the Hub that a model's name means: its own, or that of a single file; `None` if it means none."""
     file = single_file_of(name)
@@ -125,7 +133,7 @@ def to_folder(name: str, config: str | None, revision: str | None, cache_dir: st
     Raises:
         ValueError: If it is no checkpoint of a supported model, is pickled, or does not fit the config in anything.
     """
-    file = single_file_of(name).fetch(revision, cache_dir)
+    file = file_named(name).fetch(revision, cache_dir)
     shapes, dtypes = read_header(file, name)
     kind = kind_of(shapes, name)
     configs = _config_folder(config, shapes, cache_dir)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..hub.files import inside, parse_json
@@ -176,7 +177,7 @@ _WITHIN = {
 _PLACE = re.compile(r"((?:(?:down|up)_blocks\.\d+|mid_block)\.(\w+)\.\d+)\.(.+)")
 
 
-def original_names(network: nn.Module) -> dict[str, str]:
+def original_names(network: ModelMixin) -> dict[str, str]:
     """Names of a UNet's layers -> those of the original checkpoints (CompVis, Stability)."""
     places = {f"mid_block.resnets.{j}": f"middle_block.{2 * j}" for j in (0, 1)}
     places["mid_block.attentions.0"] = "middle_block.1"

@@ -1,7 +1,7 @@
 """The format of `path.json`: what it has to hold, and what tells one path from another. See docs/path.md."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..training.settings.groups import DataSettings, ModelSettings
 FORMAT_VERSION = 2
 _READ = (1, FORMAT_VERSION)  # version 1 had no `component`: its denoisers were all UNets
 MANIFEST = "path.json"
+Kinds = Mapping[str, Callable[[Any], bool]]
 ADAPTER = "pytorch_lora_weights.safetensors"
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -72,7 +73,7 @@ def check_manifest(manifest: Any, where: str, pinned: bool) -> None:
             + (" Update diffusers-disback." if newer else "")
         )
     # A component in version 1 is of no known meaning: such nodes are all UNets.
-    component = {"component?": lambda value: value == "unet"} if version == 1 else {"component": is_component}
+    component: Kinds = {"component?": lambda value: value == "unet"} if version == 1 else {"component": is_component}
     check_fields(manifest, {**_FIELDS, **component}, what)
     if manifest["complete"] or "cost" in manifest:
         check_fields(manifest, {"cost": is_record}, what)
@@ -122,7 +123,7 @@ def _check_node(node: Any, what: str, pinned: bool) -> None:
 # Kinds of values -----------------------------------------------------------------------------------------------------
 
 
-def check_fields(content: dict[str, Any], fields: dict[str, Callable[[Any], bool]], what: str) -> None:
+def check_fields(content: dict[str, Any], fields: Kinds, what: str) -> None:
     """Sees that what was read holds fields of the right kinds; a name that ends on `?` may be missing.
 
     Raises:

@@ -1,5 +1,7 @@
 """Reading a degradation path: its nodes' weights, exact and checked by their hashes, and what is known of them."""
 
+import hashlib
+import json
 import logging
 import time
 from concurrent.futures import Future
@@ -15,7 +17,7 @@ from ..models.adapters import config_of
 from ..models.reference import LocalModel, ModelReference
 from ..models.weights import check_adapter_fit, check_finite, check_fit, fill, fill_adapter, mapped_weights
 from .manifest import MANIFEST, denoiser_of
-from .storage import FolderNodes, Nodes
+from .storage import FolderNodes, HubNodes, Nodes
 
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,11 @@ class PathNodes:
     def where(self) -> str:
         """The folder, or the repository's id."""
         return self.folders.where
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a path on the Hub; `None` of a folder."""
+        return self.folders.commit if isinstance(self.folders, HubNodes) else None
 
     @property
     def folder(self) -> Path:
@@ -165,6 +172,13 @@ class PathNodes:
         """Takes note that a node is behind: if it was downloaded, the disk budget may have its place."""
         if 1 <= index <= len(self):
             self.folders.release(self._node(index))
+
+    def move_on(self, behind: int, node: int) -> None:
+        """Lets go of the nodes from `behind` down to a target, and begins to fetch the one after it."""
+        for index in range(behind, node, -1):
+            self.release(index)
+        if node > 1:
+            self.prefetch(node - 1)
 
     def verify(self, network: nn.Module | None = None) -> None:
         """Reads every node.
@@ -267,3 +281,9 @@ class PathNodes:
                 raise ValueError(f"node {index} is damaged: {file} is not what was recorded (SHA-256 differs).")
             self._sound.add(seen)
         return [folder / self.denoiser / name for name in hashes]
+
+
+def digest_of(nodes: list[dict[str, Any]]) -> str:
+    """What tells a path's weights from others': a digest of all of their hashes."""
+    hashes = [node["files"] for node in nodes]
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]

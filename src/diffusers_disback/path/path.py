@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from diffusers import ModelMixin
 
 from ..hub.cards import STABLE_DIFFUSION, Usage, path_card
 from ..hub.files import inside, sha256_of, to_bytes, write_json
@@ -135,7 +135,7 @@ class DegradationPath(PathNodes):
 
     def append(
         self,
-        network: nn.Module,
+        network: ModelMixin,
         step: int,
         loss: float,
         adapter: str | None = None,
@@ -145,7 +145,7 @@ class DegradationPath(PathNodes):
         """Records the next node.
 
         Args:
-            network (`nn.Module`): The degraded score network, unwrapped; a diffusers model.
+            network (`ModelMixin`): The degraded score network, unwrapped; a diffusers model.
             step (`int`): Fake-score updates so far; larger than the last node's.
             loss (`float`): The mean denoising loss since the last node.
             adapter (`str`, *optional*): Record the adapter of this name, which is on the network, instead of all of it.
@@ -167,7 +167,7 @@ class DegradationPath(PathNodes):
         rounding_error = 0.0 if dtype is None else cast_files(files, dtype)
         with open_weights(files[0]) as stream:
             written = stream.get_tensor(next(iter(stream.keys()))).dtype
-        node = {
+        node: dict[str, Any] = {
             "name": name,
             "kind": "full" if adapter is None else "adapter",
             "step": step,

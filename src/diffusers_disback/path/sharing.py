@@ -122,8 +122,9 @@ def check_is_ours(
         foreign = [INDEX] if student is not None and INDEX in tree else []
     else:
         foreign = [path for path in sorted(tree) if not (path.startswith(".git") or is_licence(path))]
-        if CARD in tree:
-            text = read_text(repository.file(CARD, commit), f"{CARD} of {repository.repo_id}")
+        card = repository.file(CARD, commit) if CARD in tree else None
+        if card is not None:
+            text = read_text(card, f"{CARD} of {repository.repo_id}")
             has_text = re.sub(r"\A\s*---\n.*?\n---\s*", "", text, flags=re.DOTALL).strip()
             foreign = [path for path in foreign if path != CARD or has_text]
     if foreign:

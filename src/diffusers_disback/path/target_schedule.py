@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 SHARE, FALL = 0.6, 0.05
@@ -25,6 +26,11 @@ class Measure:
     node: int
     mismatch: float
     next_mismatch: float
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Measure":
+        """Reads what a checkpoint holds; version 0.1.0 called a mismatch a gap."""
+        return cls(**{name.replace("gap", "mismatch"): value for name, value in state.items()})
 
 
 class TargetSchedule(ABC):

@@ -84,7 +84,9 @@ class OnGPU(TorchFunctionMode):
         kwargs = kwargs or {}
         dtype = {**dict.fromkeys(self.LOWER, self.dtype), **dict.fromkeys(self.FLOAT32, torch.float32)}.get(func)
         if func is F.scaled_dot_product_attention:
-            query, key, value = (self._cast(each, self.dtype or each.dtype) for each in (args or kwargs.values())[:3])
+            query, key, value = (
+                self._cast(each, self.dtype or each.dtype) for each in (args or tuple(kwargs.values()))[:3]
+            )
             return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
         if self.dtype is not None and dtype is not None:
             args = tuple(self._cast(each, dtype) for each in args)

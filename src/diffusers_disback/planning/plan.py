@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..families import ModelFamily, family_class, network_name_of
@@ -51,14 +52,14 @@ class Planner:
         others (`dict[str, nn.Module]`): The teacher's other networks, on the meta device.
     """
 
-    skeleton: Callable[[], nn.Module]
+    skeleton: Callable[[], ModelMixin]
     family: type[ModelFamily]
     training: TrainingConfig
     backtracking: BacktrackingConfig
     stride: int = 8
     others: dict[str, nn.Module] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.dtype = PRECISIONS[self.training.mixed_precision or "no"]
         self.autocast = None if self.dtype == torch.float32 else self.dtype
 
@@ -75,7 +76,7 @@ class Planner:
         return cls(teacher.meta_network, family, training, backtracking, family.stride_of(others), others)
 
     @cached_property
-    def network(self) -> nn.Module:
+    def network(self) -> ModelMixin:
         """The teacher's denoiser, on the meta device."""
         network = self.skeleton()
         self.family.check_network(network.config, f"The teacher's {title_of(self.family.network_name)}")
@@ -95,10 +96,10 @@ class Planner:
         """The images' side in pixels."""
         return self.training.resolution or self.network.config.sample_size * self.stride
 
-    def _network_of(self, role: str) -> nn.Module:
+    def _network_of(self, role: str) -> ModelMixin:
         """A network to be run as a role's: all of it is trained, or an adapter on it."""
         training, network = self.training, self.skeleton().requires_grad_(True)
-        if training.is_adapter(role):
+        if training.lora_rank is not None and training.is_adapter(role):
             for parameter in network.parameters():
                 parameter.data = parameter.data.to(self.dtype)
             shared = SharedNetwork(network)
@@ -169,7 +170,7 @@ class Planner:
         number, linear = sum(each.numel() for each in self.network.parameters()), 0
         if self.training.base_quantization is not None:
             linear = sum(each.weight.numel() for each in self.network.modules() if isinstance(each, nn.Linear))
-        quantized = int(linear * QUANTIZED.get(self.training.base_quantization, 0))
+        quantized = int(linear * QUANTIZED.get(self.training.base_quantization or "", 0))
         return Row(name, (number - linear) * self.dtype.itemsize + quantized, remark="estimate" if linear else "exact")
 
     def _adam(self, role: str) -> int:

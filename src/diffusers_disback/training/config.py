@@ -34,7 +34,7 @@ class TrainingConfig(
         ValueError: If a setting does not take its value, or two settings contradict each other.
     """
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         sources = [name for name in ("prompts_file", "dataset_name", "train_data_dir") if getattr(self, name)]
         if len(sources) > 1:
@@ -147,7 +147,7 @@ class DegradationConfig(Settings):
         below=1,
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_path_nodes > self.degradation_steps:
             raise ValueError(
@@ -217,7 +217,7 @@ class BacktrackingConfig(Settings):
     use_ema: bool = setting(False, "Keep an average of the student's weights, and publish it.")
     ema_decay: float = setting(0.999, "Of that average.", minimum=0, below=1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.target_schedule not in TARGET_SCHEDULES:
             raise ValueError(f"--target_schedule {self.target_schedule!r} is none of {', '.join(TARGET_SCHEDULES)}.")

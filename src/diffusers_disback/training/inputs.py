@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -70,7 +71,7 @@ def load_prompts(config: DisBackConfig) -> Sequence[str]:
             if not family_class(str(teacher.index["_class_name"])).takes_prompts:
                 return []
         raise ValueError("There are no prompts: pass --prompts_file, --dataset_name or --train_data_dir.")
-    where = {"dataset_name": config.dataset_name, "train_data_dir": config.train_data_dir}
+    where: dict[str, Any] = {"dataset_name": config.dataset_name, "train_data_dir": config.train_data_dir}
     where |= {"config_name": config.dataset_config_name, "split": config.dataset_split}
     if config.dataset_streaming:
         file = Path(config.output_dir, "captions.txt")

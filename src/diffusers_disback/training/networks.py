@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, ProjectConfiguration
-from torch import nn
+from diffusers import ModelMixin
+from torch import Tensor, nn
 
 from ..models.adapters import SharedNetwork, base_of, lora_config
+from ..models.batch import Condition
 from ..models.score_model import ScoreModel
 from .config import TrainingConfig
 
@@ -48,7 +50,7 @@ def in_precision(model: ScoreModel, accelerator: Accelerator) -> ScoreModel:
     """The same way to ask, in the trained networks' precision, operation for operation."""
     call = model.call
 
-    def call_in_precision(network, x_t, t, condition):
+    def call_in_precision(network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         with accelerator.autocast():
             return call(network, x_t, t, condition)
 
@@ -56,11 +58,11 @@ def in_precision(model: ScoreModel, accelerator: Accelerator) -> ScoreModel:
     return model
 
 
-def tuned(network: nn.Module, config: TrainingConfig, checkpointed: Callable | None = None) -> nn.Module:
+def tuned(network: ModelMixin, config: TrainingConfig, checkpointed: Callable | None = None) -> ModelMixin:
     """A network with the settings that change its memory and speed, and not what it computes.
 
     Args:
-        network (`nn.Module`): A diffusers denoiser.
+        network (`ModelMixin`): A denoiser.
         config (`TrainingConfig`): With these settings.
         checkpointed (`Callable`, *optional*): Runs a block under gradient checkpointing; by default diffusers' own.
 
@@ -86,7 +88,7 @@ def tuned(network: nn.Module, config: TrainingConfig, checkpointed: Callable | N
     return network
 
 
-def shared_base(network: nn.Module, config: TrainingConfig) -> SharedNetwork:
+def shared_base(network: ModelMixin, config: TrainingConfig) -> SharedNetwork:
     """A network in float32 as the base of several roles' adapters, in the precision and on the device of the run."""
     accelerator = accelerator_of(config)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
@@ -101,4 +103,6 @@ def shared_base(network: nn.Module, config: TrainingConfig) -> SharedNetwork:
 
 def add_adapter(shared: SharedNetwork, role: str, config: TrainingConfig, seed: int) -> None:
     """Adds a role's adapter, as the settings ask for it."""
+    if config.lora_rank is None:
+        raise ValueError(f"The {role} is no adapter: there is no --lora_rank.")
     shared.add(role, lora_config(config.lora_rank, config.lora_alpha, config.lora_target_modules), seed)

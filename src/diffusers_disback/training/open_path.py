@@ -59,7 +59,7 @@ def open_path(
     if not recorded and config.stage != "backtrack":
         if config.num_path_nodes == 0:
             return None
-        return DegradationPath.create(folder, teacher.model, own, start, recording)
+        return DegradationPath.create(folder, teacher.local_model, own, start, recording)
     path = DegradationPath.from_pretrained(folder, teacher=teacher.model)
     path.check(own, start, teacher.network_name)
     if path.complete:
@@ -95,7 +95,7 @@ def _open_shared(
 
     def read(revision: str | None) -> DegradationPath:
         return DegradationPath.from_pretrained(
-            config.degradation_path,
+            str(config.degradation_path),
             revision,
             teacher.model,
             config.cache_dir,
@@ -104,7 +104,7 @@ def _open_shared(
         )
 
     path = read(config.degradation_path_revision) if state.is_main_process else None
-    (commit,) = broadcast_object_list([None if path is None else path.folders.commit])  # a branch may move meanwhile
+    (commit,) = broadcast_object_list([path.commit if path is not None else None])  # a branch may move meanwhile
     path = read(commit) if path is None else path
     path.check(teacher_sha256, start, teacher.network_name)
     if not path.complete:

@@ -1,5 +1,7 @@
 """AdamW, and its relatives of bitsandbytes."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -16,7 +18,7 @@ def optimizer_of(
     Raises:
         ValueError: If bitsandbytes is asked for and not installed.
     """
-    arguments = {
+    arguments: dict[str, Any] = {
         "lr": learning_rate,
         "betas": config.adam_betas(role),
         "weight_decay": config.adam_weight_decay,

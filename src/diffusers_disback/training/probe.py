@@ -104,7 +104,7 @@ def compare(
     batches: list[ProbeBatch], fake_score: list[Tensor], target: list[Tensor], teacher: list[Tensor]
 ) -> dict[str, float]:
     """Returns the three denoising losses and both mismatches of three networks' outputs, as `by_name` names them."""
-    measures = {}
+    measures: dict[str, float] = {}
     for name, outputs in (("fake_score", fake_score), ("target", target), ("teacher", teacher)):
         measures |= by_name(f"{name}_denoising_loss", denoising_losses(batches, outputs))
     measures |= by_name("student_to_target", mismatches(batches, fake_score, target))

@@ -147,7 +147,7 @@ class RunFolder:
                     "takes the newest checkpoint that is whole."
                 )
             return _told_if_unsealed(folder)
-        problems = []
+        problems: list[str] = []
         for folder in reversed(self.checkpoints(stage)):
             problem = damage(folder)
             if problem is None:

@@ -40,7 +40,7 @@ class Scores(ABC):
 
     kind: str
     fake_score: Learner
-    target: ScoreModel | None = None
+    target: ScoreModel
     shared: SharedNetwork | None = None
 
     def __init__(
@@ -54,7 +54,7 @@ class Scores(ABC):
     ):
         self.family = family
         self.config = config
-        self.path = path if path is not None and len(path) else None
+        self.path = path or None  # one without nodes is none
         self._check_kind()
         self._make_fake_score(learning_rate, updates, self.path is not None and loads)
         self.accelerator = self.fake_score.accelerator
@@ -67,6 +67,13 @@ class Scores(ABC):
             f"The nodes of the path of {self.path.where} are of kind {self.path.kind!r}, but the fake score is to be {role}. "
             "Train it as the path was recorded, or record another path."
         )
+
+    @property
+    def nodes(self) -> DegradationPath:
+        """The path whose nodes are loaded; a `ValueError` if there is none."""
+        if self.path is None:
+            raise ValueError("There is no path, of which a node could be loaded.")
+        return self.path
 
     @abstractmethod
     def _make_fake_score(self, learning_rate: float, updates: int, loads: bool) -> None: ...
@@ -105,7 +112,7 @@ class Scores(ABC):
 
     def release(self) -> None:
         """Lets go of the target."""
-        self.target = None
+        del self.target
 
 
 class FullScores(Scores):
@@ -116,8 +123,8 @@ class FullScores(Scores):
     def _make_fake_score(self, learning_rate: float, updates: int, loads: bool) -> None:
         network = self.family.score_model().copy().network
         if loads:
-            self.path.load(len(self.path), into=network)
-            self.path.prefetch(len(self.path) - 1)
+            self.nodes.load(len(self.nodes), into=network)
+            self.nodes.prefetch(len(self.nodes) - 1)
         self.fake_score = Learner("fake_score", network, learning_rate, updates, self.config)
 
     def add_target(self) -> None:
@@ -125,7 +132,7 @@ class FullScores(Scores):
 
     def fill_target(self, node: int) -> None:
         if node:
-            self.path.load(node, self.target.network)
+            self.nodes.load(node, self.target.network)
         else:
             self.target.network.load_state_dict(self.family.network.state_dict(), strict=True)
 
@@ -143,6 +150,7 @@ class AdapterScores(Scores):
     """Both are adapters on one frozen network, which without an adapter is the teacher."""
 
     kind = "adapter"
+    shared: SharedNetwork
 
     def _make_fake_score(self, learning_rate: float, updates: int, loads: bool) -> None:
         self.shared = shared_base(self.family.network, self.config)
@@ -150,11 +158,11 @@ class AdapterScores(Scores):
             add_adapter(self.shared, "fake_score", self.config, self.config.seed)
         else:
             for role in ("fake_score", "target"):
-                self.shared.add(role, self.path.adapter_config(len(self.path)))
+                self.shared.add(role, self.nodes.adapter_config(len(self.nodes)))
             self.shared.freeze("target")
         if loads:
-            self.path.load(len(self.path), self.shared.network, "fake_score")
-            self.path.prefetch(len(self.path) - 1)
+            self.nodes.load(len(self.nodes), self.shared.network, "fake_score")
+            self.nodes.prefetch(len(self.nodes) - 1)
         self.fake_score = AdapterLearner(
             "fake_score", self.shared, self.family.network, learning_rate, updates, self.config
         )
@@ -166,7 +174,7 @@ class AdapterScores(Scores):
     def fill_target(self, node: int) -> None:
         self.target = self._node if node else self._teacher
         if node:
-            self.path.load(node, self.shared.network, "target")
+            self.nodes.load(node, self.shared.network, "target")
 
     def _target_weights(self) -> dict[str, Tensor]:
         return self.shared.weights("target")
@@ -184,7 +192,7 @@ class AdapterScores(Scores):
 
     def release(self) -> None:
         super().release()
-        self._teacher = self._node = None
+        del self._teacher, self._node
 
 
 def scores_of(config: TrainingConfig) -> type[Scores]:

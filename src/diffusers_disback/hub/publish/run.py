@@ -67,7 +67,10 @@ def path_of_run(
         path = DegradationPath.from_pretrained(place, teacher=teacher, cache_dir=cache_dir)
         if not is_student and place == folder and not settings:  # the path's own folder, which may lie in the run's
             own = RunFolder(Path(os.path.abspath(folder)).parent).settings()
-        is_the_runs = path.manifest["id"] == origin["id"] if is_student else _is_recorded_by(path, own)
+        if is_student and origin is not None:
+            is_the_runs = path.manifest["id"] == origin["id"]
+        else:
+            is_the_runs = _is_recorded_by(path, own)
         path.teacher_was_told |= is_the_runs and _has_its_teacher(path, own)
         if is_the_runs or (not is_student and place in places[:2]):
             return path

@@ -18,7 +18,7 @@ from ...training.run_folder import RunFolder
 from ...training.signals import signal_handler
 from ..files import inside, read_json, write_json, writing
 from ..published import REPORT, clean_configs, published_files
-from ..repository import write_files
+from ..repository import Files, write_files
 
 
 logger = logging.getLogger(__name__)
@@ -110,10 +110,8 @@ def _write_student(pipeline: DiffusionPipeline, teacher: LocalModel, folder: Pat
     write_json(folder / INDEX, {**index, **{name: theirs[name] for name in released if name in index}})
     for written in (folder, folder / teacher.network_name, folder / "scheduler", folder / LORA / "scheduler"):
         clean_configs(written)
-    check_whole(
-        {file.relative_to(folder).as_posix(): file for file in folder.glob("*/*")} | {INDEX: folder / INDEX},
-        f"{folder}",
-    )
+    written_files: Files = {file.relative_to(folder).as_posix(): file for file in folder.glob("*/*")}
+    check_whole({**written_files, INDEX: folder / INDEX}, f"{folder}")
 
 
 def results(folder: Path) -> dict[str, int]:

@@ -111,7 +111,7 @@ class Settings:
         ValueError: With the flag of a value that its setting does not take.
     """
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for one in fields(self):
             check(one, getattr(self, one.name), f"--{one.name}")
 
