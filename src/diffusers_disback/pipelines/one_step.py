@@ -380,8 +380,7 @@ class DisBackOneStepPipeline(
                 raise TypeError(f"There is no argument {name!r}; neither family's pipeline takes one.")
             idle = name not in own or name.startswith("negative_") or name == "guidance_rescale"
             if idle and value is not either[name] and value != either[name]:
-                why = "there is no guidance" if name in own else "the student is no SDXL"
-                logger.warning(f"`{name}` has no effect: {why}.")
+                logger.warning(f"`{name}` has no effect: {'no guidance is used' if name in own else 'it is of SDXL'}.")
         given = {name: value for name, value in given.items() if name in own}
         upcasts = self.is_xl and self.vae.dtype == torch.float16 and self.vae.config.force_upcast
         if output_type != "latent" and self.vae.dtype != self.unet.dtype and not upcasts:
