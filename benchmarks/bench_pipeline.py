@@ -20,7 +20,7 @@ from diffusers_disback.families import to_pipeline
 
 
 PROMPT = "a red house by the sea"
-# A fifth of the width at the resolution of SD 1.5: seconds a image on a slow CPU.
+# A fifth of the width at the resolution of SD 1.5: seconds an image on a slow CPU.
 SMALL = dict.fromkeys(UNETS, (0.2, 64))
 
 

@@ -201,7 +201,7 @@ def test_prompt_files_that_are_no_prompts_are_told_with_what_to_do(tmp_path):
         "zip archive": [(tmp_path / "zip").read_bytes()],
         "bzip2": [bz2.compress(TEXT.encode())],
         "xz archive": [lzma.compress(TEXT.encode())],
-        "a image": [b"\x89PNG\r\n\x1a\n"],
+        "an image": [b"\x89PNG\r\n\x1a\n"],
         "is a table or JSON.*--train_data_dir.*--caption_column": [
             (json.dumps(row) + "\n").encode() * 2,
             ("\n" + json.dumps([row])).encode("utf-8-sig"),

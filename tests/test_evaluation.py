@@ -29,7 +29,7 @@ from shapes.world import CAPTIONS, pixels
 
 
 class Colours(nn.Module):
-    """Five features of a image, of different sizes."""
+    """Five features of an image, of different sizes."""
 
     num_features = 5
 

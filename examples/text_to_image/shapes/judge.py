@@ -24,7 +24,7 @@ def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
 class Judge(ModelMixin, ConfigMixin):
     """Images -> features; `classify` puts one linear head per attribute on them.
 
-    The features are pooled over the image, so they are made for what a image shows, not for where.
+    The features are pooled over the image, so they are made for what an image shows, not for where.
     """
 
     @register_to_config

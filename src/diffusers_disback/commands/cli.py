@@ -112,7 +112,7 @@ def path_verify(parsed: argparse.Namespace) -> None:
 
 
 def timestep_sweep(parsed: argparse.Namespace) -> None:
-    """Asks a teacher once at each of a range of timesteps: a table, a image, and the one that is nearest to it."""
+    """Asks a teacher once at each of a range of timesteps: a table, an image, and the one that is nearest to it."""
     from diffusers.utils.logging import disable_progress_bar
 
     from ..data.prompts import PromptFile

@@ -17,7 +17,7 @@ from ..models.weights import open_weights, save_weights
 
 
 logger = logging.getLogger(__name__)
-_SMALL = 64  # numbers a row, such as a image's size: kept as they are
+_SMALL = 64  # numbers a row, such as an image's size: kept as they are
 
 
 class ConditionCache:

@@ -33,8 +33,8 @@ _OTHERS = {  # how files begin that hold no lines of text
     b"PAR1\x15": "a Parquet file; put it into a folder and pass that as --dataset_name",
     b"ARROW1\0\0": "an Arrow file; put it into a folder and pass that as --dataset_name",
     b"%PDF-": "a PDF; save its text as plain text",
-    b"\x89PNG": "a image",
-    b"\xff\xd8\xff": "a image",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
 }
 _NUL = (
     "holds a NUL character: it is no text, or text in UTF-16 without a byte order mark. Save it as UTF-8, as by "

@@ -16,7 +16,7 @@ from .base import Metric
 
 LABEL = 110  # characters of a caption that are shown beside its images; the card and the report have all of it
 _MISSING = re.compile(r"Glyph .* missing from")
-WIDEST = 200  # inches that a image takes at most; matplotlib refuses 2^16 dots
+WIDEST = 200  # inches that an image takes at most; matplotlib refuses 2^16 dots
 
 
 def image_grid(rows: dict[str, list[Tensor]], columns: list[str], file: Path, cell_inches: float = 1.3) -> None:
@@ -26,7 +26,7 @@ def image_grid(rows: dict[str, list[Tensor]], columns: list[str], file: Path, ce
         rows (`dict[str, list[Tensor]]`): Caption -> its images, RGB in 0..255, `[3, H, W]` uint8, one per column.
         columns (`list[str]`): Titles.
         file (`Path`): PNG.
-        cell_inches (`float`): The side of a image at 100 dots per inch.
+        cell_inches (`float`): The side of an image at 100 dots per inch.
     """
     plt = pyplot()
     cell_inches = min(cell_inches, WIDEST / (max(len(rows), len(columns)) + 2))
@@ -62,7 +62,7 @@ def label(caption: str) -> str:
 
 @contextmanager
 def glyphs_told_once(file: Path) -> Iterator[None]:
-    """While a image is drawn, warns once of all characters that the font lacks, and of all else as ever."""
+    """While an image is drawn, warns once of all characters that the font lacks, and of all else as ever."""
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         yield

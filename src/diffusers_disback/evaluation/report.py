@@ -180,7 +180,7 @@ def sample_nodes(
     drawn: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes a image of what each node draws, from the same noise. The teacher's own denoiser stays in CPU
+    """Writes an image of what each node draws, from the same noise. The teacher's own denoiser stays in CPU
     memory.
 
     Args:

@@ -264,7 +264,7 @@ class DisBackOneStepPipeline(
         """
         if num_inference_steps != 1:
             raise ValueError(
-                f"num_inference_steps={num_inference_steps}: a one-step student makes a image in one step; leave "
+                f"num_inference_steps={num_inference_steps}: a one-step student makes an image in one step; leave "
                 "the argument out."
             )
         if guidance_scale > 1:
