@@ -141,8 +141,11 @@ def flow() -> StableDiffusion3Pipeline:
 
 TEACHERS = {"pixels": (Pixels, pixels), "flow": (StableDiffusion3, flow), "stable_diffusion": (None, tiny.pipeline)}
 LORA = {"lora_rank": 2}
-RUNS = [("stable_diffusion", "sid", {}), ("stable_diffusion", "sid", {**LORA, "gradient_checkpointing": True})]
-RUNS += [("pixels", "dmd", {}), ("pixels", "sid", {}), ("flow", "dmd", {}), ("flow", "sid", LORA)]
+RUNS = [("stable_diffusion", "sid", {**LORA, "gradient_checkpointing": True})]
+RUNS += [("pixels", "sid", {}), ("flow", "dmd", {}), ("flow", "sid", LORA)]
+RUNS += [
+    pytest.param(*more, marks=pytest.mark.slow) for more in (("stable_diffusion", "sid", {}), ("pixels", "dmd", {}))
+]
 
 
 @pytest.fixture(autouse=True)

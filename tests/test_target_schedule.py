@@ -1,5 +1,6 @@
 """What every policy promises, whatever is measured; and what each does."""
 
+import dataclasses
 import random
 from itertools import product
 
@@ -102,3 +103,9 @@ def test_the_adaptive_schedule_leaves_a_node_that_the_student_is_on_its_way_to()
     next_one = [Measure(70, 1, 0.3, 9.0), Measure(80, 1, 0.2, 9.0), Measure(90, 1, 0.1, 9.0)]
     assert schedule.switches([*rising, first, second, *next_one]) == [60, 90]
     assert AdaptiveSchedule(3, 100, 300, 0.5, 1.0).switches([*rising, first, second, *next_one]) == [100, 200]
+
+
+def test_measures_of_a_checkpoint_of_the_first_version_are_read():
+    measure = Measure(8, 2, 0.5, 0.25)
+    assert Measure.from_state({"step": 8, "node": 2, "gap": 0.5, "next_gap": 0.25}) == measure
+    assert Measure.from_state(dataclasses.asdict(measure)) == measure

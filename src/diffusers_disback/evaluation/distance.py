@@ -29,7 +29,8 @@ class FrechetDistance(Evaluator):
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         self.batch_size = batch_size
-        self.num_features = features if isinstance(features, int) else int(features.num_features)  # type: ignore[arg-type]
+        # Of a network torchmetrics asks for this attribute, which nn.Module does not declare.
+        self.num_features: int = features if isinstance(features, int) else features.num_features  # type: ignore[assignment]
         self.metric = FrechetInceptionDistance(features, reset_real_features=False, normalize=True)
         self.has_reference = reference is not None
         if reference is not None:

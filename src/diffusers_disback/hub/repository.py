@@ -118,7 +118,10 @@ class Repository:
 
     def head(self, revision: str | None = None) -> str:
         """The commit that a branch or tag means now."""
-        return str(self._call(self.api.model_info, revision=revision).sha)
+        commit = self._call(self.api.model_info, revision=revision).sha
+        if commit is None:
+            raise HubError(f"The Hub names no commit of {self.repo_id} at {revision or 'main'}.")
+        return commit
 
     def is_private(self) -> bool:
         """Whether others cannot see it."""

@@ -74,6 +74,7 @@ class ScoreModel:
                 "is none, pass 1."
             )
         both = {key: torch.cat([negative[key], condition[key]]) for key in condition}
+        # [2 B, C, H, W], first the unconditional half
         without, with_ = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         # Classifier-free guidance (Ho and Salimans, 2022, Eq. 6), in diffusers' convention: 1 means none.
         return without + self.guidance_scale * (with_ - without)
@@ -88,6 +89,6 @@ class ScoreModel:
         The mean squared error of the network's own output, unweighted: the loss that latent diffusion teachers were
         trained with. Unguided, whatever `guidance_scale` is.
         """
-        x_t = self.schedule.diffuse(x0, noise, t)
+        x_t = self.schedule.diffuse(x0, noise, t)  # [B, C, H, W]
         output = self.predict(x_t, t, condition)
         return nn.functional.mse_loss(output, self.schedule.regression_target(x0, noise, t))

@@ -38,7 +38,7 @@ class VariationalScoreDistillation(Objective):
         last = target.schedule.num_timesteps
         t = batch.draw_timesteps(int(self.min_noise * last), min(int(self.max_noise * last), last - 1))
         with torch.no_grad():
-            x_t = target.schedule.diffuse(x0, batch.draw_noise(), t)
+            x_t = target.schedule.diffuse(x0, batch.draw_noise(), t)  # [B, C, H, W], as all below
             x0_target = target.denoise(x_t, t, batch.condition, batch.negative)
             x0_fake = fake_score.denoise(x_t, t, batch.condition)
             direction = self.weight(x0, x0_target) * (x0_fake - x0_target)

@@ -62,6 +62,7 @@ class MismatchProbe:
             x0 = generator(batch.noise, batch.condition)
             band = torch.arange(first, first + len(x0), device=self.device) % BANDS
             first += len(x0)
+            # band: [B], 0..BANDS - 1; t: [B], within its band
             t, noise = band * last // BANDS + batch.draw_timesteps(0, last // BANDS - 1), batch.draw_noise()
             regression_target = self.schedule.regression_target(x0, noise, t)
             x_t = self.schedule.diffuse(x0, noise, t)

@@ -142,7 +142,7 @@ class Stage(ABC):
     @torch.no_grad()
     def samples(self, batches: list[Batch]) -> list[Tensor]:
         """The generator's samples, without a graph."""
-        return [self.generator(batch.noise, batch.condition) for batch in batches]
+        return [self.generator(batch.noise, batch.condition) for batch in batches]  # each [B, C, H, W]
 
     @cached_property
     def checkpoint(self) -> Path | None:
