@@ -112,6 +112,8 @@ def _told(file: Path, folder: Path) -> str:
         if file.name == "node.json":
             content.pop("path", None)
         text = json.dumps(content, sort_keys=True)
+    elif file.name == "settings.yaml":
+        text = re.sub(r"^output_dir: .*$", "", file.read_text(), flags=re.MULTILINE)
     elif file.name == "README.md":
         lines = file.read_text().splitlines()
         text = "\n".join(
