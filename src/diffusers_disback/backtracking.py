@@ -16,10 +16,9 @@ from .models.score_model import ScoreModel
 from .path.nodes import digest_of
 from .path.path import DegradationPath
 from .path.target_schedule import Measure
-from .training.config import BacktrackingConfig, TrainingConfig, guidance_of_node, target_schedule
-from .training.learner import AdapterLearner, Learner
-from .training.networks import add_adapter, shared_base
-from .training.probe import MismatchProbe, compare, mean, mismatches, predictions
+from .training.config import BacktrackingConfig, TrainingConfig, guidance_of_node, loss_scale, target_schedule
+from .training.learner import Learner
+from .training.probe import MismatchProbe, ProbeBatch, compare, mean, mismatches, predictions
 from .training.results import BacktrackingResult
 from .training.scores import scores_of
 from .training.stage import Stage
@@ -60,6 +59,7 @@ class BacktrackingTrainer(Stage):
         self.config = config
         self.backtracking = backtracking
         self.path = path or None  # one without nodes is none
+        self.fake_score_guidance = backtracking.training_guidance_of_fake_score
         self.evaluate = evaluate
         self.validates = evaluate is not None
         self.schedule = target_schedule(backtracking, 0 if path is None else len(path))
@@ -70,7 +70,7 @@ class BacktrackingTrainer(Stage):
             family, config, config.fake_score_learning_rate, updates, path, loads=self.checkpoint is None
         )
         self.fake_score = self.scores.fake_score
-        self.student = self._student(family, generator)
+        self.student = self.scores.student(generator, backtracking)
         super().__init__(
             config,
             backtracking,
@@ -89,19 +89,6 @@ class BacktrackingTrainer(Stage):
         if initial_measures is not None:
             self.curve.append({"step": 0, "seconds": 0.0, "node": self.schedule.node(0), **initial_measures})
 
-    def _student(self, family: ModelFamily, generator: nn.Module) -> Learner:
-        """Makes the learner of the generator: a whole network; or an adapter, on the scores' network if it starts from it."""
-        config, updates = self.config, self.backtracking.max_train_steps
-        rate = self.backtracking.generator_learning_rate
-        ema_decay = self.backtracking.ema_decay if self.backtracking.use_ema else None
-        if not config.is_adapter("generator"):
-            return Learner("generator", generator, rate, updates, config, ema_decay)
-        shared = self.scores.shared
-        if shared is None or generator is not family.network:
-            shared = shared_base(generator, config)
-        add_adapter(shared, "generator", config, config.seed + 1)
-        return AdapterLearner("generator", shared, generator, rate, updates, config, ema_decay)
-
     # DisBack, Algorithm 2 ------------------------------------------------------------------------------------------
 
     def train(self) -> nn.Module:
@@ -117,7 +104,7 @@ class BacktrackingTrainer(Stage):
         self.switch_target(step)
         first, *others = batches
         self._make_room_for(self.student)
-        samples, generator_loss = self.update_generator(first)
+        samples, generator_loss = self.update_generator(first, loss_scale(step, self.backtracking))
         self._make_room_for(self.fake_score)
         fake_score_losses = [self.update_fake_score(first, samples)]
         for batch in others:
@@ -143,15 +130,17 @@ class BacktrackingTrainer(Stage):
         )
         self.accelerator.log({f"{self.name}/seconds_waited_for_node": waited}, step=step)
 
-    def update_generator(self, batches: list[Batch]) -> tuple[list[Tensor], Tensor]:
-        """Updates the generator once. Returns the samples that it was made with, detached, and the mean loss."""
+    def update_generator(self, batches: list[Batch], scale: float = 1.0) -> tuple[list[Tensor], Tensor]:
+        """Updates the generator once, by `scale` times its loss. Returns the samples that it was made with, detached, and the
+        mean loss, not scaled."""
         samples, losses = [], []
         for batch in batches:
             # The fake score is frozen around the backward pass, too, which may recompute its forward pass.
             with self.student.accumulate(), self.fake_score.frozen(self.family) as fake_score:
                 x0 = self.generator(batch.noise, batch.condition)  # [B, C, H, W]
+                fake_score.guidance_scale = self.backtracking.fake_score_guidance_scale
                 loss = self.objective.generator_loss(x0, batch, self.target, fake_score)
-                self.student.backward_and_step(loss)
+                self.student.backward_and_step(scale * loss)
             samples.append(x0.detach())
             losses.append(loss.detach())
         return samples, torch.stack(losses).mean()
@@ -192,7 +181,7 @@ class BacktrackingTrainer(Stage):
             return
         self._make_room_for(self.student)  # the target is on the device in the student's turn
         batches = self.probe.sample(self.generator)
-        fake_score = predictions(self.fake_score.score_model(self.family), batches)
+        fake_score = self._fake_score_predictions(batches)
         mismatch = mean(mismatches(batches, fake_score, predictions(self.target, batches)))
         with self.other_target(node - 1):
             next_mismatch = mean(mismatches(batches, fake_score, predictions(self.target, batches)))
@@ -201,13 +190,16 @@ class BacktrackingTrainer(Stage):
         measured = {f"{self.name}/mismatch": mismatch, f"{self.name}/next_mismatch": next_mismatch}
         self.accelerator.log(measured, step=done)
 
+    def _fake_score_predictions(self, batches: list[ProbeBatch]) -> list[Tensor]:
+        return predictions(self.fake_score.score_model(self.family), batches, self.fake_score_guidance)
+
     def mismatch(self, node: int) -> dict[str, float]:
         """Returns the losses of fake score, target (`node`) and teacher, and both mismatches, on the student's samples."""
         if self.target_node is None:  # of a run that is resumed at its end
             self.fill_target(node)
         self._make_room_for(self.student)  # the target is on the device in the student's turn
         batches = self.probe.sample(self.generator)
-        fake_score = predictions(self.fake_score.score_model(self.family), batches)
+        fake_score = self._fake_score_predictions(batches)
         target = teacher = predictions(self.target, batches)
         if node:
             with self.other_target(0):

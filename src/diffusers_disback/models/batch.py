@@ -32,6 +32,11 @@ class Batch:
         drawn = [torch.randint(low, high + 1, (), generator=generator) for generator in self.generators]
         return to_device(torch.stack(drawn), self.noise.device)
 
+    def draw_uniform(self) -> Tensor:
+        """Numbers, uniform in 0..1 without its ends, `[B]`."""
+        drawn = [torch.rand((), generator=generator, dtype=torch.float64) for generator in self.generators]
+        return to_device(torch.stack(drawn).clamp(1e-7, 1 - 1e-7).float(), self.noise.device)
+
     def draw_noise(self) -> Tensor:
         """Fresh standard normal noise, shape of `noise`."""
         drawn = randn_tensor(tuple(self.noise.shape), generator=self.generators, device=torch.device("cpu"))

@@ -25,8 +25,13 @@ class ScoreModel:
         network (`nn.Module`): A diffusers denoiser, possibly wrapped for distributed training.
         schedule (`NoiseSchedule`): What its timesteps and its output mean.
         call (`Callable`): `(network, x_t, t, condition) -> output`.
-        guidance_scale (`float`): Classifier-free guidance of `denoise`; 1 means none.
+        guidance_scale (`float`): Classifier-free guidance of `denoise`; 1 means none, 0 the unconditional branch alone.
+
+    Attributes:
+        discriminator (`Callable`, *optional*): `(score_model, x_t, t, condition) -> logits`; see `logits`.
     """
+
+    discriminator: "Callable[[ScoreModel, Tensor, Tensor, Condition], Tensor] | None" = None
 
     def __init__(
         self,
@@ -73,6 +78,8 @@ class ScoreModel:
                 f"guidance_scale={self.guidance_scale} needs the condition of the empty prompt, or of no class; where there "
                 "is none, pass 1."
             )
+        if self.guidance_scale == 0:
+            return self.predict(x_t, t, negative)
         both = {key: torch.cat([negative[key], condition[key]]) for key in condition}
         # [2 B, C, H, W], first the unconditional half
         without, with_ = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
@@ -83,12 +90,26 @@ class ScoreModel:
         """The gradient of log p(x_t | condition), `[B, C, H, W]`. Arguments as of `denoise`."""
         return self.schedule.score_of_x0(self.denoise(x_t, t, condition, negative), x_t, t)
 
-    def denoising_loss(self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def logits(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """log p_target(x_t) / p_fake(x_t) as a discriminator on the network's features estimates it, `[B]`. Unguided.
+
+        Raises:
+            ValueError: If there is no discriminator.
+        """
+        if self.discriminator is None:
+            raise ValueError(
+                "There is no discriminator: pass --adversarial_weight, and real images in --train_data_dir."
+            )
+        return self.discriminator(self, x_t, t, condition)
+
+    def denoising_loss(
+        self, x0: Tensor, noise: Tensor, t: Tensor, condition: Condition, negative: Condition | None = None
+    ) -> Tensor:
         """Denoising score matching on `x0` (DisBack, Eqs. 5 and 7), a scalar.
 
-        The mean squared error of the network's own output, unweighted: the loss that latent diffusion teachers were
-        trained with. Unguided, whatever `guidance_scale` is.
+        The mean squared error of the network's output, unweighted: the loss that latent diffusion teachers were trained with.
+        With guidance it is that of the guided output, and both of its branches are trained.
         """
         x_t = self.schedule.diffuse(x0, noise, t)  # [B, C, H, W]
-        output = self.predict(x_t, t, condition)
+        output = self.guided(x_t, t, condition, negative)
         return nn.functional.mse_loss(output, self.schedule.regression_target(x0, noise, t))

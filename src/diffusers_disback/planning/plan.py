@@ -113,17 +113,20 @@ class Planner:
     @cached_property
     def updates(self) -> dict[str, PassMemory]:
         """What each role's update takes besides what is held."""
-        training, batch = self.training, self.training.train_batch_size
-        fake_score = student = self._pass("fake_score", batch)
+        training, batch, own = self.training, self.training.train_batch_size, self.backtracking
+        guided = [g not in (0, 1) for g in (own.training_guidance_of_fake_score, own.fake_score_guidance_scale)]
+        student = self._pass("fake_score", batch)
+        fake_score = self._pass("fake_score", 2 * batch) if guided[0] else student
         if training.is_adapter("generator") != training.is_adapter("fake_score"):
             student = self._pass("generator", batch)
         through_scores = OBJECTIVES[training.objective].differentiates_scores
         with torch.set_grad_enabled(through_scores):  # the target with both halves of guidance, then the fake score
-            target, asked = (self._pass("fake_score", samples, is_trained=False) for samples in (2 * batch, batch))
+            sizes = (2 * batch, 2 * batch if guided[1] else batch)
+            target, asked = (self._pass("fake_score", samples, is_trained=False) for samples in sizes)
         graphs = target.activations + asked.activations if through_scores else 0
         peak = student.activations + max(target.peak, target.activations + asked.peak)
-        own = replace(student, activations=student.activations + graphs, peak=max(student.peak, peak))
-        return {"fake_score": fake_score, "generator": own}
+        update = replace(student, activations=student.activations + graphs, peak=max(student.peak, peak))
+        return {"fake_score": fake_score, "generator": update}
 
     def _pass(self, role: str, samples: int, is_trained: bool = True) -> PassMemory:
         """A pass of a role; if it is not trained, its graph, where there is one, leads to the samples alone."""

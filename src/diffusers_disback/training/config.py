@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..hub.repository import is_repo_id
 from ..models.reference import ModelReference
+from ..models.timestep_sampling import TimestepSampling
 from ..objectives import OBJECTIVES, make_objective
 from ..path.node_spacing import evenly_spaced_steps
 from ..path.target_schedule import FALL, SHARE, TARGET_SCHEDULES, AdaptiveSchedule, TargetSchedule
@@ -43,7 +44,7 @@ class TrainingConfig(
             )
         if self.objective not in OBJECTIVES:
             raise ValueError(f"--objective {self.objective!r} is none of {', '.join(OBJECTIVES)}.")
-        make_objective(self.objective, self.objective_args)
+        make_objective(self.objective, self.objective_args, self.timestep_sampling_law)
         if self.lora_rank is None and (
             self.lora_alpha is not None or set(self.lora_roles) != {"generator", "fake_score"}
         ):
@@ -92,6 +93,14 @@ class TrainingConfig(
         """AdamW's betas of a role, `generator` or `fake_score`."""
         own = (getattr(self, f"{role}_adam_beta1"), getattr(self, f"{role}_adam_beta2"))
         return (self.adam_beta1 if own[0] is None else own[0], self.adam_beta2 if own[1] is None else own[1])
+
+    @property
+    def timestep_sampling_law(self) -> TimestepSampling:
+        """At which timesteps the generator is trained."""
+        if self.min_noise > self.max_noise:
+            raise ValueError(f"--min_noise {self.min_noise} is above --max_noise {self.max_noise}.")
+        shape = (self.logit_mean, self.logit_std, self.timestep_shift)
+        return TimestepSampling(self.timestep_sampling, self.min_noise, self.max_noise, *shape)
 
     @property
     def path_is_shared(self) -> bool:
@@ -212,6 +221,25 @@ class BacktrackingConfig(Settings):
         "Guidance of the targets: ramp grows from 1 at the most degraded target to w at the teacher; constant is w on "
         "all of them, as in the published code.",
     )
+    fake_score_guidance_scale: float = setting(
+        1.0,
+        "Classifier-free guidance of the fake score in the generator's loss; 1 is none. SiD-LSG, for SD 1.5: 1.5 to 2, as much as "
+        "the teacher's. 0 is the unconditional branch alone (Zero-CFG), below 0 is Anti-CFG.",
+        minimum=-100,
+        maximum=100,
+    )
+    fake_score_training_guidance_scale: float | None = setting(
+        None,
+        "Classifier-free guidance of the fake score in its own loss, in stage 2; by default --fake_score_guidance_scale.",
+        minimum=-100,
+        maximum=100,
+    )
+    generator_loss_warmup_steps: int = setting(
+        0,
+        "Scale the generator's loss up from 0.03 to 1, geometrically, over so many of its updates: Adam's second moment stays "
+        "small behind small gradients, and later updates are larger.",
+        minimum=0,
+    )
     generator_learning_rate: float = setting(5e-7, "Of the generator. DMD2, for SDXL: 5e-7.", above=0, is_rate=True)
     fake_score_updates: int = setting(5, "Fake-score updates per generator update. DMD2: five.", minimum=1)
     use_ema: bool = setting(False, "Keep an average of the student's weights, and publish it.")
@@ -221,6 +249,12 @@ class BacktrackingConfig(Settings):
         super().__post_init__()
         if self.target_schedule not in TARGET_SCHEDULES:
             raise ValueError(f"--target_schedule {self.target_schedule!r} is none of {', '.join(TARGET_SCHEDULES)}.")
+
+    @property
+    def training_guidance_of_fake_score(self) -> float:
+        """Classifier-free guidance of the fake score in its own loss."""
+        own = self.fake_score_training_guidance_scale
+        return self.fake_score_guidance_scale if own is None else own
 
     @property
     def mismatch_every(self) -> int:
@@ -264,6 +298,16 @@ def guidance_of_node(node: int, num_nodes: int, config: BacktrackingConfig) -> f
     if num_nodes == 1:
         return 1.0
     return max(1.0, 1 + (w - 1) * (num_nodes - 1 - node) / (num_nodes - 1))
+
+
+LOSS_SCALE = 0.03
+"""Of the generator's first update under `--generator_loss_warmup_steps`."""
+
+
+def loss_scale(step: int, config: BacktrackingConfig) -> float:
+    """What the generator's loss is multiplied by at an update: `LOSS_SCALE` at the first, 1 from the warm-up's end on."""
+    warmup = config.generator_loss_warmup_steps
+    return 1.0 if step >= warmup else LOSS_SCALE ** (1 - step / warmup)
 
 
 def nodes_are_guided(config: BacktrackingConfig, num_nodes: int) -> bool:

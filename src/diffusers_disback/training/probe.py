@@ -25,12 +25,13 @@ class ProbeBatch:
     Args:
         x_t, regression_target (`Tensor`): Noisy samples, and the regression target of a network's output, `[B, C, H, W]`.
         t, band (`Tensor`): Timesteps, and the bands that they are in, `[B]`.
-        condition (`Condition`): Of the prompts.
+        condition, negative (`Condition`): Of the prompts, and of the empty one.
     """
 
     x_t: Tensor
     t: Tensor
     condition: Condition
+    negative: Condition
     regression_target: Tensor
     band: Tensor
 
@@ -66,14 +67,16 @@ class MismatchProbe:
             t, noise = band * last // BANDS + batch.draw_timesteps(0, last // BANDS - 1), batch.draw_noise()
             regression_target = self.schedule.regression_target(x0, noise, t)
             x_t = self.schedule.diffuse(x0, noise, t)
-            probe_batches.append(ProbeBatch(x_t, t, batch.condition, regression_target, band))
+            probe_batches.append(ProbeBatch(x_t, t, batch.condition, batch.negative, regression_target, band))
         return probe_batches
 
 
 @torch.no_grad()
-def predictions(model: ScoreModel, batches: list[ProbeBatch]) -> list[Tensor]:
-    """Returns the network's own outputs, unguided, `[B, C, H, W]` for each probe batch."""
-    return [model.predict(batch.x_t, batch.t, batch.condition) for batch in batches]
+def predictions(model: ScoreModel, batches: list[ProbeBatch], guidance_scale: float = 1.0) -> list[Tensor]:
+    """Returns the network's outputs, `[B, C, H, W]` for each probe batch: its own, whatever the model's guidance is, or with
+    the guidance that it is trained with."""
+    model = ScoreModel(model.network, model.schedule, model.call, guidance_scale)
+    return [model.guided(batch.x_t, batch.t, batch.condition, batch.negative) for batch in batches]
 
 
 def denoising_losses(batches: list[ProbeBatch], outputs: list[Tensor]) -> list[float]:

@@ -11,7 +11,7 @@ from ..families import ModelFamily
 from ..models.adapters import SharedNetwork
 from ..models.score_model import ScoreModel
 from ..path.path import DegradationPath
-from .config import TrainingConfig
+from .config import BacktrackingConfig, TrainingConfig
 from .learner import AdapterLearner, Learner
 from .networks import add_adapter, in_precision, shared_base, tuned
 
@@ -67,6 +67,23 @@ class Scores(ABC):
             f"The nodes of the path of {self.path.where} are of kind {self.path.kind!r}, but the fake score is to be {role}. "
             "Train it as the path was recorded, or record another path."
         )
+
+    def student(self, generator: nn.Module, backtracking: BacktrackingConfig) -> Learner:
+        """Makes the learner of the generator: a whole network; or an adapter, on the scores' network if it starts from it.
+
+        Args:
+            generator (`nn.Module`): The initial generator's network.
+            backtracking (`BacktrackingConfig`): The settings of stage 2.
+        """
+        config, updates, rate = self.config, backtracking.max_train_steps, backtracking.generator_learning_rate
+        ema_decay = backtracking.ema_decay if backtracking.use_ema else None
+        if not config.is_adapter("generator"):
+            return Learner("generator", generator, rate, updates, config, ema_decay)
+        shared = self.shared
+        if shared is None or generator is not self.family.network:
+            shared = shared_base(generator, config)
+        add_adapter(shared, "generator", config, config.seed + 1)
+        return AdapterLearner("generator", shared, generator, rate, updates, config, ema_decay)
 
     @property
     def nodes(self) -> DegradationPath:

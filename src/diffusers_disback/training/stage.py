@@ -77,7 +77,7 @@ class Stage(ABC):
         self.accelerator = learners[0].accelerator
         self.steps = steps
         self.batches_per_step = batches_per_step
-        self.objective = make_objective(config.objective, config.objective_args)
+        self.objective = make_objective(config.objective, config.objective_args, config.timestep_sampling_law)
         self.folder = RunFolder(config.output_dir)
         self.batches = Batches(
             len(data),
@@ -102,6 +102,7 @@ class Stage(ABC):
 
     generator: OneStepGenerator
     fake_score: Learner
+    fake_score_guidance = 1.0  # in its own loss
 
     @abstractmethod
     def train_step(self, step: int, batches: list[list[Batch]]) -> dict[str, Tensor]:
@@ -134,7 +135,9 @@ class Stage(ABC):
         losses = []
         for batch, x0 in zip(batches, samples, strict=True):
             with self.fake_score.accumulate():
-                loss = self.objective.fake_score_loss(x0, batch, self.fake_score.score_model(self.family))
+                fake_score = self.fake_score.score_model(self.family)
+                fake_score.guidance_scale = self.fake_score_guidance
+                loss = self.objective.fake_score_loss(x0, batch, fake_score)
                 self.fake_score.backward_and_step(loss)
             losses.append(loss.detach())
         return torch.stack(losses).mean()

@@ -130,10 +130,33 @@ class OptimisationSettings(Settings):
     """Optimisation."""
 
     objective: str = setting(
-        "dmd", "How the generator learns from two scores: diff_instruct or dmd, or one that was added to OBJECTIVES."
+        "dmd",
+        "How the generator learns from two scores: diff_instruct, dmd, f_distill or sid, or one that was added to OBJECTIVES.",
     )
     objective_args: dict[str, Any] = setting(
-        {}, "Arguments of the objective, such as min_noise=0.02; see docs/method.md for what each takes."
+        {}, "Arguments of the objective, such as alpha=1.2 of sid; see docs/method.md for what each takes."
+    )
+    min_noise: float = setting(
+        0.02, "Where in the schedule the generator is trained, from this share of it. DMD2: 0.02.", minimum=0, below=1
+    )
+    max_noise: float = setting(
+        0.98,
+        "Where in the schedule the generator is trained, up to this share of it. DMD2: 0.98.",
+        minimum=0,
+        maximum=1,
+    )
+    timestep_sampling: Literal["uniform", "logit_normal"] = setting(
+        "uniform",
+        "The distribution of timesteps: the generator's within that range, the fake score's over the whole schedule.",
+    )
+    logit_mean: float = setting(0.0, "Of logit_normal: the mean of the normal.", minimum=-100, maximum=100)
+    logit_std: float = setting(1.0, "Of logit_normal: the standard deviation of the normal.", above=0, maximum=100)
+    timestep_shift: float = setting(
+        1.0,
+        "Shift timesteps towards noise, as flow schedulers do: u -> s u / (1 + (s - 1) u). Leave it at 1 for a teacher whose "
+        "scheduler has a shift of its own.",
+        above=0,
+        maximum=1000,
     )
     train_batch_size: int = setting(1, "Samples per process and forward pass.", minimum=1)
     gradient_accumulation_steps: int = setting(1, "Forward passes per update, of each network.", minimum=1)
