@@ -16,6 +16,7 @@ NEEDED = {  # beside another
     "lora_alpha": {"lora_rank": 4},
     "path_disk_budget_gb": {"degradation_path": "user/repo"},
     "degradation_steps": {"num_path_nodes": 1},
+    "max_noise": {"min_noise": 0.0},
 }
 
 
@@ -33,7 +34,8 @@ def test_every_number_is_refused_out_of_its_range_with_its_name():
     for config, field in settings(int, float):
         whole, wanted = kind_of(field) is int, field.metadata["range"]
         assert wanted != Range(), f"{field.name} says which numbers it takes"
-        bad = [-1, -(10**30), 10**30, True, "1"] if whole else [math.nan, math.inf, -math.inf, -1.0, True, "1"]
+        bad = [-1, -(10**30), 10**30, True, "1"] if whole else [math.nan, math.inf, -math.inf, True, "1"]
+        bad += [] if whole or (wanted.minimum or 0) < 0 else [-1.0]
         bad += [bound for bound in (wanted.above, wanted.below) if bound is not None]
         bad += [] if wanted.minimum is None else [wanted.minimum - 1]
         bad += [] if wanted.maximum is None else [wanted.maximum + 1]

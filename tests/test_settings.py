@@ -9,6 +9,7 @@ from stages import recorder, trainer, training
 
 from diffusers_disback import OBJECTIVES, DisBackConfig, ModelReference, Objective
 from diffusers_disback.commands.command_line import read_flags
+from diffusers_disback.models.timestep_sampling import TimestepSampling
 from diffusers_disback.objectives import make_objective
 from diffusers_disback.training.config import (
     BacktrackingConfig,
@@ -99,7 +100,7 @@ def test_a_run_of_an_older_version_is_gone_on_with(tmp_path):
     folder.claim("backtracking", before)
     folder.check("backtracking", now, "latest")
     folder.check("backtracking", {**now, "max_train_steps": 1, "generator_learning_rate": 1.0}, "latest")
-    for name, value in (("objective_args", {"min_noise": 0.1}), ("generator_adam_beta1", 0.0)):
+    for name, value in (("objective_args", {"alpha": 1.2}), ("generator_adam_beta1", 0.0), ("min_noise", 0.1)):
         with pytest.raises(ValueError, match=f"other settings: {name} was .*, is "):
             folder.check("backtracking", {**now, name: value}, "latest")
 
@@ -287,16 +288,16 @@ def test_what_is_written_is_read_back(tmp_path):
         write_settings(file, config)
         assert "hf_secret" not in file.read_text()
         assert DisBackConfig(**read_settings(file, DisBackConfig)) == dataclasses.replace(config, **left_out)
-    arguments = {"min_noise": 0.1, "max_noise": 1}
-    write_settings(file, DisBackConfig(objective_args=arguments))
+    arguments = {"alpha": 1}
+    write_settings(file, DisBackConfig(objective="sid", objective_args=arguments))
     assert read_settings(file, DisBackConfig)["objective_args"] == arguments
 
 
 def test_the_command_line_overrides_a_file_and_that_the_embedded_default(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("train_batch_size: 3\nseed: 5\nobjective_args: {min_noise: 0.1}\n")
+    file.write_text("train_batch_size: 3\nseed: 5\nobjective: sid\nobjective_args: {alpha: 1.2}\n")
     config = train_disback.parse(["--config", str(file), "--seed", "6", "--output_dir", str(tmp_path)])
-    assert (config.train_batch_size, config.seed, config.objective_args) == (3, 6, {"min_noise": 0.1})
+    assert (config.train_batch_size, config.seed, config.objective_args) == (3, 6, {"alpha": 1.2})
     assert config.max_train_steps == 600 and config.prompts_file.endswith("prompts.txt"), "of the quickstart"
     file.write_text("pretrained_model_name_or_path: mine\n")
     assert train_disback.parse([f"--config={file}"]).max_train_steps == 20000
@@ -307,24 +308,22 @@ def test_the_command_line_overrides_a_file_and_that_the_embedded_default(tmp_pat
 def test_the_settings_of_a_run_make_it_again(run, tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text(
-        "num_path_nodes: 0\nmax_train_steps: 1\nobjective_args: {min_noise: 0.1}\nproportion_empty_prompts: 0.5\n"
+        "num_path_nodes: 0\nmax_train_steps: 1\nobjective: sid\nobjective_args: {alpha: 1.2}\nproportion_empty_prompts: 0.5\n"
     )
     folder = run(config=file, num_path_nodes=None, max_train_steps=None, generator_adam_beta1=0.0)
     written = folder / "settings.yaml"
     first = train_disback.parse(["--config", str(written)])
-    assert first.objective_args == {"min_noise": 0.1} and first.proportion_empty_prompts == 0.0
+    assert first.objective_args == {"alpha": 1.2} and first.proportion_empty_prompts == 0.0
     settings = json.loads((folder / "report.json").read_text())["settings"]
     assert values(first) == {
         **settings,
         **{name: values(first)[name] for name in ("pretrained_model_name_or_path", "prompts_file", "output_dir")},
     }
-    assert "`{'min_noise': 0.1}`" in (folder / "README.md").read_text()
-    with pytest.raises(
-        ValueError, match="other settings: objective_args was {'min_noise': 0.1}, is {'min_noise': 0.2}"
-    ):
+    assert "`{'alpha': 1.2}`" in (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="other settings: objective_args was {'alpha': 1.2}, is {'alpha': 1.1}"):
         (folder / "report.json").unlink()
         train_disback.main(
-            ["--config", str(written), "--objective_args", "min_noise=0.2", "--resume_from_checkpoint", "latest"]
+            ["--config", str(written), "--objective_args", "alpha=1.1", "--resume_from_checkpoint", "latest"]
         )
     train_disback.main(["--config", str(written), "--resume_from_checkpoint", "latest"])
 
@@ -366,22 +365,20 @@ def test_an_objective_says_what_it_takes(monkeypatch):
     }
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_noise_is_asked_for_in_a_range(name):
-    for arguments in (
-        {"min_noise": -0.1},
-        {"min_noise": 0.99},
-        {"max_noise": 1.1},
-        {"min_noise": 1.0, "max_noise": 1.0},
+def test_an_objectives_arguments_and_timesteps(tmp_path):
+    for arguments, message in (
+        ({"divergence": "js"}, "divergence='js' is none of jensen_shannon, forward_kl, reverse_kl"),
+        ({"max_ratio": 0.5}, "max_ratio=0.5 has to be at least 1"),
     ):
-        with pytest.raises(ValueError, match=f"{name} takes .* Noise cannot be drawn from"):
-            TrainingConfig(objective=name, objective_args=arguments)
-    assert make_objective(name, {"min_noise": 0, "max_noise": 1}).max_noise == 1
-    assert name in TrainingConfig.__dataclass_fields__["objective"].metadata["help"]
-
-
-def test_a_stage_takes_the_objectives_arguments(tmp_path):
-    assert trainer(training(tmp_path, objective_args={"min_noise": 0.4}), None).objective.min_noise == 0.4
+        with pytest.raises(ValueError, match=f"--objective_args: f_distill takes .* {message}"):
+            TrainingConfig(objective="f_distill", objective_args=arguments)
+    with pytest.raises(ValueError, match="--min_noise 0.5 is above --max_noise 0.4"):
+        TrainingConfig(min_noise=0.5, max_noise=0.4)
+    own = {"objective": "sid", "objective_args": {"alpha": 1.2}, "min_noise": 0.4, "timestep_sampling": "logit_normal"}
+    objective = trainer(training(tmp_path, **own), None).objective
+    assert objective.alpha == 1.2 and objective.timesteps == TimestepSampling("logit_normal", min_noise=0.4)
+    for name in OBJECTIVES:
+        assert name in TrainingConfig.__dataclass_fields__["objective"].metadata["help"]
 
 
 # AdamW's betas -------------------------------------------------------------------------------------------------------

@@ -92,7 +92,8 @@ class TrainingConfig(
     def adam_betas(self, role: str) -> tuple[float, float]:
         """AdamW's betas of a role, `generator` or `fake_score`."""
         own = (getattr(self, f"{role}_adam_beta1"), getattr(self, f"{role}_adam_beta2"))
-        return (self.adam_beta1 if own[0] is None else own[0], self.adam_beta2 if own[1] is None else own[1])
+        beta1, beta2 = (getattr(self, f"adam_beta{i}") if beta is None else beta for i, beta in enumerate(own, 1))
+        return float(beta1), float(beta2)  # torch refuses 0 beside 0.999
 
     @property
     def timestep_sampling_law(self) -> TimestepSampling:
