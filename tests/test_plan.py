@@ -139,11 +139,14 @@ def test_activations_are_what_a_pass_allocates(name, adapted, checkpoints):
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize("objective", [ThroughScores, OBJECTIVES["dmd"]])
+@pytest.mark.parametrize(
+    "objective, guidance",
+    [(ThroughScores, 1.0), (OBJECTIVES["dmd"], 1.0), (OBJECTIVES["sid"], 2.0), (OBJECTIVES["dmd"], 2.0)],
+)
 def test_graphs_of_scores_are_counted_where_an_objective_has_them(
-    objective, adapted, tmp_path, teacher_folder, monkeypatch
+    objective, guidance, adapted, tmp_path, teacher_folder, monkeypatch
 ):
-    """The generator's update, with a guided target, against what it allocates on a CPU."""
+    """The generator's update, with a guided target and perhaps a guided fake score, against what it allocates on a CPU."""
     monkeypatch.setitem(OBJECTIVES, "of_test", objective)
     rank = 4 if adapted else None
     settings = {"pretrained_model_name_or_path": str(teacher_folder), "objective": "of_test", "resolution": 64}
@@ -156,12 +159,13 @@ def test_graphs_of_scores_are_counted_where_an_objective_has_them(
         known += network.parameters()
     with Allocations(known) as allocations, stage.fake_score.frozen(stage.family) as fake_score:
         x0 = stage.generator(batch.noise, batch.condition)
+        fake_score.guidance_scale = guidance
         stage.objective.generator_loss(x0, batch, stage.target, fake_score).backward()
-    planned = Planner.of(config, BacktrackingConfig())
+    planned = Planner.of(config, BacktrackingConfig(fake_score_guidance_scale=guidance))
     assert planned.updates["generator"].peak == pytest.approx(allocations.peak, rel=0.1)
     silent = Planner.of(dataclasses.replace(config, objective="dmd"), BacktrackingConfig())
-    assert (planned.total(2) > silent.total(2)) == objective.differentiates_scores
-    assert planned.total(1) == silent.total(1)
+    assert (planned.total(2) > silent.total(2)) == (objective.differentiates_scores or guidance != 1)
+    assert planned.total(1) == silent.total(1), "stage 1 trains the fake score without guidance"
 
 
 def test_states_of_8_bits_and_quantised_bases_are_about_those_of_bitsandbytes():

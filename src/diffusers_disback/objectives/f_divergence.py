@@ -37,10 +37,7 @@ class FDivergence(DistributionMatching):
             raise ValueError(f"max_ratio={max_ratio} has to be at least 1.")
         self.divergence = divergence
         self.max_ratio = max_ratio
-
-    @property
-    def needs_discriminator(self) -> bool:
-        return self.divergence != "reverse_kl"
+        self.needs_discriminator = divergence != "reverse_kl"
 
     def density_weight(self, fake_score: ScoreModel, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if not self.needs_discriminator:

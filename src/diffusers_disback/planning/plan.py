@@ -111,11 +111,16 @@ class Planner:
         return network
 
     @cached_property
+    def first_update(self) -> PassMemory:
+        """What the fake score's update in stage 1, which is without guidance, takes besides what is held."""
+        return self._pass("fake_score", self.training.train_batch_size)
+
+    @cached_property
     def updates(self) -> dict[str, PassMemory]:
-        """What each role's update takes besides what is held."""
+        """What each role's update in stage 2 takes besides what is held."""
         training, batch, own = self.training, self.training.train_batch_size, self.backtracking
         guided = [g not in (0, 1) for g in (own.training_guidance_of_fake_score, own.fake_score_guidance_scale)]
-        student = self._pass("fake_score", batch)
+        student = self.first_update
         fake_score = self._pass("fake_score", 2 * batch) if guided[0] else student
         if training.is_adapter("generator") != training.is_adapter("fake_score"):
             student = self._pass("generator", batch)
@@ -184,9 +189,8 @@ class Planner:
     def total(self, stage: int) -> int:
         """The most that a stage holds on the device, in bytes."""
         rows = [row for row in self.rows(stage) if row.place == "device"]
-        return max(
-            sum(row.bytes for row in rows if row.idle_in != role) + self.updates[role].peak for role in ROLES[:stage]
-        )
+        updates = {"fake_score": self.first_update} if stage == 1 else self.updates
+        return max(sum(row.bytes for row in rows if row.idle_in != role) + updates[role].peak for role in updates)
 
     def checkpoint(self, stage: int) -> int:
         """Bytes of a checkpoint of a stage: what is trained, optimisers' states, and the average."""
@@ -259,7 +263,7 @@ def table(planner: Planner) -> str:
     for role, name in NAMES.items():
         lines.append(f"while the {name} is updated")
         update = planner.updates[role]
-        passes = [update if role == "fake_score" else PassMemory(0, 0, 0), update]
+        passes = [planner.first_update if role == "fake_score" else PassMemory(0, 0, 0), update]
         line("  gradients", (each.gradients for each in passes), "exact")
         line("  activations", (each.activations for each in passes), "estimate")
         line("  both, at the worst moment", (each.peak for each in passes), "estimate")
