@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from scripts import set_threads
 from torch import nn
 
@@ -49,11 +50,15 @@ INITIAL, TEACHER = (
 )  # docs/quickstart_report.json: the initial student's distance, the teacher's shape accuracy
 
 
-def run(config: DisBackConfig, evaluation: Any) -> dict[str, Any]:
-    """The curve of stage 2 at each of `validation_steps`, stage 1's cost, and the seconds."""
+def run(config: DisBackConfig, evaluation: Any, widths: list[int] | None = None) -> dict[str, Any]:
+    """The curve of stage 2 at each of `validation_steps`, stage 1's cost, and the seconds; of a student that starts from the
+    teacher's copy, or from random weights as a UNet of other widths."""
     family = load_family(ModelReference(config.pretrained_model_name_or_path).resolve())
     data = PromptConditions(PromptFile(SHAPES / "prompts.txt"), family.encode)
     generator, path, started = family.initial_generator(), None, time.monotonic()
+    if widths is not None:
+        torch.manual_seed(config.seed)
+        generator = type(generator).from_config(generator.config, block_out_channels=widths)
     if config.num_path_nodes:
         own, timestep = fingerprint(family.network), config.conditioning_timestep
         start = {"name_or_path": None, "sha256": fingerprint(generator), "conditioning_timestep": timestep}
@@ -111,6 +116,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the file with the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--images", type=int, default=2000, help="of each evaluation")
+    parser.add_argument("--student_widths", type=int, nargs=2, help="start from random weights, with these widths")
     parser.add_argument("--report", action="store_true", help="print the table of what is there")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parsed = parser.parse_args(sys.argv[1:place])
@@ -129,8 +135,14 @@ def main() -> None:
             config = DisBackConfig(**{"pretrained_model_name_or_path": str(SHAPES / "teacher"), **given})
             # Checkpoints are of no use here, and the curve is what is compared.
             config = replace(config, seed=seed, output_dir=folder, report_to="none", checkpointing_steps=10**6)
-            result = run(config, evaluation)
-        line = {"seed": seed, "flags": flags, "images": parsed.images, **result}
+            result = run(config, evaluation, parsed.student_widths)
+        line = {
+            "seed": seed,
+            "flags": flags,
+            "images": parsed.images,
+            "student_widths": parsed.student_widths,
+            **result,
+        }
         with open(file, "a") as stream:
             stream.write(json.dumps(line) + "\n")
         print(parsed.name, seed, result["curve"][-1], f"{result['seconds']} s", flush=True)
