@@ -333,16 +333,8 @@ def test_resuming_from_a_named_checkpoint(run):
         {"max_train_steps": 5},
         {"fake_score_updates": 2},
         {"objective": "diff_instruct"},
-        {"objective": "sid"},
         {"objective": "sid", "objective_args": ["alpha=1.2"]},
-        {"min_noise": 0.3},
-        {"max_noise": 0.7},
-        {"timestep_sampling": "logit_normal"},
-        {"timestep_sampling": "logit_normal", "logit_mean": 1.0},
-        {"timestep_sampling": "logit_normal", "logit_std": 0.5},
-        {"timestep_shift": 3.0},
         {"fake_score_guidance_scale": 2.0},
-        {"fake_score_training_guidance_scale": 0.0},
         {"generator_loss_warmup_steps": 2},
         {"generator_learning_rate": 2e-3},
         {"fake_score_learning_rate": 2e-3},
@@ -364,6 +356,21 @@ def test_resuming_from_a_named_checkpoint(run):
         {"max_train_samples": 1},
         {"resolution": 32},
         {"mixed_precision": "bf16"},
+        *(
+            pytest.param(
+                changes, marks=pytest.mark.slow
+            )  # tests/test_timestep_sampling.py and others hold what they do
+            for changes in (
+                {"min_noise": 0.3},
+                {"max_noise": 0.7},
+                {"timestep_sampling": "logit_normal"},
+                {"timestep_sampling": "logit_normal", "logit_mean": 1.0},
+                {"timestep_sampling": "logit_normal", "logit_std": 0.5},
+                {"timestep_shift": 3.0},
+                {"fake_score_training_guidance_scale": 0.0},
+                {"objective": "sid"},
+            )
+        ),
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
 )
