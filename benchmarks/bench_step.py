@@ -49,6 +49,7 @@ def ours(pipeline: Any, stage: int, folder: str, arguments: argparse.Namespace, 
         train_batch_size=arguments.batch_size,
         mixed_precision=arguments.precision,
         report_to="none",
+        conditioning_timestep=399,
         **changes,
     )
     family = family_of(pipeline).to(torch.device(arguments.device))

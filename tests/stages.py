@@ -23,6 +23,7 @@ def training(output_dir: Path, **changes) -> TrainingConfig:
             "fake_score_learning_rate": 1e-3,
             "lr_warmup_steps": 0,
             "report_to": "none",
+            "conditioning_timestep": 399,
             "checkpointing_steps": 2,
             "logging_steps": 1,
             **changes,

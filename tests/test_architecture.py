@@ -44,6 +44,7 @@ ORDER = {
         {"lock", "checkpoint", "processes"},
         {"config", "settings_file", "results"},
         {"run_folder", "networks", "optim", "probe"},
+        {"defaults"},
         {"learner", "checks", "open_path"},
         {"inputs"},
         {"scores", "stage"},

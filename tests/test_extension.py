@@ -67,6 +67,7 @@ class StableDiffusion3(TextFamily):
     needed = ("transformer", "vae", *encoders, "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
     agree_in = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim")
     usage = Usage(network_class="SD3Transformer2DModel", scheduler_class="FlowMatchEulerDiscreteScheduler")
+    conditioning_timestep = 999
 
     def noise_schedule(self):
         sigma = self.many_step_scheduler().sigmas.flip(0)  # (t + 1) / 1000
@@ -174,10 +175,10 @@ def test_from_settings_to_a_card_and_a_pushed_path(
     kind, make = TEACHERS[name]
     teacher = make()
     teacher.save_pretrained(tmp_path / "teacher")
-    denoiser, timestep = ("transformer", 999) if name == "flow" else ("unet", 399)
+    denoiser, timestep = ("transformer", 999) if name == "flow" else ("unet", 625)  # by default
     changes = {"prompts_file": None} if name == "pixels" else {}
     push = {"push_to_hub": True, "hub_model_id": repo}
-    changes |= {"objective": objective, "conditioning_timestep": timestep, **flags, **push}
+    changes |= {"objective": objective, **flags, **push}
     distil(tmp_path / "run", tmp_path / "teacher", prompts_file, **changes)
 
     student = DiffusionPipeline.from_pretrained(repo)
@@ -264,7 +265,7 @@ def test_what_a_family_does_not_take_is_refused(tmp_path, prompts_file):
     with pytest.raises(ValueError, match="There are no prompts: pass --prompts_file"):
         distil(tmp_path / "other", tmp_path / "flow", prompts_file, prompts_file=None)
     with pytest.raises(ValueError, match="the stock pipeline begins at pure noise; pass 999"):
-        distil(tmp_path / "other", tmp_path / "flow", prompts_file)
+        distil(tmp_path / "other", tmp_path / "flow", prompts_file, conditioning_timestep=399)
 
 
 def test_a_teacher_of_no_family_is_told_what_a_family_answers(tmp_path, prompts_file, monkeypatch):

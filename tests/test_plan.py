@@ -11,7 +11,7 @@ from test_families import SIZES
 from test_gradients import ThroughScores, batches_of
 
 from diffusers_disback.commands.cli import main
-from diffusers_disback.families import StableDiffusion, StableDiffusionXL, family_of
+from diffusers_disback.families import FAMILIES, StableDiffusion, StableDiffusionXL, family_of
 from diffusers_disback.models.adapters import SharedNetwork, lora_config
 from diffusers_disback.objectives import OBJECTIVES
 from diffusers_disback.planning.allocations import Allocations, size
@@ -254,6 +254,7 @@ def test_the_command_loads_nothing(name, tmp_path, capsys):
     ]
     assert main(line) == 0
     out = capsys.readouterr().out
+    assert f", conditioning timestep {FAMILIES[name].conditioning_timestep}\n" in out
     assert "32 x 32 pixels" in out and "target, adapter of rank 2" in out and "peak on the device" in out
     assert "estimate" in out and "in half precision" in out
     assert main(["plan", "--lora_rank", "2"]) == 2

@@ -124,7 +124,7 @@ def test_flags_stand_in_groups_with_their_defaults(capsys):
     assert len(titles) == 9 and [said.index(f"{title}: --") for title in titles] == sorted(
         said.index(f"{title}: --") for title in titles
     )
-    assert not ended.value.code and "(default: 399)" in said and "(default: 0)" in said and "None" not in said
+    assert not ended.value.code and "(default: 5e-07)" in said and "(default: 0)" in said and "None" not in said
 
 
 def test_only_what_is_given_is_read_and_dashes_are_taken():

@@ -688,7 +688,7 @@ def test_a_path_of_another_teacher_or_start_is_refused(run, tmp_path):
         run("b", stage="backtrack", degradation_path=recorded / "path", pretrained_model_name_or_path=other)
     with pytest.raises(ValueError, match="another initial generator: its sha256"):
         run("b", stage="backtrack", degradation_path=recorded / "path", generator_model_name_or_path=other)
-    with pytest.raises(ValueError, match="its conditioning_timestep is 399, this one's is 249"):
+    with pytest.raises(ValueError, match="its conditioning_timestep is 625, this one's is 249"):
         run("b", stage="backtrack", degradation_path=recorded / "path", conditioning_timestep=249)
 
 

@@ -372,7 +372,7 @@ def test_a_shared_path_of_another_teacher_or_start_or_an_unfinished_one(run, rep
         run("b", **shared, pretrained_model_name_or_path=other)
     with pytest.raises(ValueError, match="another initial generator: its sha256"):
         run("b", **shared, generator_model_name_or_path=other)
-    with pytest.raises(ValueError, match="its conditioning_timestep is 399, this one's is 249"):
+    with pytest.raises(ValueError, match="its conditioning_timestep is 625, this one's is 249"):
         run("b", **shared, conditioning_timestep=249)
     with pytest.raises(ValueError, match="--max_train_steps 4 is less than 2 targets x --steps_per_target 3"):
         run("b", **shared, steps_per_target=3)

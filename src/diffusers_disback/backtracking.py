@@ -81,7 +81,7 @@ class BacktrackingTrainer(Stage):
             batches_per_step=backtracking.fake_score_updates,
             inputs=inputs,
         )
-        self.generator = OneStepGenerator(self.student.score_model(family), config.conditioning_timestep)
+        self.generator = OneStepGenerator(self.student.score_model(family), self.config.conditioning_timestep)
         self.scores.add_target()
         self.target_node: int | None = None
         self.probe = MismatchProbe(config, family, data, self.accelerator.device)

@@ -75,7 +75,7 @@ class DegradationRecorder(Stage):
             proportion_empty=degradation.proportion_empty_prompts,
             inputs=inputs,
         )
-        self.generator = OneStepGenerator(scores.frozen(generator), config.conditioning_timestep)
+        self.generator = OneStepGenerator(scores.frozen(generator), self.config.conditioning_timestep)
         self.probe = MismatchProbe(config, family, data, self.accelerator.device)
         self._loss_since_node = torch.zeros((), device=self.accelerator.device)
 

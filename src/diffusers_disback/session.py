@@ -25,6 +25,7 @@ from .models.reference import ModelReference
 from .path.path import DegradationPath
 from .training.checks import check_settings
 from .training.config import DisBackConfig
+from .training.defaults import as_begun, with_defaults
 from .training.inputs import check_inputs, condition_source, load_prompts, validation_prompts
 from .training.networks import accelerator_of, compute_dtype
 from .training.open_path import open_path
@@ -85,13 +86,16 @@ class DisBackTrainer:
         sources = [name for name in ("prompts_file", "dataset_name", "train_data_dir") if getattr(config, name)]
         if train_dataset is not None and sources:
             raise ValueError(f"Prompts come from one place, but train_dataset and {sources[0]} are given.")
-        self.args = config
+        names_timestep = config.conditioning_timestep is not None
+        self.args = config = as_begun(config)
         self.folder = Path(config.output_dir)
         self._prompts = None if train_dataset is None else given_prompts(train_dataset, config.caption_column)
         self._make_evaluation = evaluation
         prompts_file = [] if self._prompts is None else ["--prompts_file", str(self.folder / PROMPTS)]
         own_command = [SCRIPT, "--config", str(self.folder / SETTINGS), *prompts_file]
         self._command = own_command if command is None else without_token(command)
+        # The training script's command is completed by a default of the teacher's; an own script is its author's.
+        self._completes_command = not names_timestep and command is not None and self._command[:1] == [SCRIPT]
         check_settings(config)
         check_evaluators(config.evaluators)
         if config.push_to_hub:
@@ -172,6 +176,10 @@ class DisBackTrainer:
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         prompts = load_prompts(config) if self._prompts is None else self._prompts
         self.teacher: ModelFamily = load_family(config.teacher, config.cache_dir).to(state.device)
+        self.args = config = with_defaults(config, self.teacher)
+        if self._completes_command:
+            self._command = [*self._command, "--conditioning_timestep", str(config.conditioning_timestep)]
+            self._completes_command = False
         self.teacher.schedule.check_timestep(config.conditioning_timestep, "conditioning_timestep")
         self.teacher.one_step_scheduler(config.conditioning_timestep)  # or it would be refused at the end
         if state.is_main_process:  # what the end of the run needs of the teacher's files is read before it begins

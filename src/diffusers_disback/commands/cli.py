@@ -180,15 +180,19 @@ def plan(parsed: argparse.Namespace) -> None:
     """Prints what a training run will take, before anything is loaded. Takes the training script's own flags."""
     from ..planning.plan import REMARKS, Planner, table
     from ..training.config import DisBackConfig
+    from ..training.defaults import as_begun
 
     flags = read_flags(DisBackConfig, parsed.flags, prog="diffusers-disback plan", description=plan.__doc__)
-    config = DisBackConfig(**flags)
+    config = as_begun(DisBackConfig(**flags))
     if config.pretrained_model_name_or_path is None:
         raise ValueError("Say whose distillation is planned: --pretrained_model_name_or_path.")
     planner = Planner.of(config, config)
+    own = config.conditioning_timestep
+    timestep = planner.family.conditioning_timestep if own is None else own
     print(
         f"{config.pretrained_model_name_or_path}: {planner.resolution} x {planner.resolution} pixels, batches of "
-        f"{config.train_batch_size}, mixed precision {config.mixed_precision or 'no'}\n\n{table(planner)}\n\n{REMARKS}"
+        f"{config.train_batch_size}, mixed precision {config.mixed_precision or 'no'}"
+        f"{'' if timestep is None else f', conditioning timestep {timestep}'}\n\n{table(planner)}\n\n{REMARKS}"
     )
 
 

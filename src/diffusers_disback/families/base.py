@@ -38,6 +38,8 @@ class ModelFamily:
         agree_in (`tuple[str, ...]`): The keys of the denoiser's config in which a student's start agrees with the teacher.
         takes_prompts (`bool`): Whether conditions are made of prompts.
         usage (`Usage`): What a student's card says of how it is used.
+        conditioning_timestep (`int`, *optional*): The default of `--conditioning_timestep`, if published recipes name one; see
+            `default_timestep`.
         schedule (`NoiseSchedule`): Of this teacher.
         device (`torch.device`): Where all but the denoiser was last moved to.
     """
@@ -49,6 +51,7 @@ class ModelFamily:
     agree_in: tuple[str, ...] = ("in_channels", "out_channels")
     takes_prompts = False
     usage = UNCONDITIONAL
+    conditioning_timestep: int | None = None
 
     def __init__(self, pipeline: DiffusionPipeline, model: LocalModel | None = None):
         for component in pipeline.components.values():
@@ -81,6 +84,14 @@ class ModelFamily:
     def noise_schedule(self) -> NoiseSchedule:
         """What the denoiser's timesteps and its output mean."""
         return NoiseSchedule.from_scheduler(self.pipeline.scheduler)
+
+    def default_timestep(self) -> int:
+        """The timestep at which a student is evaluated if none is asked for: the family's `conditioning_timestep`, or else the
+        one at which there is 2.5 times as much noise as signal, whatever the schedule. That is SiD's initial noise level on
+        pixels (arXiv 2404.04057: sigma_init = 2.5); on Stable Diffusion's schedule it is timestep 625, as SiD-LSG has it."""
+        if self.conditioning_timestep is not None:
+            return self.conditioning_timestep
+        return int((self.schedule.sigma - 2.5 * self.schedule.alpha).abs().argmin())
 
     @staticmethod
     def call(network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

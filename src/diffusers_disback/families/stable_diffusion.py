@@ -25,6 +25,7 @@ class StableDiffusion(TextFamily):
         "projection_class_embeddings_input_dim",
     )
     usage = STABLE_DIFFUSION
+    conditioning_timestep = 625  # SiD-LSG, arXiv 2406.01561, for SD 1.5 and 2.1-base without images: t_init = 625
 
     def check(self) -> None:
         unet, vae = self.pipeline.unet.config, self.pipeline.vae.config

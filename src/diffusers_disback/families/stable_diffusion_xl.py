@@ -20,6 +20,7 @@ class StableDiffusionXL(StableDiffusion):
     encoders = (*StableDiffusion.encoders, "text_encoder_2")
     needed = (*StableDiffusion.needed, "text_encoder_2", "tokenizer_2")
     usage = replace(StableDiffusion.usage, bare="bare_xl.md")
+    conditioning_timestep = 399  # DMD2, arXiv 2405.14867, for one step: "conditioned at timestep 399"
 
     def check(self) -> None:
         super().check()

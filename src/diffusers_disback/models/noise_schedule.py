@@ -12,6 +12,7 @@ from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FLOW = "flow_prediction"
+RECIPES = "SDXL recipes use 399, those of Stable Diffusion 1.x and 2.x 625 or 999"
 # Of a scheduler that asks its network at other times than the integers of its betas, and the value with which it does not.
 _OTHER_TIMES = {"timestep_type": "discrete", "use_flow_sigmas": False}
 
@@ -61,11 +62,10 @@ class NoiseSchedule:
         try:
             operator.index(timestep)
         except TypeError:
-            raise ValueError(f"timestep={timestep!r} is no whole number; SDXL recipes use 399.") from None
+            raise ValueError(f"timestep={timestep!r} is no whole number; {RECIPES}.") from None
         if not 0 <= timestep < self.num_timesteps:
             raise ValueError(
-                f"{name}={timestep} is outside the teacher's schedule (0..{self.num_timesteps - 1}); SDXL recipes "
-                "use 399."
+                f"{name}={timestep} is outside the teacher's schedule (0..{self.num_timesteps - 1}); {RECIPES}."
             )
         if self.prediction_type == "epsilon" and self.alpha[timestep] == 0:
             raise ValueError(

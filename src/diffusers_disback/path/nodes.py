@@ -228,9 +228,10 @@ class PathNodes:
         for key in ("sha256", "conditioning_timestep"):
             was, is_ = self.manifest["generator"][key], generator[key]
             if was != is_:
+                like_it = f", or pass --{key} {was}" if key == "conditioning_timestep" else ""
                 raise ValueError(
                     f"The path in {self.where} was recorded from another initial generator: its {key} is {was}, this "
-                    f"one's is {is_}. Record a path for this start with stage 1."
+                    f"one's is {is_}. Record a path for this start with stage 1{like_it}."
                 )
 
     def _check_teacher_is_asked_as_recorded(self) -> None:

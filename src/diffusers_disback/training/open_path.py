@@ -19,6 +19,7 @@ from .config import (
     that_count,
     without_rates,
 )
+from .defaults import with_defaults
 from .run_folder import RunFolder
 from .settings.fields import values
 
@@ -44,6 +45,7 @@ def open_path(
             has too many nodes for the steps of stage 2.
         HubError: If it is on the Hub, and the Hub does not give it.
     """
+    config = with_defaults(config, teacher)
     folder, resume = config.path_folder, config.resume_from_checkpoint
     start = {
         "name_or_path": config.generator_model_name_or_path,

@@ -22,6 +22,7 @@ from ..models.generator import OneStepGenerator
 from ..objectives import make_objective
 from .checkpoint import read_state
 from .config import TrainingConfig
+from .defaults import with_defaults
 from .learner import Learner
 from .processes import decided_by_main, peak_memory_mb
 from .run_folder import RunFolder
@@ -67,7 +68,7 @@ class Stage(ABC):
         proportion_empty: float = 0.0,
         inputs: dict[str, str] | None = None,
     ):
-        self.config = config
+        self.config = config = with_defaults(config, family)
         self.inputs = inputs
         self.rate_changes: list[dict[str, Any]] = []
         self.settings = values(config, TrainingConfig) | values(own, self.own_class)

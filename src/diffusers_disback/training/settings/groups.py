@@ -63,8 +63,10 @@ class ModelSettings(Settings):
         by_content=True,
     )
     conditioning_timestep: int = setting(
-        399,
-        'The timestep at which the student is evaluated. DMD2, for SDXL: "conditioned at timestep 399".',
+        None,
+        "The timestep at which the student is evaluated; by default that of the teacher's family: 625 for Stable Diffusion "
+        '1.x and 2.x (SiD-LSG: t_init = 625), 399 for SDXL (DMD2: "conditioned at timestep 399"). '
+        "diffusers-disback timestep-sweep shows what a teacher draws at others.",
         minimum=0,
     )
     resolution: int | None = setting(
