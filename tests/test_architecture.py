@@ -53,7 +53,7 @@ ORDER = {
     "objectives": [{"base"}, {"score_identity", "variational"}, {"f_divergence"}, {"__init__"}],
     "evaluation": [{"base", "report_format"}, {"distance", "drift", "plots"}, {"__init__"}, {"report"}, {"sweep"}],
     "hub.publish": [{"export", "student"}, {"run"}, {"background", "results"}],
-    "planning": [{"allocations"}, {"plan"}],
+    "planning": [{"allocations"}, {"plan"}, {"verdict"}],
     "commands": [{"command_line"}, {"cli"}],
 }
 DOORS = {

@@ -41,8 +41,12 @@ def small(**settings) -> Planner:
     return planner(tiny.unet(**channels).config, **settings)
 
 
+BATCHES = "noise, conditions and samples of a step"
+
+
 def held(planned: Planner, stage: int = 2, place: str = "device") -> int:
-    return sum(row.bytes for row in planned.rows(stage) if row.place == place)
+    """But for a step's batches."""
+    return sum(row.bytes for row in planned.rows(stage) if row.place == place and row.name != BATCHES)
 
 
 def stated(learner: Learner) -> int:
@@ -232,6 +236,18 @@ def test_settings_that_save_memory_do():
     assert small(mixed_precision="bf16", use_ema=True).total(2) == total + plain.own("generator")
     assert small(mixed_precision="bf16", use_ema=True, offload_ema=True).total(2) == total
     assert small(mixed_precision="bf16", train_batch_size=2).total(2) > total
+
+
+def test_the_batches_of_a_step_are_counted():
+    """They are on the device at once, those of all fake-score updates and accumulated gradients."""
+
+    def batches(stage=2, **settings):
+        planned = small(resolution=64, **settings)
+        return next(row.bytes for row in planned.rows(stage) if row.name == BATCHES)
+
+    noise, condition = 4 * 8 * 8 * 4, 77 * tiny.WIDTH * 4
+    assert batches(stage=1, train_batch_size=2, gradient_accumulation_steps=3) == 6 * (noise + condition + noise)
+    assert batches(train_batch_size=2, gradient_accumulation_steps=3) == 6 * (5 * (noise + condition) + noise)
 
 
 # The command ----------------------------------------------------------------------------------------------------------

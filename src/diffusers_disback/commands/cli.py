@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..hub.files import printable
-from .command_line import number, read_flags, run
+from .command_line import THEIRS, number, read_flags, run
 
 
 if TYPE_CHECKING:
@@ -57,6 +57,13 @@ def device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_memory() -> int | None:
+    """Bytes of the GPU, if there is one."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def path_show(parsed: argparse.Namespace) -> None:
@@ -176,9 +183,11 @@ def extract_lora(parsed: argparse.Namespace) -> None:
         print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
 
-def plan(parsed: argparse.Namespace) -> None:
-    """Prints what a training run will take, before anything is loaded. Takes the training script's own flags."""
+def plan(parsed: argparse.Namespace) -> int:
+    """Prints what a training run will take, before anything is loaded, and whether it fits the device. Takes the training
+    script's own flags."""
     from ..planning.plan import REMARKS, Planner, table
+    from ..planning.verdict import verdict
     from ..training.config import DisBackConfig
     from ..training.defaults import as_begun
 
@@ -194,6 +203,12 @@ def plan(parsed: argparse.Namespace) -> None:
         f"{config.train_batch_size}, mixed precision {config.mixed_precision or 'no'}"
         f"{'' if timestep is None else f', conditioning timestep {timestep}'}\n\n{table(planner)}\n\n{REMARKS}"
     )
+    memory = device_memory() if parsed.device_memory_gb is None else parsed.device_memory_gb * 1e9
+    if memory is None:
+        return 0
+    found = verdict(planner, memory)
+    print(f"\n{found}")
+    return 0 if found.fits else THEIRS
 
 
 def push(parsed: argparse.Namespace) -> None:
@@ -279,6 +294,12 @@ def parser() -> argparse.ArgumentParser:
 
     planning = command(commands, "plan", plan)
     planning.usage = "diffusers-disback plan --pretrained_model_name_or_path TEACHER [any flag of the training script]"
+    planning.add_argument(
+        "--device_memory_gb",
+        type=number(False, above=0),
+        help="say whether the run fits a device of so many GB (10^9 bytes), by default the GPU's, if there is one; exit "
+        "code 2 if it does not",
+    )
 
     sweep = command(commands, "timestep-sweep", timestep_sweep, "--cache_dir")
     sweep.add_argument("pretrained_model_name_or_path", help="the teacher: a folder, a model on the Hub, or a file")
@@ -346,7 +367,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def execute(arguments: list[str]) -> None:
+def execute(arguments: list[str]) -> int | None:
     """Parses a command line and does what it says. Errors are raised."""
     parsed, parsed_not = parser().parse_known_args(arguments)
     if parsed.command == "plan":
@@ -355,7 +376,7 @@ def execute(arguments: list[str]) -> None:
         parser().error(f"unrecognized arguments: {' '.join(parsed_not)}")
     if "prompt" in parsed:
         parsed.prompt = parsed.prompt or ["a photograph of a cat", "a red house by the sea"]
-    parsed.function(parsed)
+    return parsed.function(parsed)
 
 
 def main(arguments: list[str] | None = None) -> int:

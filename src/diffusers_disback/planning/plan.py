@@ -167,6 +167,7 @@ class Planner:
         if self.backtracking.use_ema and stage == 2:
             place = "CPU" if training.offload_ema else "device"
             rows += [Row("average of the student", self.own("generator"), place)]
+        rows += [Row("noise, conditions and samples of a step", self._batches(stage))]
         rows += [Row("teacher, float32", whole, "CPU")]
         autoencoders = [other for name, other in self.others.items() if name not in self.family.encoders]
         if autoencoders:
@@ -180,6 +181,14 @@ class Planner:
             linear = sum(each.weight.numel() for each in self.network.modules() if isinstance(each, nn.Linear))
         quantized = int(linear * QUANTIZED.get(self.training.base_quantization or "", 0))
         return Row(name, (number - linear) * self.dtype.itemsize + quantized, remark="estimate" if linear else "exact")
+
+    def _batches(self, stage: int) -> int:
+        """All batches of a step, which are on the device at once, and the samples that the generator made of the first."""
+        training, side = self.training, self.resolution // self.stride
+        number = training.train_batch_size * training.gradient_accumulation_steps
+        noise, _, condition = example_inputs(self.family, self.network.config, 1, side, torch.float32)
+        batches = self.backtracking.fake_score_updates if stage == 2 else 1
+        return number * (batches * size(noise, *condition.values()) + size(noise))
 
     def _adam(self, role: str) -> int:
         """AdamW's two moments in float32, and a step count for each tensor; in 8 bits about a byte for each moment."""
