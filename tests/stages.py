@@ -6,13 +6,16 @@ import tiny
 import torch
 
 from diffusers_disback.backtracking import BacktrackingTrainer
+from diffusers_disback.data.captions import image_files
 from diffusers_disback.data.conditions import PromptConditions
+from diffusers_disback.data.images import RealImages
 from diffusers_disback.degradation import DegradationRecorder
 from diffusers_disback.families import family_of
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.models.weights import fingerprint
 from diffusers_disback.path.path import DegradationPath
 from diffusers_disback.training.config import BacktrackingConfig, DegradationConfig, TrainingConfig
+from shapes.world import write_image_folder
 
 
 def training(output_dir: Path, **changes) -> TrainingConfig:
@@ -54,7 +57,7 @@ def record(config, teacher_folder, **changes) -> DegradationPath:
     return recorder(config, teacher_folder, **changes).record()
 
 
-def trainer(config, path, evaluate=None, **changes) -> BacktrackingTrainer:
+def trainer(config, path, evaluate=None, images=None, **changes) -> BacktrackingTrainer:
     family = family_of(tiny.pipeline())
     backtracking = BacktrackingConfig(
         **{
@@ -69,7 +72,18 @@ def trainer(config, path, evaluate=None, **changes) -> BacktrackingTrainer:
     )
     data = PromptConditions(tiny.PROMPTS, family.encode)
     generator = family.initial_generator(shared=config.all_adapters)
-    return BacktrackingTrainer(config, backtracking, family, generator, data, path, evaluate)
+    if config.has_discriminator and images is None:
+        images = real_images(config, family)
+    return BacktrackingTrainer(config, backtracking, family, generator, data, path, evaluate, images=images)
+
+
+def real_images(config, family, **changes) -> RealImages:
+    """Those of an image folder: one for each of the prompts, written there if there are none."""
+    if not Path(config.train_data_dir).exists():
+        write_image_folder(config.train_data_dir, len(tiny.PROMPTS))
+    files = image_files(config.train_data_dir, [], config.cache_dir)
+    size, device = family.resolution(config.resolution), torch.device("cpu")
+    return RealImages(files, family.encode_images, size, len(tiny.PROMPTS), device, **changes)
 
 
 def weights(network) -> dict[str, torch.Tensor]:

@@ -47,6 +47,7 @@ def test_what_a_resumed_run_may_change_is_listed_here():
         *("degradation_path_revision", "path_disk_budget_gb"),
     }
     rates = {"generator_learning_rate", "fake_score_learning_rate", "degradation_lr_multiplier"}
+    rates |= {"discriminator_learning_rate"}
     assert named(DisBackConfig, is_rate=True) == rates
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .data.conditions import ConditionSource
+from .data.images import RealImages
 from .families import ModelFamily
 from .models.batch import Batch
 from .models.generator import OneStepGenerator
@@ -17,6 +18,7 @@ from .path.nodes import digest_of
 from .path.path import DegradationPath
 from .path.target_schedule import Measure
 from .training.config import BacktrackingConfig, TrainingConfig, guidance_of_node, loss_scale, target_schedule
+from .training.discriminator import discriminator_of, frozen
 from .training.learner import Learner
 from .training.probe import MismatchProbe, ProbeBatch, compare, mean, mismatches, predictions
 from .training.results import BacktrackingResult
@@ -38,6 +40,7 @@ class BacktrackingTrainer(Stage):
         evaluate (`Callable`, *optional*): Network -> measures; called every `validation_steps` and at the end, on the
             main process.
         initial_measures (`dict`, *optional*): What it gave of the initial generator: the curve's first row.
+        images (`RealImages`, *optional*): That a discriminator learns from; needed if the settings ask for one.
     """
 
     name = "backtracking"
@@ -55,6 +58,7 @@ class BacktrackingTrainer(Stage):
         evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
         initial_measures: dict[str, float] | None = None,
         inputs: dict[str, str] | None = None,
+        images: RealImages | None = None,
     ):
         self.config = config
         self.backtracking = backtracking
@@ -71,16 +75,11 @@ class BacktrackingTrainer(Stage):
         )
         self.fake_score = self.scores.fake_score
         self.student = self.scores.student(generator, backtracking)
-        super().__init__(
-            config,
-            backtracking,
-            family,
-            data,
-            [self.student, self.fake_score],
-            steps=backtracking.max_train_steps,
-            batches_per_step=backtracking.fake_score_updates,
-            inputs=inputs,
-        )
+        self.images = images
+        self.discriminator = discriminator_of(config, self.fake_score, family, data, updates, images)
+        learners = [one for one in (self.student, self.fake_score, self.discriminator) if one is not None]
+        counts = {"steps": backtracking.max_train_steps, "batches_per_step": backtracking.fake_score_updates}
+        super().__init__(config, backtracking, family, data, learners, **counts, inputs=inputs)
         self.generator = OneStepGenerator(self.student.score_model(family), self.config.conditioning_timestep)
         self.scores.add_target()
         self.target_node: int | None = None
@@ -109,7 +108,8 @@ class BacktrackingTrainer(Stage):
         fake_score_losses = [self.update_fake_score(first, samples)]
         for batch in others:
             fake_score_losses.append(self.update_fake_score(batch, self.samples(batch)))
-        return {"generator_loss": generator_loss, "fake_score_loss": torch.stack(fake_score_losses).mean()}
+        losses = {"generator_loss": generator_loss, "fake_score_loss": torch.stack(fake_score_losses).mean()}
+        return losses if self.discriminator is None else losses | self.discriminator.take_losses()
 
     def switch_target(self, step: int) -> None:
         """Makes the scheduled node the target, if it is not the target already."""
@@ -132,15 +132,16 @@ class BacktrackingTrainer(Stage):
 
     def update_generator(self, batches: list[Batch], scale: float = 1.0) -> tuple[list[Tensor], Tensor]:
         """Updates the generator once, by `scale` times its loss. Returns the samples that it was made with, detached, and the
-        mean loss, not scaled."""
+        mean loss, neither scaled nor with the adversarial term."""
         samples, losses = [], []
         for batch in batches:
             # The fake score is frozen around the backward pass, too, which may recompute its forward pass.
-            with self.student.accumulate(), self.fake_score.frozen(self.family) as fake_score:
+            with self.student.accumulate(), frozen(self.fake_score, self.family, self.discriminator) as fake_score:
                 x0 = self.generator(batch.noise, batch.condition)  # [B, C, H, W]
                 fake_score.guidance_scale = self.backtracking.fake_score_guidance_scale
                 loss = self.objective.generator_loss(x0, batch, self.target, fake_score)
-                self.student.backward_and_step(scale * loss)
+                term = 0.0 if self.discriminator is None else self.discriminator.generator_loss(x0, batch, fake_score)
+                self.student.backward_and_step(scale * (loss + term))
             samples.append(x0.detach())
             losses.append(loss.detach())
         return samples, torch.stack(losses).mean()

@@ -26,7 +26,14 @@ from .path.path import DegradationPath
 from .training.checks import check_settings
 from .training.config import DisBackConfig
 from .training.defaults import as_begun, with_defaults
-from .training.inputs import check_inputs, condition_source, load_prompts, validation_prompts
+from .training.inputs import (
+    check_inputs,
+    condition_source,
+    load_image_files,
+    load_prompts,
+    real_images,
+    validation_prompts,
+)
 from .training.networks import accelerator_of, compute_dtype
 from .training.open_path import open_path
 from .training.processes import process_state
@@ -175,6 +182,7 @@ class DisBackTrainer:
         self.dtype = compute_dtype(accelerator_of(config))
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         prompts = load_prompts(config) if self._prompts is None else self._prompts
+        files = load_image_files(config, prompts)
         self.teacher: ModelFamily = load_family(config.teacher, config.cache_dir).to(state.device)
         self.args = config = with_defaults(config, self.teacher)
         if self._completes_command:
@@ -193,9 +201,10 @@ class DisBackTrainer:
                 config.generator_model_name_or_path, single_file_config=config.single_file_config
             ).resolve_denoiser(config.cache_dir, self.teacher.network_name)
         self.generator = self.teacher.initial_generator(start, config.resolution, config.all_adapters)
-        self.inputs = check_inputs(config, self.teacher, self.generator, prompts)
+        self.inputs = check_inputs(config, self.teacher, self.generator, prompts, files)
         self.path = open_path(config, self.teacher, self.generator, state, self.inputs)
         self.conditions = condition_source(config, self.teacher, prompts, state, self.inputs)
+        self.images = real_images(config, self.teacher, self.conditions, files, state)
         if config.push_to_hub and state.is_main_process:
             self._upload = RunUpload(config, self.teacher.model)
         self._measure_first()
@@ -246,7 +255,8 @@ class DisBackTrainer:
         if self.args.stage == "record":
             return
         common = (self.teacher, self.generator, self.conditions, self.path)
-        trainer = BacktrackingTrainer(self.args, self.args, *common, self._measure, self.initial_measures, self.inputs)
+        measured = (self._measure, self.initial_measures)
+        trainer = BacktrackingTrainer(self.args, self.args, *common, *measured, self.inputs, self.images)
         self._student = trainer.train()
         self.result = trainer.result()
         trainer.release()

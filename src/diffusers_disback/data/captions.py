@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..hub.files import read_json, write_json, written_whole
+from ..hub.files import inside, read_json, write_json, written_whole
 from .prompts import caption_of
 
 
@@ -122,6 +122,45 @@ def dataset_prompts(
     if max_samples is not None:
         rows = rows.select(range(min(max_samples, len(rows))))
     return Captions(rows, caption_column)
+
+
+def image_files(
+    train_data_dir: str,
+    captions: Sequence[str],
+    cache_dir: str | None = None,
+    max_samples: int | None = None,
+    split: str = "train",
+) -> list[Path]:
+    """The files of an image folder, not read yet.
+
+    Args:
+        train_data_dir (`str`): The folder.
+        captions (`Sequence[str]`): Its `dataset_prompts`, to whose rows the files belong; or none, for all files.
+        cache_dir, max_samples, split: As of `dataset_prompts`.
+
+    Raises:
+        ValueError: If the folder holds no images, a row names none, or one that is not there or lies elsewhere.
+    """
+    import datasets
+
+    rows = _load(None, train_data_dir, None, split, cache_dir=cache_dir)
+    if "image" not in rows.column_names:
+        raise ValueError(f"--train_data_dir {train_data_dir} holds no images; it has {rows.column_names}.")
+    if max_samples is not None:
+        rows = rows.select(range(min(max_samples, len(rows))))
+    rows = rows.select_columns("image").cast_column("image", datasets.Image(decode=False))
+    if isinstance(captions, Captions):
+        rows = rows.select(captions.kept)
+    folder, files = Path(train_data_dir).absolute(), []
+    for number, row in enumerate(rows):
+        named = None if row["image"] is None else row["image"]["path"]
+        if named is None:
+            raise ValueError(f"--train_data_dir {train_data_dir}: row {number} with a caption has no image.")
+        file = inside(folder, os.path.relpath(named, folder), f"metadata of {train_data_dir}")
+        if not file.is_file():
+            raise ValueError(f"The image {file} is not there, though the metadata of {train_data_dir} names it.")
+        files.append(file)
+    return files
 
 
 def spool_captions(

@@ -194,6 +194,27 @@ class ModelFamily:
         """Images in 0..1, of samples of the denoiser."""
         return (x0 / 2 + 0.5).clamp(0, 1)
 
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Samples of the denoiser, of images in -1..1, `[N, 3, H, W]`, on their device; `decode` the other way round. A
+        function of each image alone."""
+        return pixels
+
+    @staticmethod
+    def bottleneck(network: nn.Module) -> nn.Module:
+        """The part of an unwrapped denoiser at whose output a discriminator looks: the middle of a UNet; of a transformer,
+        override it to give its middle block.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        middle = getattr(network, "mid_block", None)
+        if middle is None:
+            raise ValueError(
+                f"A {type(network).__name__} has no mid_block, at which a discriminator could look. Its family has to say "
+                "what its bottleneck is; or leave --adversarial_weight at 0."
+            )
+        return middle
+
     def check_schedule(self) -> str | None:
         """What speaks against the scheduler's config, if anything does."""
         return None

@@ -108,6 +108,20 @@ class TextFamily(ModelFamily):
             output_type="pt",
         ).images
 
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """As of `ModelFamily`: the mode of the autoencoder's distribution, scaled as the stock pipelines scale latents. The
+        autoencoder is moved to where the pixels are."""
+        vae = self.pipeline.vae.to(pixels.device)
+        latents, config = vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float(), vae.config
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            mean, std = (
+                torch.tensor(values, device=latents.device).view(1, -1, 1, 1)
+                for values in (config.latents_mean, config.latents_std)
+            )
+            return (latents - mean) * config.scaling_factor / std
+        return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
     def undecorated(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
         """Without its safety checker, too."""
         pipeline = super().undecorated(pipeline)

@@ -20,12 +20,14 @@ class Batch:
         condition (`Condition`): Of the prompts, batch first.
         negative (`Condition`): Of the empty prompt, batch first.
         generators (`list[torch.Generator]`): One per sample, on the CPU.
+        real (`Tensor`, *optional*): Real samples of the same conditions, for a discriminator, `[B, C, H, W]`.
     """
 
     noise: Tensor
     condition: Condition
     negative: Condition
     generators: list[torch.Generator]
+    real: Tensor | None = None
 
     def draw_timesteps(self, low: int, high: int) -> Tensor:
         """Integer timesteps, uniform on `low..high`, both included, `[B]`."""

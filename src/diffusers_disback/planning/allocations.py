@@ -123,6 +123,7 @@ def pass_memory(
     call: Callable[..., Tensor],
     inputs: Callable[[], tuple[Tensor, Tensor, Condition]],
     autocast: torch.dtype | None = None,
+    accumulates: bool = False,
 ) -> PassMemory:
     """What a forward pass of a network on the meta device would hold on a GPU; and a backward pass, if there is a graph.
 
@@ -131,8 +132,15 @@ def pass_memory(
         call (`Callable`): How its family calls it; see `ModelFamily.call`.
         inputs (`Callable`): Makes x_t, timesteps and condition, which count as well.
         autocast (`torch.dtype`, *optional*): The precision that it computes in where that is not its own.
+        accumulates (`bool`): Whether gradients are there before, to which those of the pass are added.
     """
-    with Allocations(network.parameters()) as allocations:
+    there = 0
+    if accumulates:
+        for parameter in (each for each in network.parameters() if each.requires_grad):
+            parameter.grad = torch.empty_like(parameter)
+            there += size(parameter)
+    known = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    with Allocations([*network.parameters(), *known]) as allocations:
         arguments = inputs()
         with OnGPU(autocast):
             output = call(network, *arguments).float()
@@ -143,7 +151,7 @@ def pass_memory(
         del output
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     network.zero_grad(set_to_none=True)
-    return PassMemory(activations, size(*gradients), allocations.peak)
+    return PassMemory(activations, size(*gradients), there + allocations.peak)
 
 
 def size(*tensors: Tensor) -> int:

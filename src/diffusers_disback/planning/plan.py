@@ -9,12 +9,15 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
+from ..data.conditions import CAPACITY
 from ..families import ModelFamily, family_class, network_name_of
 from ..models.adapters import SharedNetwork, lora_config
 from ..models.batch import Condition
 from ..models.components import has_weights
+from ..models.discriminator import Discriminator, DiscriminatorHead, bottleneck_features
 from ..models.pipeline_folder import UNREADABLE, components_of
 from ..models.reference import LocalModel, model_class, title_of
+from ..models.score_model import ScoreModel
 from ..objectives import OBJECTIVES
 from ..training.config import BacktrackingConfig, TrainingConfig
 from .allocations import PassMemory, checkpointed, pass_memory, size
@@ -23,6 +26,7 @@ from .allocations import PassMemory, checkpointed, pass_memory, size
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes of a linear layer's weight, with its share of the scales
 ROLES = "fake_score", "generator"  # stage 1 trains the first
+ENCODES = f"exact; in CPU memory, if there are {CAPACITY:,} images or fewer"
 NAMES = {"fake_score": "fake score", "generator": "student"}
 
 
@@ -85,7 +89,8 @@ class Planner:
     @cached_property
     def trained(self) -> dict[str, list[Tensor]]:
         """The parameters of each role that are trained, on the meta device."""
-        return {role: [p for p in self._network_of(role).parameters() if p.requires_grad] for role in ROLES}
+        trained = {role: [p for p in self._network_of(role).parameters() if p.requires_grad] for role in ROLES}
+        return trained | ({"discriminator": list(self.head.parameters())} if self.training.has_discriminator else {})
 
     def own(self, role: str) -> int:
         """Bytes of what is trained of a role, in float32; the fake score's are those of a node of the path."""
@@ -122,6 +127,11 @@ class Planner:
         guided = [g not in (0, 1) for g in (own.training_guidance_of_fake_score, own.fake_score_guidance_scale)]
         student = self.first_update
         fake_score = self._pass("fake_score", 2 * batch) if guided[0] else student
+        if training.has_discriminator:  # which leaves its gradient there, for the pass of its own loss to add to
+            judged = self._pass("fake_score", 2 * batch, is_judged=True)
+            own_pass = self._pass("fake_score", 2 * batch if guided[0] else batch, accumulates=True)
+            peak = max(judged.peak, own_pass.peak)
+            fake_score = PassMemory(max(judged.activations, own_pass.activations), own_pass.gradients, peak)
         if training.is_adapter("generator") != training.is_adapter("fake_score"):
             student = self._pass("generator", batch)
         through_scores = OBJECTIVES[training.objective].differentiates_scores
@@ -130,20 +140,45 @@ class Planner:
             target, asked = (self._pass("fake_score", samples, is_trained=False) for samples in sizes)
         graphs = target.activations + asked.activations if through_scores else 0
         peak = student.activations + max(target.peak, target.activations + asked.peak)
+        if training.adversarial_weight:
+            judged = self._pass("fake_score", batch, is_trained=False, is_judged=True)
+            peak = max(peak, student.activations + graphs + judged.peak)
+            graphs += judged.activations
         update = replace(student, activations=student.activations + graphs, peak=max(student.peak, peak))
         return {"fake_score": fake_score, "generator": update}
 
-    def _pass(self, role: str, samples: int, is_trained: bool = True) -> PassMemory:
-        """A pass of a role; if it is not trained, its graph, where there is one, leads to the samples alone."""
-        network = self._network_of(role)
-        dtype, side = next(network.parameters()).dtype, self.resolution // self.stride
+    @cached_property
+    def head(self) -> DiscriminatorHead:
+        """A discriminator's, on the meta device."""
+        network = self.skeleton()
+        model = ScoreModel(network, None, self.family.call)  # type: ignore[arg-type]  # of which no schedule is asked
+        inputs = example_inputs(self.family, network.config, 1, self.resolution // self.stride, torch.float32)
+        with torch.no_grad():
+            features = bottleneck_features(model, self.family.bottleneck(network), *inputs)
+        with torch.device("meta"):
+            return DiscriminatorHead(features.shape[-1])
+
+    def _pass(
+        self, role: str, samples: int, is_trained: bool = True, accumulates: bool = False, is_judged: bool = False
+    ) -> PassMemory:
+        """A pass of a role; if it is not trained, its graph, where there is one, leads to the samples alone. If it is judged, it
+        leads to a discriminator's logits, and back from there."""
+        network, call = self._network_of(role), self.family.call
+        config, dtype, side = network.config, next(network.parameters()).dtype, self.resolution // self.stride
+        if is_judged:
+            judge = Discriminator(self.head.requires_grad_(True), self.family.bottleneck(network))
+            network = nn.ModuleList([network, self.head])
+
+            def call(both: nn.ModuleList, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+                return judge(ScoreModel(both[0], None, self.family.call), x_t, t, condition)  # type: ignore[arg-type]
+
         if not is_trained:
             network.requires_grad_(False)
 
         def inputs() -> tuple[Tensor, Tensor, Condition]:
-            return example_inputs(self.family, network.config, samples, side, dtype, requires_grad=not is_trained)
+            return example_inputs(self.family, config, samples, side, dtype, requires_grad=not is_trained)
 
-        return pass_memory(network, self.family.call, inputs, self.autocast)
+        return pass_memory(network, call, inputs, self.autocast, accumulates)
 
     def rows(self, stage: int) -> list[Row]:
         """What stage 1 or 2 holds throughout."""
@@ -170,8 +205,17 @@ class Planner:
         rows += [Row("noise, conditions and samples of a step", self._batches(stage))]
         rows += [Row("teacher, float32", whole, "CPU")]
         autoencoders = [other for name, other in self.others.items() if name not in self.family.encoders]
-        if autoencoders:
-            rows += [Row("autoencoder", sum(size(*other.parameters()) for other in autoencoders), "CPU")]
+        autoencoder = sum(size(*other.parameters()) for other in autoencoders)
+        if training.has_discriminator and stage == 2:
+            paged, place = ", paged" * training.use_paged_adam, "CPU" if training.use_paged_adam else "device"
+            remark = "estimate" if training.use_8bit_adam else "exact"
+            rows += [Row("discriminator's head", self.own("discriminator"))]
+            rows += [
+                Row(f"optimiser state, discriminator's head{paged}", self._adam("discriminator"), place, remark=remark)
+            ]
+            rows += [Row("autoencoder, for real images", autoencoder, remark=ENCODES)] if autoencoders else []
+        elif autoencoders:
+            rows += [Row("autoencoder", autoencoder, "CPU")]
         return rows
 
     def _base(self, name: str) -> Row:
@@ -204,7 +248,9 @@ class Planner:
     def checkpoint(self, stage: int) -> int:
         """Bytes of a checkpoint of a stage: what is trained, optimisers' states, and the average."""
         average = self.own("generator") if self.backtracking.use_ema and stage == 2 else 0
-        return sum(self.own(role) + self._adam(role) for role in ROLES[:stage]) + average
+        judges = self.training.has_discriminator and stage == 2
+        roles = [*ROLES[:stage], *(["discriminator"] if judges else [])]
+        return sum(self.own(role) + self._adam(role) for role in roles) + average
 
 
 def example_inputs(
@@ -299,5 +345,5 @@ Weights, gradients and optimiser states are counted; states of 8 bits and quanti
 estimate: what the operations of one pass allocate, followed on the meta device with fused attention and autocast's casts.
 On a CPU, in float32, that was right to 0.1 %, and 18 to 262 MB less than resident memory grew by (docs/performance.md); on
 a GPU nothing was measured. Not in it: the CUDA context, workspaces of kernels, what an allocator rounds up or keeps,
---compile, --channels_last, xformers, and what draws images: the autoencoder, and before training the teacher's UNet in
+--compile, --channels_last, xformers, and what draws or encodes images: the autoencoder, and before training the teacher's UNet in
 the run's precision, with the text encoders until prompts are encoded."""

@@ -45,6 +45,8 @@ class TrainingConfig(
         if self.objective not in OBJECTIVES:
             raise ValueError(f"--objective {self.objective!r} is none of {', '.join(OBJECTIVES)}.")
         make_objective(self.objective, self.objective_args, self.timestep_sampling_law)
+        if self.has_discriminator:
+            self._check_discriminator()
         if self.lora_rank is None and (
             self.lora_alpha is not None or set(self.lora_roles) != {"generator", "fake_score"}
         ):
@@ -74,6 +76,22 @@ class TrainingConfig(
                 "line, and the token in it. Log in with `hf auth login` instead."
             )
 
+    def _check_discriminator(self) -> None:
+        why = "--adversarial_weight" if self.adversarial_weight else f"--objective {self.objective}"
+        if self.train_data_dir is None:
+            raise ValueError(
+                f"{why} needs a discriminator, which learns from real images: pass --train_data_dir, an image folder with a "
+                "metadata.jsonl, in place of other prompts."
+            )
+        if self.dataset_streaming:
+            raise ValueError(f"{why} needs images, but --dataset_streaming reads captions alone; leave it out.")
+
+    @property
+    def has_discriminator(self) -> bool:
+        """Whether stage 2 trains a discriminator: for the adversarial term, or for the objective itself."""
+        objective = make_objective(self.objective, self.objective_args)
+        return self.adversarial_weight > 0 or objective.needs_discriminator
+
     @property
     def teacher(self) -> ModelReference:
         """Where the teacher lies, and what is to be taken otherwise than it says."""
@@ -90,7 +108,8 @@ class TrainingConfig(
         return self.is_adapter("generator") and self.is_adapter("fake_score")
 
     def adam_betas(self, role: str) -> tuple[float, float]:
-        """AdamW's betas of a role, `generator` or `fake_score`."""
+        """AdamW's betas of a role: `generator`, `fake_score` or `discriminator`, which has the fake score's."""
+        role = "fake_score" if role == "discriminator" else role
         own = (getattr(self, f"{role}_adam_beta1"), getattr(self, f"{role}_adam_beta2"))
         beta1, beta2 = (getattr(self, f"adam_beta{i}") if beta is None else beta for i, beta in enumerate(own, 1))
         return float(beta1), float(beta2)  # torch refuses 0 beside 0.999

@@ -12,8 +12,9 @@ import torch
 from accelerate import PartialState
 
 from ..data.cache import ConditionCache, choose_cache, digest
-from ..data.captions import dataset_prompts, spool_captions
+from ..data.captions import dataset_prompts, image_files, spool_captions
 from ..data.conditions import CAPACITY, ConditionSource, PromptConditions
+from ..data.images import RealImages, digest_of_images
 from ..data.prompts import PromptFile
 from ..data.truncation import truncation
 from ..families import ModelFamily, family_class, network_name_of
@@ -31,7 +32,11 @@ _OF_THE_SCHEDULE = {
 
 
 def check_inputs(
-    config: DisBackConfig, teacher: ModelFamily, generator: torch.nn.Module, prompts: Sequence[str]
+    config: DisBackConfig,
+    teacher: ModelFamily,
+    generator: torch.nn.Module,
+    prompts: Sequence[str],
+    images: Sequence[Path] = (),
 ) -> dict[str, str]:
     """Hashes of what a run is made from, for its stages to write down. Names alone do not tell: what lies under them may be
     another model, or other prompts, when the run is resumed.
@@ -46,6 +51,8 @@ def check_inputs(
         **teacher.inputs(config.resolution),
         "scheduler": _sha256(json.dumps(schedule, sort_keys=True)),
     }
+    if config.train_data_dir is not None and images:
+        inputs["images"] = digest_of_images(images, Path(config.train_data_dir).absolute())
     own_start = config.generator_model_name_or_path is not None
     inputs["start"] = fingerprint(generator) if own_start else inputs["teacher"]
     for stage in stages_of(config):
@@ -65,12 +72,13 @@ def load_prompts(config: DisBackConfig) -> Sequence[str]:
     """
     if config.prompts_file is not None:
         return PromptFile(config.prompts_file, config.max_train_samples)
-    if config.dataset_name is None and config.train_data_dir is None:
+    if config.dataset_name is None and (config.train_data_dir is None or config.has_discriminator):
         if config.pretrained_model_name_or_path is not None:
             teacher = config.teacher.resolve_configs(config.cache_dir, network_name_of)
             if not family_class(str(teacher.index["_class_name"])).takes_prompts:
                 return []
-        raise ValueError("There are no prompts: pass --prompts_file, --dataset_name or --train_data_dir.")
+        if config.train_data_dir is None:
+            raise ValueError("There are no prompts: pass --prompts_file, --dataset_name or --train_data_dir.")
     where: dict[str, Any] = {"dataset_name": config.dataset_name, "train_data_dir": config.train_data_dir}
     where |= {"config_name": config.dataset_config_name, "split": config.dataset_split}
     if config.dataset_streaming:
@@ -81,6 +89,45 @@ def load_prompts(config: DisBackConfig) -> Sequence[str]:
     return dataset_prompts(
         config.caption_column, cache_dir=config.cache_dir, max_samples=config.max_train_samples, **where
     )
+
+
+def load_image_files(config: DisBackConfig, prompts: Sequence[str]) -> list[Path]:
+    """The real images' files, of the prompts' rows if there are prompts; none if no discriminator is asked for.
+
+    Raises:
+        ValueError: If the folder holds no images, or one is missing or lies elsewhere.
+    """
+    if not config.has_discriminator or config.train_data_dir is None:
+        return []
+    return image_files(
+        config.train_data_dir, prompts, config.cache_dir, config.max_train_samples, config.dataset_split
+    )
+
+
+def real_images(
+    config: DisBackConfig, teacher: ModelFamily, conditions: ConditionSource, files: list[Path], state: PartialState
+) -> RealImages | None:
+    """The real images, as samples of the teacher's denoiser; `None` if no discriminator is asked for.
+
+    Args:
+        config (`DisBackConfig`): The settings.
+        teacher (`ModelFamily`): That encodes them.
+        conditions (`ConditionSource`): Of the same rows; or a single one.
+        files (`list[Path]`): Of `load_image_files`.
+        state (`PartialState`): This process among the others.
+
+    Raises:
+        ValueError: If the teacher has conditions that say nothing of images, or an image cannot be read.
+    """
+    if not config.has_discriminator:
+        return None
+    if not teacher.takes_prompts and len(conditions) != 1:
+        raise ValueError(
+            f"The teacher has {len(conditions)} class labels, but which of them an image has is not read: a discriminator is "
+            "for teachers with prompts, or without conditions."
+        )
+    size, shows = teacher.resolution(config.resolution), state.is_main_process
+    return RealImages(files, teacher.encode_images, size, len(conditions), state.device, show_progress=shows)
 
 
 def condition_source(
@@ -127,6 +174,8 @@ def _check_no_prompts(config: DisBackConfig, teacher: ModelFamily) -> None:
     """Raises a `ValueError` if the settings name prompts, which the teacher does not take."""
     names = ("prompts_file", "dataset_name", "train_data_dir", "validation_prompts")
     given = [f"--{name}" for name in names if getattr(config, name)]
+    if config.has_discriminator:
+        given.remove("--train_data_dir")  # whose images are meant
     if given:
         raise ValueError(
             f"The teacher is a {type(teacher.pipeline).__name__}, which takes no prompts; leave {' and '.join(given)} out."

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast
+from accelerate.utils import broadcast
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, free_memory
 from torch import Tensor, nn
@@ -21,11 +21,10 @@ from ..models.adapters import Lora, SharedNetwork, fused
 from ..models.score_model import ScoreModel
 from ..models.weights import read_weights, save_weights
 from .config import TrainingConfig
-from .networks import accelerator_of, in_precision, tuned
+from .networks import SHARDED, accelerator_of, in_precision, tuned
 from .optim import optimizer_of
 
 
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 MAX_SKIPPED_UPDATES = 100  # updates in a row that fp16's loss scaling may skip; it halves the scale each time
 
 
@@ -123,14 +122,20 @@ class Learner:
         Args:
             family (`ModelFamily`): That says how the network is called.
         """
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        try:
+        with self.without_gradients():
             model = self.score_model(family)
             if isinstance(model.network, DistributedDataParallel):  # it would wait for gradients of its own
                 model.network = model.network.module
             yield model
+
+    @contextmanager
+    def without_gradients(self) -> Iterator[None]:
+        """Keeps gradients out of what is trained, around a forward and its backward pass."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, ProjectConfiguration
+from accelerate.utils import AutocastKwargs, DistributedType, ProjectConfiguration
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -15,11 +15,14 @@ from ..models.score_model import ScoreModel
 from .config import TrainingConfig
 
 
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
 def accelerator_of(config: TrainingConfig) -> Accelerator:
     """A fresh accelerator, as the settings say.
 
     Raises:
-        ValueError: If fp16 is asked for on a CPU.
+        ValueError: If fp16 is asked for on a CPU, or a discriminator in fp16 or on networks that processes share.
     """
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -38,7 +41,23 @@ def accelerator_of(config: TrainingConfig) -> Accelerator:
             "--mixed_precision fp16, here or of `accelerate launch`, needs a GPU, but this run is on the CPU. Pass "
             "--mixed_precision bf16, or no."
         )
+    if config.has_discriminator:
+        _check_trains_by_one_loss(accelerator)
     return accelerator
+
+
+def _check_trains_by_one_loss(accelerator: Accelerator) -> None:
+    """Raises a `ValueError` where a discriminator and the fake score could not be trained by one backward pass."""
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "A discriminator is trained by one loss with the fake score, but --mixed_precision fp16, here or of `accelerate "
+            "launch`, scales the loss of each network by itself. Pass --mixed_precision bf16, or no."
+        )
+    if accelerator.distributed_type in SHARDED:
+        raise ValueError(
+            f"A discriminator looks into a network that every process holds whole, but this launch is of type "
+            f"{accelerator.distributed_type.value}. Launch with plain data parallelism, or leave --adversarial_weight at 0."
+        )
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:

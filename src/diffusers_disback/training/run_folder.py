@@ -26,6 +26,7 @@ INPUTS = {
     "scheduler": "the teacher's scheduler",
     "autoencoder": "the autoencoder (the teacher's, or the one in its place)",
     "start": "the student's start",
+    "images": "the images",
 }
 _INPUTS = "inputs"  # among the settings that are written down: hashes of what they name
 _RESULTS = {"degradation": ("path/path.json",), "backtracking": (INDEX, "README.md")}

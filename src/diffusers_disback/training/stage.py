@@ -15,14 +15,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.conditions import Batches, ConditionSource, Draw, batch_of
+from ..data.images import RealImages
 from ..families import ModelFamily
 from ..hub.files import writing
-from ..models.batch import Batch
+from ..models.batch import Batch, to_device
 from ..models.generator import OneStepGenerator
 from ..objectives import make_objective
 from .checkpoint import read_state
 from .config import TrainingConfig
 from .defaults import with_defaults
+from .discriminator import DiscriminatorLearner
 from .learner import Learner
 from .processes import decided_by_main, peak_memory_mb
 from .run_folder import RunFolder
@@ -104,6 +106,8 @@ class Stage(ABC):
     generator: OneStepGenerator
     fake_score: Learner
     fake_score_guidance = 1.0  # in its own loss
+    discriminator: DiscriminatorLearner | None = None
+    images: RealImages | None = None  # that it learns from
 
     @abstractmethod
     def train_step(self, step: int, batches: list[list[Batch]]) -> dict[str, Tensor]:
@@ -132,11 +136,14 @@ class Stage(ABC):
     # What both do ------------------------------------------------------------------------------------------------
 
     def update_fake_score(self, batches: list[Batch], samples: list[Tensor]) -> Tensor:
-        """One denoising-score-matching update on detached samples. Returns the mean loss."""
+        """One denoising-score-matching update on detached samples, and one of the discriminator, if there is one. Returns the
+        mean denoising loss."""
         losses = []
         for batch, x0 in zip(batches, samples, strict=True):
             with self.fake_score.accumulate():
                 fake_score = self.fake_score.score_model(self.family)
+                if self.discriminator is not None:
+                    self.discriminator.update(x0, batch, fake_score)
                 fake_score.guidance_scale = self.fake_score_guidance
                 loss = self.objective.fake_score_loss(x0, batch, fake_score)
                 self.fake_score.backward_and_step(loss)
@@ -306,7 +313,10 @@ class Stage(ABC):
                 )
 
     def _batch(self, draw: Draw) -> Batch:
-        return batch_of(draw, self.data, self.accelerator.device)
+        batch = batch_of(draw, self.data, self.accelerator.device)
+        if self.images is not None:
+            batch.real = to_device(self.images.samples(draw), self.accelerator.device)
+        return batch
 
     def _watch(self, step: int, losses: dict[str, Tensor]) -> None:
         """Adds up losses and notes the first bad step, without waiting for the device."""

@@ -90,7 +90,11 @@ class DataSettings(Settings):
     dataset_streaming: bool = setting(
         False, "Do not store the data set: read its captions once into captions.txt in the output folder."
     )
-    train_data_dir: str | None = setting(None, "An image folder with a metadata.jsonl; only its captions are read.")
+    train_data_dir: str | None = setting(
+        None,
+        "An image folder with a metadata.jsonl, of captions. Its images are read for a discriminator alone: see "
+        "--adversarial_weight.",
+    )
     caption_column: str = setting("text", "The data set's column of captions.")
     max_train_samples: int | None = setting(None, "Use this many prompts at most, from the top.", minimum=1)
     cache_conditions: Literal["auto", "disk", "off"] = setting(
@@ -159,6 +163,23 @@ class OptimisationSettings(Settings):
         "scheduler has a shift of its own.",
         above=0,
         maximum=1000,
+    )
+    adversarial_weight: float = setting(
+        0.0,
+        "Of the adversarial term in the generator's loss, for any objective; it needs images, in --train_data_dir. 0 is "
+        "none.",
+        minimum=0,
+    )
+    discriminator_weight: float = setting(
+        1e-2,
+        "Of the discriminator's loss in the fake score's, where there is a discriminator. DMD2: 0.01.",
+        above=0,
+    )
+    discriminator_learning_rate: float | None = setting(
+        None,
+        "Of the discriminator's head; by default --fake_score_learning_rate.",
+        above=0,
+        is_rate=True,
     )
     train_batch_size: int = setting(1, "Samples per process and forward pass.", minimum=1)
     gradient_accumulation_steps: int = setting(1, "Forward passes per update, of each network.", minimum=1)
