@@ -25,9 +25,10 @@ class DiscriminatorHead(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.positions = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels), nn.SiLU())
-            self.sample = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1))
-        nn.init.zeros_(self.sample[-1].weight)
-        nn.init.zeros_(self.sample[-1].bias)
+            last = nn.Linear(channels, 1)
+            self.sample = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits, `[B]`, of features, `[B, N, C]`."""

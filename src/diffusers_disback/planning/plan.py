@@ -163,14 +163,17 @@ class Planner:
     ) -> PassMemory:
         """A pass of a role; if it is not trained, its graph, where there is one, leads to the samples alone. If it is judged, it
         leads to a discriminator's logits, and back from there."""
-        network, call = self._network_of(role), self.family.call
+        network: nn.Module = self._network_of(role)
+        call: Callable[..., Tensor] = self.family.call
         config, dtype, side = network.config, next(network.parameters()).dtype, self.resolution // self.stride
         if is_judged:
-            judge = Discriminator(self.head.requires_grad_(True), self.family.bottleneck(network))
+            discriminator = Discriminator(self.head.requires_grad_(True), self.family.bottleneck(network))
             network = nn.ModuleList([network, self.head])
 
-            def call(both: nn.ModuleList, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-                return judge(ScoreModel(both[0], None, self.family.call), x_t, t, condition)  # type: ignore[arg-type]
+            def judged(both: nn.ModuleList, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+                return discriminator(ScoreModel(both[0], None, self.family.call), x_t, t, condition)  # type: ignore[arg-type]
+
+            call = judged
 
         if not is_trained:
             network.requires_grad_(False)
