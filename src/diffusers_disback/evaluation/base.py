@@ -1,9 +1,11 @@
 """What an evaluator is, and how the numbers that it returns are to be read."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -30,8 +32,8 @@ class Metric:
 
 
 class Evaluator(Protocol):
-    """Measures images. It is constructed without arguments when it is chosen by name; what it compares with is given to
-    `prepare`, once, before anything is measured.
+    """Measures images. One that is chosen by name is constructed with those of `--evaluator_args` that it takes; what it
+    compares with is given to `prepare`, once, before anything is measured.
 
     Attributes:
         metrics (`dict[str, Metric]`): All that it measures, by name.
@@ -58,3 +60,35 @@ class Evaluator(Protocol):
             `dict[str, float]`: A number for each of `metrics`.
         """
         ...
+
+
+class FeatureEvaluator(Evaluator, ABC):
+    """An evaluator in two steps: features of each image by itself, then numbers from all of them. The first is the costly one;
+    the second is repeated to estimate how certain the numbers are (`confidence_intervals`)."""
+
+    @abstractmethod
+    def features(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Features, `[N, ...]` on the CPU, a row for each image, that depends on it and on its prompt alone. Arguments as of
+        `__call__`."""
+
+    @abstractmethod
+    def measure(self, features: Tensor, groups: Tensor) -> dict[str, float]:
+        """Numbers from features.
+
+        Args:
+            features (`Tensor`): `[N, ...]`.
+            groups (`Tensor`): Which images are of one prompt: equal numbers, `[N]` int64.
+
+        Returns:
+            `dict[str, float]`: A number for each of `metrics`.
+        """
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        """As of `Evaluator`."""
+        return self.measure(self.features(images, prompts), groups_of(prompts))
+
+
+def groups_of(prompts: Sequence[str]) -> Tensor:
+    """The number of each prompt among the distinct ones, in the order of their first occurrence, `[N]` int64."""
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    return torch.tensor([numbers[prompt] for prompt in prompts], dtype=torch.int64)
