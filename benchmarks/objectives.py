@@ -2,6 +2,7 @@
 
     python benchmarks/objectives.py --name sid --seeds 0 1 2 -- --objective sid
     python benchmarks/objectives.py --name sid_none --seeds 0 -- --objective sid --num_path_nodes 0
+    python benchmarks/objectives.py --name f_distill --real_images 2000 -- --objective f_distill --objective_args divergence=jensen_shannon
     python benchmarks/objectives.py --report
 
 What follows `--` are flags of the training script, over those of `examples/text_to_image/shapes/quickstart.args`. Every seed is
@@ -40,7 +41,10 @@ from diffusers_disback import (  # noqa: E402
 )
 from diffusers_disback.commands.command_line import read_flags  # noqa: E402
 from diffusers_disback.models.weights import fingerprint  # noqa: E402
+from diffusers_disback.training.inputs import load_image_files, load_prompts, real_images  # noqa: E402
+from diffusers_disback.training.processes import process_state  # noqa: E402
 from shapes.evaluator import shapes_evaluation  # noqa: E402
+from shapes.world import write_image_folder  # noqa: E402
 
 
 RESULTS = Path(__file__).parent / "results" / "objectives"
@@ -54,7 +58,9 @@ def run(config: DisBackConfig, evaluation: Any, widths: list[int] | None = None)
     """The curve of stage 2 at each of `validation_steps`, stage 1's cost, and the seconds; of a student that starts from the
     teacher's copy, or from random weights as a UNet of other widths."""
     family = load_family(ModelReference(config.pretrained_model_name_or_path).resolve())
-    data = PromptConditions(PromptFile(SHAPES / "prompts.txt"), family.encode)
+    prompts = load_prompts(config) if config.has_discriminator else PromptFile(SHAPES / "prompts.txt")
+    data = PromptConditions(prompts, family.encode)
+    images = real_images(config, family, data, load_image_files(config, prompts), process_state())
     generator, path, started = family.initial_generator(), None, time.monotonic()
     if widths is not None:
         torch.manual_seed(config.seed)
@@ -69,7 +75,7 @@ def run(config: DisBackConfig, evaluation: Any, widths: list[int] | None = None)
         pipeline = family.undecorated(family.one_step(network, config.conditioning_timestep))
         return evaluation.measure(evaluation.sample(family, pipeline)[0])
 
-    trainer = BacktrackingTrainer(config, config, family, generator, data, path, measure)
+    trainer = BacktrackingTrainer(config, config, family, generator, data, path, measure, images=images)
     trainer.train()
     names = ("step", "distance", "shape_accuracy", "colour_accuracy", "background_accuracy")
     curve = [{name: round(float(row[name]), 5) for name in names} for row in trainer.curve]
@@ -116,6 +122,9 @@ def main() -> None:
     parser.add_argument("--name", help="of the file with the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--images", type=int, default=2000, help="of each evaluation")
+    parser.add_argument(
+        "--real_images", type=int, default=0, help="for a discriminator: so many, with captions of their own"
+    )
     parser.add_argument("--student_widths", type=int, nargs=2, help="start from random weights, with these widths")
     parser.add_argument("--report", action="store_true", help="print the table of what is there")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -132,6 +141,9 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             given = read_flags(DisBackConfig, [*(SHAPES / "quickstart.args").read_text().split(), *flags])
+            if parsed.real_images:
+                write_image_folder(Path(folder) / "images", parsed.real_images, seed)
+                given |= {"train_data_dir": str(Path(folder) / "images"), "cache_dir": str(Path(folder) / "cache")}
             config = DisBackConfig(**{"pretrained_model_name_or_path": str(SHAPES / "teacher"), **given})
             # Checkpoints are of no use here, and the curve is what is compared.
             config = replace(config, seed=seed, output_dir=folder, report_to="none", checkpointing_steps=10**6)
@@ -141,6 +153,7 @@ def main() -> None:
             "flags": flags,
             "images": parsed.images,
             "student_widths": parsed.student_widths,
+            "real_images": parsed.real_images,
             **result,
         }
         with open(file, "a") as stream:
