@@ -4,8 +4,11 @@ Every seed has a target of its own: where seeds leave a node at different times,
 nodes of their paths. Costs are counted per seed: a forward pass of a network is one evaluation, a backward pass two.
 """
 
+import argparse
 import functools
+import itertools
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,14 +17,17 @@ from typing import Any
 
 import torch
 import worlds
+from convergence import settled
 from experimental import GeometricSchedule, dense_steps, evenly_spaced
 from safetensors.torch import load_file, save_file
+from scripts import set_threads
 from torch import Tensor
 from worlds import Draws, Weights
 
 from diffusers_disback import DegradationConfig
 from diffusers_disback.path.node_spacing import candidate_steps, earliest_end, evenly_spaced_steps, is_flat
 from diffusers_disback.path.target_schedule import TARGET_SCHEDULES, AdaptiveSchedule, Measure
+from diffusers_disback.training.config import loss_scale
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class Regime:
         ema_decay (`float`): Of the average of the student's weights that is measured.
         evaluate_every (`int`): Updates.
         teacher_steps (`int`): That the teacher was trained for.
+        objective (`str`): dmd, diff_instruct or sid, by the library's equations.
+        generator_loss_warmup_steps (`int`): Over which the generator's loss is scaled up.
     """
 
     world: str = "grid"
@@ -57,6 +65,8 @@ class Regime:
     ema_decay: float = 0.98
     evaluate_every: int = 25
     teacher_steps: int = 12_000
+    objective: str = "dmd"
+    generator_loss_warmup_steps: int = 0
 
 
 REGIMES = {
@@ -66,7 +76,12 @@ REGIMES = {
     "high_learning_rate": Regime(generator_learning_rate=5e-4, fake_score_learning_rate=1e-3, updates=600),
     "low_sigma": Regime(asked=2.5, updates=600),
     "ring": Regime(world="ring", degradation_rate=5.0, reference=3),  # judged: docs/evidence.md
+    # Rates by `python benchmarks/toy_world.py --tune`: docs/evidence.md, "Objectives, with and without a path".
+    "objective_dmd": Regime(),
+    "objective_sid": Regime(objective="sid"),
+    "objective_diff_instruct": Regime(objective="diff_instruct"),
 }
+RATES = list(itertools.product((1e-4, 3e-4, 1e-3), (3e-4, 1e-3)))  # of generator and fake score, that are tuned over
 SMALL = Regime(
     degradation_steps=8,
     num_path_nodes=3,
@@ -105,6 +120,7 @@ class Arm:
 DEFAULT = {"degradation_steps": 200, "num_path_nodes": 10, "degradation_rate": 5.0}
 ARMS = {
     "none": Arm("none"),
+    "ramp": Arm("none", task={"generator_loss_warmup_steps": 400}),
     "warm": Arm(direct=True),
     "path": Arm(),
     "shuffled": Arm("shuffled"),
@@ -149,6 +165,21 @@ def trainable(weights: Weights, seeds: int) -> Weights:
 
 def frozen(weights: Weights) -> Weights:
     return [tensor.detach().clone() for tensor in weights]
+
+
+def generator_loss(
+    objective: str, x0: Tensor, sigma: Tensor, noise: Tensor, target: Weights, fake_score: Weights
+) -> Tensor:
+    """The sum over seeds of an objective's loss; `dmd` and `diff_instruct` by a product with their gradient."""
+    x = x0 + sigma * noise
+    with torch.set_grad_enabled(objective == "sid"):
+        x0_target, x0_fake = worlds.denoise(target, x, sigma), worlds.denoise(fake_score, x, sigma)
+    # DMD, Eq. 8: per sample, over the target's mean absolute error
+    weight = 1 / (x0 - x0_target).detach().abs().mean(2, keepdim=True).clamp_min(1e-6)
+    if objective == "sid":  # with alpha = 1
+        return (weight * (x0_target - x0_fake) * (x0_fake - x0)).mean((1, 2)).sum()
+    direction = (x0_fake - x0_target) * (weight if objective == "dmd" else 1.0)
+    return (direction * x0).mean((1, 2)).sum()
 
 
 class Probe:
@@ -293,19 +324,16 @@ class Run:
                 nodes = now
                 target = self.between(stacked, nodes, step) if arm.glides else self.at(stacked, nodes)
             x0 = worlds.generate(generator, draws.normal(regime.batch, 2), regime.asked)
-            sigma = draws.sigma(regime.batch)
-            with torch.no_grad():
-                x = x0 + sigma * draws.normal(regime.batch, 2)
-                x0_target, x0_fake = worlds.denoise(target, x, sigma), worlds.denoise(fake_score, x, sigma)
-                # DMD, Eq. 8: per sample, over the target's mean absolute error
-                direction = (x0_fake - x0_target) / (x0 - x0_target).abs().mean(2, keepdim=True).clamp_min(1e-6)
+            sigma, noise = draws.sigma(regime.batch), draws.normal(regime.batch, 2)
+            loss = generator_loss(regime.objective, x0, sigma, noise, target, frozen(fake_score))
             g_optimizer.zero_grad()
-            (direction * x0).mean((1, 2)).sum().backward()
+            (loss_scale(step, regime) * loss).backward()
             g_optimizer.step()
             for kept, tensor in zip(average, generator, strict=True):
                 kept.lerp_(tensor.detach(), 1 - regime.ema_decay)
             self.fit(fake_score, f_optimizer, x0.detach(), draws)
-            self.evaluations += 8  # generator 3, target 1, fake score 1, and 3 to fit it
+            # Generator 3, target 1, fake score 1, and 3 to fit it; a backward pass through both scores is 4.
+            self.evaluations += 12 if regime.objective == "sid" else 8
             done = step + 1
             if SCHEDULES[arm.schedule].needs_measures and done % MISMATCH_EVERY == 0 and any(nodes):
                 self.note(done, nodes, measures, generator, fake_score, target, stacked)
@@ -390,3 +418,22 @@ def teacher(steps: int, world: str = "grid") -> Weights:
         save_file({f"{i:02d}": tensor.contiguous() for i, tensor in enumerate(weights)}, draft)
         os.replace(draft, file)
     return [tensor for _, tensor in sorted(load_file(file).items())]
+
+
+def tune(seeds: list[int]) -> str:
+    """A Markdown table: where the arm without a path settles, for each objective and each of `RATES`, on seeds of its own."""
+    lines = ["| objective | generator's rate | fake score's | distance that runs settle at |", "| --- " * 4 + "|"]
+    for name, (rate, fake_rate) in itertools.product(("dmd", "diff_instruct", "sid"), RATES):
+        task = Regime(objective=name, generator_learning_rate=rate, fake_score_learning_rate=fake_rate)
+        results = Run(task, ARMS["none"], seeds, teacher(task.teacher_steps, task.world)).run()
+        lines.append(f"| {name} | {rate:g} | {fake_rate:g} | {settled(results):.3f} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=tune.__doc__)
+    parser.add_argument("--tune", action="store_true", required=True)
+    parser.parse_args()
+    set_threads()
+    print(tune([100, 101, 102]))
