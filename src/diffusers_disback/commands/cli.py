@@ -85,7 +85,9 @@ def path_show(parsed: argparse.Namespace) -> None:
         print(f"see {parsed.output}")
 
 
-def sample_path(path: "DegradationPath", prompts: list[str], guidance_scale: float, steps: int, file: Path) -> None:
+def sample_path(
+    path: "DegradationPath", prompts: list[str] | None, guidance_scale: float, steps: int, file: Path
+) -> None:
     """What the teacher and each node paint, side by side, from the same noise."""
     from diffusers.utils.logging import disable_progress_bar
 
@@ -95,17 +97,20 @@ def sample_path(path: "DegradationPath", prompts: list[str], guidance_scale: flo
 
     disable_progress_bar()
     family = load_family(path.local_teacher())
-    tell_truncation(family, prompts)
+    prompts = prompts_for(family, prompts)
     sample_nodes(path, family, family.sampler(), Evaluation(prompts), [guidance_scale] * (len(path) + 1), steps, file)
 
 
-def tell_truncation(family: "ModelFamily", prompts: list[str]) -> None:
-    """Says if prompts are longer than the text encoders read."""
+def prompts_for(family: "ModelFamily", prompts: list[str] | None) -> list[str]:
+    """The prompts or labels that images are drawn of, by default two. Says if prompts are longer than the text encoders read."""
     from ..data.truncation import truncation
 
-    told = truncation(family.tokenizers, prompts) if family.takes_prompts else None
-    if told:
-        print(told, file=sys.stderr)
+    if not family.takes_prompts:
+        return prompts or list(family.conditions().captions[:2])
+    prompts = prompts or ["a photograph of a cat", "a red house by the sea"]
+    if message := truncation(family.tokenizers, prompts):
+        print(message, file=sys.stderr)
+    return prompts
 
 
 def path_verify(parsed: argparse.Namespace) -> None:
@@ -142,7 +147,7 @@ def timestep_sweep(parsed: argparse.Namespace) -> None:
     prompts = (
         parsed.prompt if parsed.prompts_file is None else list(PromptFile(parsed.prompts_file, parsed.num_prompts))
     )
-    tell_truncation(family, prompts)
+    prompts = prompts_for(family, prompts)
     repeated = [prompt for prompt in prompts for _ in range(parsed.num_images_per_prompt)]
     family.to(device()).network.to(device())
     evaluation, image = Evaluation(repeated, batch_size=parsed.batch_size), Path(parsed.output)
@@ -374,8 +379,6 @@ def execute(arguments: list[str]) -> int | None:
         parsed.flags = parsed_not
     elif parsed_not:
         parser().error(f"unrecognized arguments: {' '.join(parsed_not)}")
-    if "prompt" in parsed:
-        parsed.prompt = parsed.prompt or ["a photograph of a cat", "a red house by the sea"]
     return parsed.function(parsed)
 
 

@@ -28,7 +28,8 @@ class Usage:
 
     Args:
         task (`str`): The Hub's name of what they do.
-        condition (`str`): What the stock pipeline's call is given, in Python; `{prompt}` is a prompt.
+        condition (`str`): What the stock pipeline's call is given, in Python; `{prompt}` is a prompt, `{label}` a class.
+        example (`str`): A prompt or a class.
         takes_guidance (`bool`): Whether the call takes a `guidance_scale`.
         has_own_pipeline (`bool`): Whether `DisBackOneStepPipeline` loads students, too.
         takes_lora (`bool`): Whether the stock pipeline loads a LoRA.
@@ -39,6 +40,7 @@ class Usage:
 
     task: str = "text-to-image"
     condition: str = "{prompt}"
+    example: str = "a photograph"
     takes_guidance: bool = True
     has_own_pipeline: bool = False
     takes_lora: bool = True
@@ -46,10 +48,15 @@ class Usage:
     scheduler_class: str = "DDIMScheduler"
     bare: str | None = None
 
-    def call(self, prompt: str, steps: int) -> str:
-        """The arguments of the stock pipeline's call, of a prompt in Python; a student's take no guidance."""
+    def call(self, caption: str, steps: int) -> str:
+        """The arguments of the stock pipeline's call, in Python, for a prompt or a class; a student's take no guidance.
+
+        Raises:
+            ValueError: If a class is asked for, and the caption is no number.
+        """
         guidance = "guidance_scale=0" if self.takes_guidance and steps == 1 else ""
-        condition = self.condition.replace("{prompt}", prompt)
+        name, value = ("{label}", str(int(caption))) if "{label}" in self.condition else ("{prompt}", python(caption))
+        condition = self.condition.replace(name, value)
         return ", ".join(filter(None, (condition, f"num_inference_steps={steps}", guidance)))
 
 
@@ -121,7 +128,7 @@ def _student_card(report: dict[str, Any], title: str, repo: str, path_image: boo
         repo=repo,
         path_image=path_image,
         lora_fits=usage.takes_lora and is_plain and bool(report.get("lora")),
-        arguments=usage.call(python(report["example_prompt"]), 1),
+        arguments=usage.call(report["example_prompt"], 1),
         denoiser=title_of(report.get("component", "unet")),
         figures={name: report[name] for name in ("floor", "teacher", "initial", "student") if name in report},
         command=shlex.split(report["command"]),
@@ -159,7 +166,7 @@ def path_card(
         figures={node["name"]: {key: node[key] for key in ("step", "loss", "bytes")} for node in manifest["nodes"]},
         image=image,
         denoiser=manifest.get("component", "unet"),
-        arguments=usage.call(python("a photograph"), 25),
+        arguments=usage.call(usage.example, 25),
         repo=repo_id,
         teacher_flags=[[f"--{flag}", teacher[key]] for key, flag in TEACHER_FLAGS.items() if teacher.get(key)],
     )
