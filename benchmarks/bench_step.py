@@ -25,7 +25,7 @@ from configurations import UNETS, machine, parameters, random_pipeline, text_sha
 from diffusers_disback.backtracking import BacktrackingTrainer
 from diffusers_disback.data.conditions import PromptConditions, batch_of
 from diffusers_disback.degradation import DegradationRecorder
-from diffusers_disback.families import family_of
+from diffusers_disback.families import family_of, network_name_of
 from diffusers_disback.models.adapters import SharedNetwork
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.path.path import DegradationPath
@@ -73,7 +73,7 @@ def path_of(network: torch.nn.Module, config: TrainingConfig, folder: str) -> De
     """A path of two nodes that are the teacher itself."""
     start = {"name_or_path": None, "sha256": "0" * 64, "conditioning_timestep": config.conditioning_timestep}
     place = tempfile.mkdtemp(dir=folder)
-    path = DegradationPath.create(place, ModelReference(folder).resolve(), "0" * 64, start, {})
+    path = DegradationPath.create(place, ModelReference(folder).resolve(network_name_of), "0" * 64, start, {})
     if config.is_adapter("fake_score"):
         shared = SharedNetwork(network)
         add_adapter(shared, "fake_score", config, config.seed)

@@ -10,7 +10,7 @@ from diffusers_disback.data.captions import image_files
 from diffusers_disback.data.conditions import PromptConditions
 from diffusers_disback.data.images import RealImages
 from diffusers_disback.degradation import DegradationRecorder
-from diffusers_disback.families import family_of
+from diffusers_disback.families import family_of, network_name_of
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.models.weights import fingerprint
 from diffusers_disback.path.path import DegradationPath
@@ -35,7 +35,7 @@ def training(output_dir: Path, **changes) -> TrainingConfig:
 
 
 def recorder(config, teacher_folder, steps=4, nodes=2, degradation=None, **changes) -> DegradationRecorder:
-    teacher = ModelReference(str(teacher_folder)).resolve()
+    teacher = ModelReference(str(teacher_folder)).resolve(network_name_of)
     family = family_of(tiny.pipeline(), teacher)
     generator = family.initial_generator(shared=config.all_adapters)
     if generator is not family.network:

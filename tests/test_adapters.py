@@ -619,7 +619,7 @@ def test_the_lora_draws_what_was_trained(tmp_path, path, teacher_folder):
     with stage.student.deployed() as network:
         trained = to_pipeline(network, 399, stage.family.pipeline)(tiny.PROMPTS[0], **arguments).images
     stage.student.publish()
-    save_lora(*stage.student.lora, tmp_path / "lora")
+    save_lora(*stage.student.lora, tmp_path / "lora", "unet")
     stock = DiffusionPipeline.from_pretrained(teacher_folder)
     stock.scheduler = one_step_scheduler(stock.scheduler, 399)
     stock.load_lora_weights(tmp_path / "lora")

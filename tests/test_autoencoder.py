@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from stages import equal, weights
 
-from diffusers_disback.families import load_family, to_pipeline
+from diffusers_disback.families import load_family, network_name_of, to_pipeline
 from diffusers_disback.hub.publish.student import save_student
 from diffusers_disback.models.components import check_whole
 from diffusers_disback.models.pipeline_folder import files_of, variant_taken
@@ -30,7 +30,7 @@ def other():
 
 def loaded(teacher_folder, vae, cache, variant=None):
     """An autoencoder as a run would load it, and the names of its files in a student."""
-    local = ModelReference(str(teacher_folder), vae=str(vae), variant=variant).resolve(str(cache))
+    local = ModelReference(str(teacher_folder), vae=str(vae), variant=variant).resolve(network_name_of, str(cache))
     files = local.component_files("float32")
     return (
         local.load_vae(),
@@ -158,7 +158,7 @@ def test_a_student_holds_one_copy_of_an_autoencoder(other, teacher_folder, tmp_p
     shutil.copy(tmp_path / "vae" / WEIGHTS, tmp_path / "vae" / "sdxl_vae.safetensors")
     reference = ModelReference(str(teacher_folder), vae=str(tmp_path / "vae"))
     pipe = load_family(reference).pipeline
-    save_student(to_pipeline(pipe.unet, 399, pipe), reference.resolve(), tmp_path / "student")
+    save_student(to_pipeline(pipe.unet, 399, pipe), reference.resolve(network_name_of), tmp_path / "student")
     assert sorted(file.name for file in (tmp_path / "student" / "vae").iterdir()) == ["config.json", WEIGHTS]
     assert equal(weights(DiffusionPipeline.from_pretrained(tmp_path / "student").vae), weights(other))
 
@@ -174,7 +174,7 @@ def test_an_autoencoder_stays_as_it_was_resolved(other, teacher_folder, hub, rep
         other.save_pretrained(tmp_path / "vae")
         api.upload_folder(repo_id=name, folder_path=tmp_path / "vae")
     models = [
-        ModelReference(str(teacher_folder), vae=vae).resolve(cache)
+        ModelReference(str(teacher_folder), vae=vae).resolve(network_name_of, cache)
         for vae in (repo, f"{repo}-file/diffusion_pytorch_model.safetensors")
     ]
     tiny.pipeline(seed=9).vae.save_pretrained(tmp_path / "changed")
@@ -189,23 +189,23 @@ def test_an_autoencoder_stays_as_it_was_resolved(other, teacher_folder, hub, rep
             assert equal(load_file(file), dict(weights(other)))
     assert len(hub.requests) == requests
     with pytest.raises(ValueError, match="cannot (be reached for|serve) alice/none"):  # at once, not after minutes
-        ModelReference(str(teacher_folder), vae="alice/none").resolve(cache)
+        ModelReference(str(teacher_folder), vae="alice/none").resolve(network_name_of, cache)
 
 
 def test_a_folder_of_this_machine_is_read_anew(other, teacher_folder, tmp_path):
     other.save_pretrained(tmp_path / "vae")
     reference = ModelReference(str(teacher_folder), vae=str(tmp_path / "vae"))
-    assert equal(weights(reference.resolve().load_vae()), weights(other))
+    assert equal(weights(reference.resolve(network_name_of).load_vae()), weights(other))
     changed = tiny.pipeline(seed=9).vae
     changed.save_pretrained(tmp_path / "vae")
-    assert equal(weights(reference.resolve().load_vae()), weights(changed))
+    assert equal(weights(reference.resolve(network_name_of).load_vae()), weights(changed))
 
 
 def test_a_conversion_is_read_where_nothing_can_be_written(other, teacher_folder, monkeypatch, tmp_path):
     other.save_pretrained(tmp_path / "vae")
     cache = str(tmp_path / "cache")
     reference = ModelReference(str(teacher_folder), vae=str(tmp_path / "vae" / WEIGHTS))
-    folder = reference.resolve(cache).vae_folder
+    folder = reference.resolve(network_name_of, cache).vae_folder
 
     def refuse(path, *_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
@@ -215,14 +215,14 @@ def test_a_conversion_is_read_where_nothing_can_be_written(other, teacher_folder
         context.setattr("huggingface_hub.utils.WeakFileLock", refuse)
         context.setattr(Path, "mkdir", refuse)
         context.setattr("diffusers_disback.hub.files.sha256_of", lambda file: hashed.append(file) or 64 * "0")
-        assert reference.resolve(cache).vae_folder == folder
+        assert reference.resolve(network_name_of, cache).vae_folder == folder
         assert not hashed, "a large file is hashed once in a process"
         with pytest.raises(ValueError, match="cannot be written to .*single_files .Read-only .*--cache_dir"):
-            reference.resolve(str(tmp_path / "another"))
+            reference.resolve(network_name_of, str(tmp_path / "another"))
     with monkeypatch.context() as context:
         context.setattr("diffusers_disback.models.autoencoder.save_weights", refuse)  # as on a disk that is full
         with pytest.raises(ValueError, match="cannot be written to .*--cache_dir"):
-            reference.resolve(str(tmp_path / "full"))
+            reference.resolve(network_name_of, str(tmp_path / "full"))
     assert [file.suffix for file in (tmp_path / "full" / "single_files").iterdir()] == [".lock"]
 
 
@@ -230,7 +230,7 @@ def test_variants_of_any_name_are_looked_into(other, teacher_folder, tmp_path):
     """A hyphen in it hides no index from the check that its shards lie beside it."""
     other.save_pretrained(tmp_path / "vae", variant="fp16-x", max_shard_size="20KB")
     reference = ModelReference(str(teacher_folder), vae=str(tmp_path / "vae"), variant="fp16-x")
-    folder = reference.resolve().vae_folder
+    folder = reference.resolve(network_name_of).vae_folder
     assert [variant_taken(folder.iterdir(), name) for name in ("fp16-x", "fp16")] == ["fp16-x", None]
     index = folder / "diffusion_pytorch_model.safetensors.index.fp16-x.json"
     index.write_text(json.dumps({"weight_map": {"a": "../out.safetensors"}}))

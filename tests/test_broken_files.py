@@ -18,7 +18,7 @@ from diffusers_disback.commands.cli import main as command
 from diffusers_disback.commands.cli import parser, path_show
 from diffusers_disback.evaluation.report import read_report
 from diffusers_disback.families import load_family
-from diffusers_disback.hub.cards import path_card, student_card
+from diffusers_disback.hub.cards import STABLE_DIFFUSION, path_card, student_card
 from diffusers_disback.hub.publish.run import path_of_run, push_run
 from diffusers_disback.models.adapters import config_of
 from diffusers_disback.models.reference import ModelReference
@@ -63,7 +63,7 @@ def test_a_teachers_broken_file_is_named(tmp_path, teacher_folder, capsys):
             )
             if name.startswith("unet"):
                 with pytest.raises(ValueError, match=name.split("/")[-1]):
-                    ModelReference(str(folder)).resolve_denoiser().load_network(UNet2DConditionModel)
+                    ModelReference(str(folder)).resolve_denoiser("unet").load_network(UNet2DConditionModel)
         (folder / name).write_bytes(own)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(POINTER)
     assert command(["timestep-sweep", str(folder), "--timesteps", "399"]) == 2
@@ -171,7 +171,7 @@ def test_every_value_of_a_manifest_has_its_kind(tmp_path, teacher_folder):
             (path.folder / "path.json").write_text(json.dumps(manifest))
             path_show(shown)
             if taken % 5 == 0:  # which takes longer
-                path_card(manifest, "user/repo", {}, image=False)
+                path_card(manifest, "user/repo", {}, image=False, usage=STABLE_DIFFUSION)
     assert 50 < taken < 300  # names and settings, which may be any
 
 
@@ -186,7 +186,7 @@ def test_every_value_of_a_report_has_its_kind(tmp_path):
     }
     metric = {"label": "drift", "panel": "drift", "direction": "lower"}
     full["evaluation"] = {**full["evaluation"], "metrics": {"drift_psnr": metric}}
-    assert "user/repo" in student_card(full, "title", "user/repo", path_image=False)
+    assert "user/repo" in student_card(full, "title", "user/repo", path_image=False, usage=STABLE_DIFFUSION)
     draw = random.Random(0)
     for place in places(full):
         for value in (*draw.sample(VALUES, 12), KeyError):
@@ -200,7 +200,7 @@ def test_every_value_of_a_report_has_its_kind(tmp_path):
                 continue
             if "student" in report:
                 with contextlib.suppress(ValueError):  # of the Hub's own tools, of a measure without a name
-                    student_card(report, "title", "user/repo", path_image=False)
+                    student_card(report, "title", "user/repo", path_image=False, usage=STABLE_DIFFUSION)
 
 
 def test_a_reports_files_are_sizes_by_name(tmp_path):

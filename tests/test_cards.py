@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from diffusers_disback.hub.cards import path_card, student_card
+from diffusers_disback.hub.cards import STABLE_DIFFUSION, path_card, student_card
 from diffusers_disback.hub.files import printable
 from diffusers_disback.hub.markdown import LONGEST, address, fenced, inline_code, link, python, shell, table, text
 from diffusers_disback.hub.published import published
@@ -209,7 +209,7 @@ def student(value: str) -> str:
         },
     }
     report["student"] = {**REPORT["student"], f"x{value}": 1.0}
-    return student_card(report, value, value, True)
+    return student_card(report, value, value, True, STABLE_DIFFUSION)
 
 
 def test_a_students_card_is_its_template_whatever_others_wrote():
@@ -246,7 +246,7 @@ def test_a_paths_card_is_its_template_whatever_others_wrote():
             "nodes": [{**node, "kind": kind, "loss": value} for node in nodes],
         }
         licence = {"license": value, "license_link": value, "base_model": [value, value]}
-        return path_card(manifest, "alice/path", licence, True)
+        return path_card(manifest, "alice/path", licence, True, STABLE_DIFFUSION)
 
     for kind in ("full", "adapter"):
         data, page = front_matter(card(HARMLESS, kind))
@@ -275,28 +275,28 @@ def test_a_paths_card_is_its_template_whatever_others_wrote():
 
 def test_a_card_links_to_licences_alone():
     report = {**REPORT, "teacher_card": {"license": ["mit", "openrail"], "license_link": "https://x.example/<l>"}}
-    data, page = front_matter(student_card(report, "x", "alice/x", False))
+    data, page = front_matter(student_card(report, "x", "alice/x", False, STABLE_DIFFUSION))
     assert data["license"] == ["mit", "openrail"] and data["license_link"] == "https://x.example/<l>"
     assert "the licence `mit` and `openrail` ([text](https://x.example/%3Cl%3E))" in page
     report["teacher_card"] = {"license": "other", "license_link": "javascript:alert(1)"}
-    data, page = front_matter(student_card(report, "x", "alice/x", False))
+    data, page = front_matter(student_card(report, "x", "alice/x", False, STABLE_DIFFUSION))
     assert "license_link" not in data and "`other` (text `javascript:alert(1)`)" in page
 
 
 def test_a_report_that_is_none_makes_no_card():
     for change in ({"settings": None}, {"resolution": "64): pass\nimport os"}, {"student": [1]}, {"command": "a 'b"}):
         with pytest.raises(ValueError, match=r"report.json|has to be a whole number"):
-            student_card({**REPORT, "command": "x", **change}, "x", "alice/x", False)
+            student_card({**REPORT, "command": "x", **change}, "x", "alice/x", False, STABLE_DIFFUSION)
     settings = {**REPORT["settings"], "conditioning_timestep": "1\nimport os"}
     with pytest.raises(ValueError, match="conditioning_timestep has to be a whole number, but is '1"):
-        student_card({**REPORT, "settings": settings}, "x", "alice/x", False)
+        student_card({**REPORT, "settings": settings}, "x", "alice/x", False, STABLE_DIFFUSION)
 
 
 def test_a_template_without_a_value_is_no_card():
     for name in ("example_prompt", "resolution", "machine", "stages"):
         report = {key: value for key, value in {**REPORT, "command": "x"}.items() if key != name}
         with pytest.raises(ValueError, match=rf"No card can be made of this report.json: .*{name}|{name} has to be"):
-            student_card(report, "x", "alice/x", False)
+            student_card(report, "x", "alice/x", False, STABLE_DIFFUSION)
 
 
 def test_the_wheel_holds_the_templates():

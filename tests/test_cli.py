@@ -9,6 +9,7 @@ import tiny
 
 from diffusers_disback import __version__
 from diffusers_disback.commands.cli import main
+from diffusers_disback.families import network_name_of
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_a_teacher_that_moved_is_asked_as_the_path_says(tmp_path, monkeypatch, h
 
     tiny.pipeline("epsilon").save_pretrained(tmp_path / "was")
     teacher = ModelReference(str(tmp_path / "was"), prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    path = DegradationPath.create(tmp_path / "path", teacher.resolve(), "0" * 64, tiny.START, {})
+    path = DegradationPath.create(tmp_path / "path", teacher.resolve(network_name_of), "0" * 64, tiny.START, {})
     path.append(tiny.unet(seed=1), step=100, loss=0.5)
     path.finish({"steps": 100, "seconds": 1.0, "peak_memory_mb": 1.0})
     (tmp_path / "was").rename(tmp_path / "is")

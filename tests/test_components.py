@@ -11,7 +11,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from diffusers_disback.families import load_family, to_pipeline
+from diffusers_disback.families import load_family, network_name_of, to_pipeline
 from diffusers_disback.hub.publish.student import save_student
 from diffusers_disback.hub.repository import HubError
 from diffusers_disback.models.components import check_whole, parts_left_out
@@ -94,13 +94,13 @@ def test_parts_without_a_role_are_left_out_with_a_word(with_all_parts, tmp_path,
     assert said == expected, name
     assert {part for part in BROKEN_PARTS if pipe.components[part] is None} == expected, name
     assert pipe.config.requires_safety_checker == ("safety_checker" not in expected)
-    files = reference.resolve().component_files("float32")
+    files = reference.resolve(network_name_of).component_files("float32")
     content = files["model_index.json"]
     index = json.loads(content if isinstance(content, bytes) else content.read_text())
     assert {part for part in BROKEN_PARTS if index[part][0] is None} == expected, name
     assert index["requires_safety_checker"] == ("safety_checker" not in expected), name
     assert not any(path.startswith(tuple(f"{part}/" for part in expected)) for path in files if expected), name
-    save_student(to_pipeline(pipe.unet, 399, pipe), reference.resolve(), student)
+    save_student(to_pipeline(pipe.unet, 399, pipe), reference.resolve(network_name_of), student)
     index = json.loads((student / "model_index.json").read_text())
     kept = set(BROKEN_PARTS) - expected
     assert {part for part in BROKEN_PARTS if index[part][0] is not None} == kept, name
@@ -130,7 +130,7 @@ def test_a_pickled_part_does_not_block_a_teacher_on_the_hub(with_all_parts, alic
     HfApi().upload_folder(repo_id=repo, folder_path=folder)
     reference = ModelReference(repo)
     assert load_family(reference).pipeline.safety_checker is None
-    files = reference.resolve().component_files("float32")
+    files = reference.resolve(network_name_of).component_files("float32")
     assert not any(path.startswith("safety_checker") for path in files)
     assert any(path.startswith("feature_extractor/") for path in files)
 
@@ -153,12 +153,12 @@ def test_a_folder_that_is_not_whole_is_told(teacher_folder, tmp_path):
         with pytest.raises(ValueError, match=message):
             check_whole(files, "The folder")
     pipe, reference = tiny.pipeline(), ModelReference(str(teacher_folder))
-    check_whole(reference.resolve().component_files("float32"), "The teacher", ("unet",))
+    check_whole(reference.resolve(network_name_of).component_files("float32"), "The teacher", ("unet",))
     student = to_pipeline(pipe.unet, 399, pipe)
     broken = shutil.copytree(teacher_folder, tmp_path / "broken")
     (broken / "text_encoder" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="is not whole: its text_encoder is without weights"):
-        save_student(student, ModelReference(str(broken)).resolve(), tmp_path / "student")
+        save_student(student, ModelReference(str(broken)).resolve(network_name_of), tmp_path / "student")
 
 
 def upload(folder, repo):
@@ -176,10 +176,10 @@ def test_a_part_that_the_hub_fails_to_serve_is_not_taken_for_broken(with_all_par
     hub.fault = lambda request: Fault(status=503) if "safety_checker" in request.path else None
     reference, cache = ModelReference(repo), str(tmp_path / "cache")
     with pytest.raises(HubError, match="The Hub cannot be reached for") as caught:
-        reference.resolve(cache)
+        reference.resolve(network_name_of, cache)
     assert caught.value.kind == "unreachable"
     hub.fault = None
-    assert "safety_checker/model.safetensors" in reference.resolve(cache).files
+    assert "safety_checker/model.safetensors" in reference.resolve(network_name_of, cache).files
 
 
 def test_what_a_hub_model_has_not_is_known_when_the_hub_is_down(with_all_parts, hub, repo, impatient, tmp_path):
@@ -190,9 +190,9 @@ def test_what_a_hub_model_has_not_is_known_when_the_hub_is_down(with_all_parts, 
     shutil.rmtree(folder / "image_encoder")
     upload(folder, repo)
     cache = str(tmp_path / "cache")
-    local = ModelReference(repo, variant="fp16").resolve(cache)
+    local = ModelReference(repo, variant="fp16").resolve(network_name_of, cache)
     hub.fault = lambda request: Fault(status=503)
-    assert ModelReference(repo, variant="fp16").resolve(cache) == local
+    assert ModelReference(repo, variant="fp16").resolve(network_name_of, cache) == local
     assert local.left_out == {"safety_checker": None, "image_encoder": None, "requires_safety_checker": False}
     found = sorted(
         file.relative_to(local.folder).as_posix() for p in BROKEN_PARTS for file in local.folder.glob(f"{p}/*")
@@ -210,7 +210,7 @@ def test_a_part_of_a_variant_is_taken_as_it_is_there(with_all_parts, repo, tmp_p
     assert "model.safetensors.index.fp16.json" in names and len(names) > 3
     upload(folder, repo)
     for name in (str(folder), repo):
-        local = ModelReference(name, variant="fp16").resolve(str(tmp_path / "cache"))
+        local = ModelReference(name, variant="fp16").resolve(network_name_of, str(tmp_path / "cache"))
         assert {file.name for file in (local.folder / "safety_checker").iterdir()} == names
         assert local.left_out == {}
 

@@ -15,7 +15,7 @@ import torch
 from hub_server import Fault
 from safetensors.torch import load_file, save_file
 
-from diffusers_disback.families import load_family, to_pipeline
+from diffusers_disback.families import load_family, network_name_of, to_pipeline
 from diffusers_disback.hub.publish import run as pushing
 from diffusers_disback.hub.publish.export import add_half_variant
 from diffusers_disback.hub.publish.run import pull, push_run
@@ -96,7 +96,9 @@ class House:
 
     def save(self, **changes) -> None:
         save_student(
-            to_pipeline(tiny.unet(seed=1), 399, tiny.pipeline()), self.reference(**changes).resolve(), self.out
+            to_pipeline(tiny.unet(seed=1), 399, tiny.pipeline()),
+            self.reference(**changes).resolve(network_name_of),
+            self.out,
         )
 
     def files(self) -> dict[str, bytes]:
@@ -184,7 +186,7 @@ def shard_of(component, variant=None):
 
 def shard_of_a_start(house, kind):
     name, _ = shard_of("unet")(house, kind)
-    return name, lambda: house.reference().resolve_denoiser().load_network(type(tiny.unet()))
+    return name, lambda: house.reference().resolve_denoiser("unet").load_network(type(tiny.unet()))
 
 
 def shard_copied(house, kind):
@@ -317,9 +319,14 @@ LINKS = {
     "a teacher's index, read": ("teacher", "model_index.json", "config.json", lambda h: load_family(h.reference())),
     "a start's config, read": (
         *("teacher", "unet/config.json", "config.json"),
-        lambda h: h.reference().resolve_denoiser().load_network(type(tiny.unet())),
+        lambda h: h.reference().resolve_denoiser("unet").load_network(type(tiny.unet())),
     ),
-    "a teacher's card, read": ("teacher", "README.md", "README.md", lambda h: h.reference().resolve().card()),
+    "a teacher's card, read": (
+        "teacher",
+        "README.md",
+        "README.md",
+        lambda h: h.reference().resolve(network_name_of).card(),
+    ),
     "a teacher's component, copied": ("teacher", "tokenizer", "", House.save),
     "a teacher's file, copied": ("teacher", "tokenizer/more.txt", "token.txt", House.save),
     "a teacher's licence, copied": ("teacher", "LICENSE", "LICENSE", House.save),
@@ -345,16 +352,21 @@ LINKS = {
         "teacher",
         "unet/config.json",
         "config.json",
-        lambda h: h.reference().resolve_configs().meta_network(),
+        lambda h: h.reference().resolve_configs(network_name_of).meta_network(),
     ),
-    "a UNet's folder, planned": ("teacher", "unet", None, lambda h: h.reference().resolve_configs().meta_network()),
+    "a UNet's folder, planned": (
+        "teacher",
+        "unet",
+        None,
+        lambda h: h.reference().resolve_configs(network_name_of).meta_network(),
+    ),
     "a config of an autoencoder, planned": (
         *("teacher", "vae/config.json", "config.json"),
-        lambda h: meta_networks_beside(h.reference().resolve_configs()),
+        lambda h: meta_networks_beside(h.reference().resolve_configs(network_name_of)),
     ),
     "a config of a text encoder, planned": (
         *("teacher", "text_encoder/config.json", "config.json"),
-        lambda h: meta_networks_beside(h.reference().resolve_configs()),
+        lambda h: meta_networks_beside(h.reference().resolve_configs(network_name_of)),
     ),
     "a path's node, copied": ("path", "degradation-000100", "", lambda h: h.read().save_pretrained(h.out)),
     "a path's node, read": ("path", "degradation-000100", None, lambda h: h.read().read(1)),
@@ -505,7 +517,10 @@ def test_no_other_weights_are_put_upon_a_component(tmp_path, teacher_folder):
             folder = shutil.copytree(teacher_folder, tmp_path / place / name)
             (folder / place / name).write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "secret")}))
             reference = ModelReference(str(folder))
-            doors = [lambda r=reference: load_family(r), lambda r=reference: r.resolve().component_files("float32")]
+            doors = [
+                lambda r=reference: load_family(r),
+                lambda r=reference: r.resolve(network_name_of).component_files("float32"),
+            ]
             for go in doors[: 1 if place == "unet" else 2]:
                 with pytest.raises(ValueError, match=f"holds {place}/{name}, an adapter"):
                     go()
@@ -535,7 +550,7 @@ def test_what_is_no_part_is_not_left_out_but_refused(tmp_path, teacher_folder, a
     }.items():
         (folder / part / name).write_text(content)
         with pytest.raises(ValueError, match=rf"{part}/{name}"):
-            ModelReference(str(folder)).resolve()
+            ModelReference(str(folder)).resolve(network_name_of)
         if name == "adapter_config.json":
             HfApi().create_repo(repo)
             HfApi().upload_folder(repo_id=repo, folder_path=folder)

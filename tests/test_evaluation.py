@@ -23,7 +23,7 @@ from diffusers_disback.evaluation.plots import convergence_plot, pyplot
 from diffusers_disback.evaluation.report import REPORT, Report, summary
 from diffusers_disback.evaluation.report_format import check_report
 from diffusers_disback.families import family_of
-from diffusers_disback.hub.cards import student_card
+from diffusers_disback.hub.cards import STABLE_DIFFUSION, student_card
 from shapes.evaluator import ShapesEvaluator, load_judge
 from shapes.world import CAPTIONS, pixels
 
@@ -171,7 +171,7 @@ def test_a_report_says_in_what_the_student_is_behind(tasted, tmp_path):
 
 
 def test_a_card_says_which_direction_is_better(tasted):
-    card = student_card(tasted[1], "it", "alice/it", False)
+    card = student_card(tasted[1], "it", "alice/it", False, STABLE_DIFFUSION)
     assert "Higher is better: `charm`.\nLower is better: `dullness`.\nDifferences to the teacher's" in card
     assert "0 is best: `drift_mean`, `drift_std`, `drift_saturation`." in card
     assert "behind its teacher in dullness of it (2 against 1).\n" in card
@@ -230,7 +230,7 @@ def test_reports_of_earlier_versions_are_read_without_directions(tasted, tmp_pat
     check_report(content, "it")
     (tmp_path / REPORT).write_text(json.dumps(content))
     assert "behind" not in summary(tmp_path) and "dullness 2" in summary(tmp_path)
-    card = student_card(content, "it", "alice/it", False)
+    card = student_card(content, "it", "alice/it", False, STABLE_DIFFUSION)
     assert "behind" not in card and "| student | " in card and "is better" not in card
     for metrics in ([], {"charm": []}, {"charm": {"label": "charm", "panel": "grace", "direction": "up"}}):
         with pytest.raises(ValueError, match="it.* is not as its format says"):
@@ -239,7 +239,7 @@ def test_reports_of_earlier_versions_are_read_without_directions(tasted, tmp_pat
         with pytest.raises(ValueError, match="it is not as its format says: 'behind' cannot be"):
             check_report({**content, "behind": behind}, "it")
     with pytest.raises(ValueError, match="No card can be made"):
-        student_card({**content, "behind": {"teacher": ["nothing"]}}, "it", "alice/it", False)
+        student_card({**content, "behind": {"teacher": ["nothing"]}}, "it", "alice/it", False, STABLE_DIFFUSION)
 
 
 def test_the_same_noise_for_every_pipeline():

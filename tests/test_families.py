@@ -22,7 +22,7 @@ from stages import close, equal, weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusers_disback import DisBackOneStepPipeline
-from diffusers_disback.families import FAMILIES, family_of, to_pipeline
+from diffusers_disback.families import FAMILIES, family_of, network_name_of, to_pipeline
 from diffusers_disback.families.checks import slope_of_noise
 from diffusers_disback.models.generator import OneStepGenerator
 from diffusers_disback.models.noise_schedule import NoiseSchedule
@@ -285,7 +285,7 @@ def test_a_network_that_asks_for_more_is_refused(name, tmp_path):
         for call, arguments in (
             (family_of, (pipe,)),
             (to_pipeline, (pipe.unet, 399, plain)),
-            (family.initial_generator, (start.resolve_denoiser(),)),
+            (family.initial_generator, (start.resolve_denoiser("unet"),)),
             (
                 lambda unet: Planner(lambda: unet, type(family), TrainingConfig(), BacktrackingConfig()).network,
                 (pipe.unet,),
@@ -306,7 +306,7 @@ def test_a_network_that_asks_for_more_is_refused(name, tmp_path):
         family_of(other)
     tiny.PIPELINES[name](**added).unet.save_pretrained(tmp_path / "start" / "unet")
     with pytest.raises(ValueError, match="has addition_embed_type text, the teacher has (None|text_time)"):
-        family.initial_generator(ModelReference(str(tmp_path / "start")).resolve_denoiser())
+        family.initial_generator(ModelReference(str(tmp_path / "start")).resolve_denoiser("unet"))
 
 
 def test_a_start_that_predicts_otherwise_is_refused(run, tmp_path, repo, alice):
@@ -324,10 +324,10 @@ def test_a_start_that_predicts_otherwise_is_refused(run, tmp_path, repo, alice):
             run(generator_model_name_or_path=start)
     assert not (tmp_path / "run").exists()
     noise, v = (family_of(tiny.pipeline(prediction)) for prediction in ("epsilon", "v_prediction"))
-    v.initial_generator(ModelReference(repo).resolve_denoiser())
-    noise.initial_generator(ModelReference(str(tmp_path / "epsilon")).resolve_denoiser())
+    v.initial_generator(ModelReference(repo).resolve_denoiser("unet"))
+    noise.initial_generator(ModelReference(str(tmp_path / "epsilon")).resolve_denoiser("unet"))
     (tmp_path / "v_prediction" / "scheduler" / "scheduler_config.json").unlink()
-    noise.initial_generator(ModelReference(str(tmp_path / "v_prediction")).resolve_denoiser())
+    noise.initial_generator(ModelReference(str(tmp_path / "v_prediction")).resolve_denoiser("unet"))
 
 
 def test_a_teacher_that_does_not_say_its_size_is_asked_for_it():
@@ -541,7 +541,7 @@ def test_a_narrow_sdxl_with_the_true_blocks_goes_every_way(run, tmp_path, capsys
     path, network = DegradationPath.from_pretrained(folder / "path"), UNet2DConditionModel(**NARROW)
     node = path.read(1)
     assert {key: value.shape for key, value in node.items()} == original
-    assert path.verify_node(1, path.teacher.resolve_configs().meta_network()) == 1680
+    assert path.verify_node(1, path.teacher.resolve_configs(network_name_of).meta_network()) == 1680
     path.load(0, into=network)
     assert close(weights(network), weights(pipe.unet), atol=1e-6), "node 0 is the fused teacher"
     assert not close(node, weights(network), atol=1e-6) and not close(student(folder), weights(network), atol=1e-6)
@@ -606,12 +606,12 @@ def test_zero_terminal_snr_can_be_said(without_a_word, tmp_path):
     assert torch.equal(own.schedule.alpha, expected.schedule.alpha) and own.schedule.alpha[-1] == 0
     assert own.schedule.prediction_type == "v_prediction"
     own.schedule.check_timestep(999)
-    node = json.loads(teacher.resolve().component_files("float32")["scheduler/scheduler_config.json"])
+    node = json.loads(teacher.resolve(network_name_of).component_files("float32")["scheduler/scheduler_config.json"])
     assert node["rescale_betas_zero_snr"] and node["timestep_spacing"] == "trailing" and not node["clip_sample"]
     assert node["_class_name"] == "DDIMScheduler" and node["prediction_type"] == "v_prediction"
     student = to_pipeline(own.network, 999, own.pipeline).scheduler
     assert student.alphas_cumprod[-1] == 0 and student.config.prediction_type == "v_prediction"
-    path = DegradationPath.create(tmp_path / "path", teacher.resolve(), "0" * 64, tiny.START, {})
+    path = DegradationPath.create(tmp_path / "path", teacher.resolve(network_name_of), "0" * 64, tiny.START, {})
     path.begin()
     assert path.manifest["teacher"]["rescale_betas_zero_snr"] is True
     assert DegradationPath.from_pretrained(tmp_path / "path").teacher == teacher
@@ -621,8 +621,8 @@ def test_zero_terminal_snr_can_be_said(without_a_word, tmp_path):
     ]:
         other = DegradationPath.from_pretrained(tmp_path / "path", teacher=replace(teacher, **changes))
         with pytest.raises(ValueError, match=message):
-            other.check("0" * 64, tiny.START)
-    DegradationPath.from_pretrained(tmp_path / "path", teacher=teacher).check("0" * 64, tiny.START)
+            other.check("0" * 64, tiny.START, "unet")
+    DegradationPath.from_pretrained(tmp_path / "path", teacher=teacher).check("0" * 64, tiny.START, "unet")
 
 
 @pytest.mark.slow

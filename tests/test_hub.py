@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from script import student
 from write_faults import Fault, full, killed
 
-from diffusers_disback.families import to_pipeline
+from diffusers_disback.families import network_name_of, to_pipeline
 from diffusers_disback.hub.publish.student import save_student
 from diffusers_disback.hub.repository import HubError, Repository
 from diffusers_disback.models.reference import ModelReference
@@ -22,7 +22,7 @@ from diffusers_disback.pipelines.one_step import DisBackOneStepPipeline
 def test_the_teachers_files_are_copied_as_they_are(tmp_path, teacher_folder):
     (tmp_path / "teacher").symlink_to(teacher_folder)
     pipe = to_pipeline(tiny.unet(seed=1), 399, tiny.pipeline())
-    save_student(pipe, ModelReference(str(tmp_path / "teacher")).resolve(), tmp_path / "student")
+    save_student(pipe, ModelReference(str(tmp_path / "teacher")).resolve(network_name_of), tmp_path / "student")
     for component in ("text_encoder", "tokenizer", "vae"):
         files = {file.name for file in (teacher_folder / component).iterdir()}
         assert {file.name for file in (tmp_path / "student" / component).iterdir()} == files
@@ -40,7 +40,7 @@ def test_of_two_variants_the_asked_one_is_copied_and_loads_without_its_name(tmp_
     (folder / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"pickled")
     save_student(
         to_pipeline(tiny.unet(seed=1), 399, tiny.pipeline()),
-        ModelReference(str(folder), None, wanted).resolve(),
+        ModelReference(str(folder), None, wanted).resolve(network_name_of),
         tmp_path / "out",
     )
     names = {file.name for file in (tmp_path / "out" / "vae").iterdir()}
@@ -70,7 +70,7 @@ def test_a_safety_checker_is_carried_over(tmp_path):
     teacher.save_pretrained(tmp_path / "teacher")
     save_student(
         to_pipeline(tiny.unet(seed=1), 399, teacher),
-        ModelReference(str(tmp_path / "teacher")).resolve(),
+        ModelReference(str(tmp_path / "teacher")).resolve(network_name_of),
         tmp_path / "student",
     )
     assert json.loads((tmp_path / "student" / "model_index.json").read_text())["requires_safety_checker"] is True
@@ -81,7 +81,7 @@ def test_a_safety_checker_is_carried_over(tmp_path):
 
 def test_a_student_is_written_whole_or_not_at_all(tmp_path, teacher_folder):
     """In place of an older one: on a full disk that stays as it was; after a kill there is the one, the other or none."""
-    teacher, folder = ModelReference(str(teacher_folder)).resolve(), tmp_path / "student"
+    teacher, folder = ModelReference(str(teacher_folder)).resolve(network_name_of), tmp_path / "student"
     pipes = [to_pipeline(tiny.unet(seed=seed), 399, tiny.pipeline()) for seed in (1, 2)]
     older, newer = (pipe.unet.state_dict() for pipe in pipes)
 

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from stages import equal, weights
 
 from diffusers_disback import ModelReference, load_family
+from diffusers_disback.families import network_name_of
 from diffusers_disback.models.weights import check_finite, owned
 
 
@@ -31,7 +32,7 @@ def test_nothing_that_is_loaded_changes_with_its_file(tmp_path):
     start, reference = ModelReference(str(tmp_path / "teacher")), ModelReference(str(tmp_path / "teacher"))
     other = ModelReference(str(tmp_path / "teacher"), vae=str(tmp_path / "vae"))
     families = [load_family(reference), load_family(other)]
-    network = start.resolve_denoiser().load_network(type(families[0].network))
+    network = start.resolve_denoiser("unet").load_network(type(families[0].network))
     held = [
         part for family in families for part in (family.network, family.pipeline.vae, family.pipeline.text_encoder)
     ]
@@ -55,7 +56,7 @@ def test_what_is_resolved_asks_the_hub_nothing(hub, repo, alice, teacher_folder,
 
     HfApi().create_repo(repo)
     HfApi().upload_folder(repo_id=repo, folder_path=teacher_folder)
-    local = ModelReference(repo).resolve(str(tmp_path / "cache"))
+    local = ModelReference(repo).resolve(network_name_of, str(tmp_path / "cache"))
     assert local.commit == HfApi().model_info(repo).sha
     requests = len(hub.requests)
     family = load_family(local)
@@ -110,7 +111,7 @@ def test_a_teacher_start_autoencoder_or_node_with_nan_is_told_with_the_tensor(tm
         ):
             load_family(ModelReference(str(folder)))
     with pytest.raises(ValueError, match="the UNet of .* are NaN or infinite"):
-        ModelReference(str(tmp_path / "unet")).resolve_denoiser().load_network(type(tiny.unet()))
+        ModelReference(str(tmp_path / "unet")).resolve_denoiser("unet").load_network(type(tiny.unet()))
     with pytest.raises(ValueError, match="the autoencoder .*vae.* are NaN or infinite"):
         load_family(ModelReference(str(tmp_path / "text_encoder"), vae=str(tmp_path / "vae")))
     teacher = tiny.save_teacher(tmp_path / "teacher")

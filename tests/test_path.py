@@ -44,7 +44,7 @@ def test_a_path_of_version_1_is_read_verified_and_pushed_as_it_is(path, repo, hu
     file.write_text(json.dumps(old))
     again = DegradationPath.from_pretrained(path.folder, teacher=path.teacher)
     assert again.denoiser == "unet" and len(again) == 2
-    again.check(fingerprint(tiny.unet()), tiny.START)
+    again.check(fingerprint(tiny.unet()), tiny.START, "unet")
     again.push_to_hub(repo)
     shared = DegradationPath.from_pretrained(repo, teacher=path.teacher)
     assert shared.manifest["format_version"] == 1 and "component" not in shared.manifest
@@ -204,13 +204,13 @@ def test_folders_that_hold_no_readable_path(path, tmp_path):
 
 def test_another_teacher_or_start_is_named(path):
     own = fingerprint(tiny.unet())
-    path.check(own, tiny.START)
+    path.check(own, tiny.START, "unet")
     with pytest.raises(ValueError, match="was recorded from another teacher"):
-        path.check(fingerprint(tiny.unet(seed=4)), tiny.START)
+        path.check(fingerprint(tiny.unet(seed=4)), tiny.START, "unet")
     with pytest.raises(ValueError, match="its conditioning_timestep is 399, this one's is 249"):
-        path.check(own, {**tiny.START, "conditioning_timestep": 249})
+        path.check(own, {**tiny.START, "conditioning_timestep": 249}, "unet")
     with pytest.raises(ValueError, match="another initial generator: its sha256"):
-        path.check(own, {**tiny.START, "sha256": "1" * 64})
+        path.check(own, {**tiny.START, "sha256": "1" * 64}, "unet")
 
 
 def test_fingerprints_are_of_content():

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from diffusers_disback.families import family_of, to_pipeline
+from diffusers_disback.families import family_of, network_name_of, to_pipeline
 from diffusers_disback.hub.publish.student import save_student
 from diffusers_disback.models.generator import OneStepGenerator
 from diffusers_disback.models.reference import ModelReference
@@ -26,7 +26,11 @@ def folder(tmp_path_factory, teacher_folder):
     """A student as training writes it."""
     folder = tmp_path_factory.mktemp("student")
     teacher = StableDiffusionPipeline.from_pretrained(teacher_folder)
-    save_student(to_pipeline(tiny.unet(seed=1), 399, teacher), ModelReference(str(teacher_folder)).resolve(), folder)
+    save_student(
+        to_pipeline(tiny.unet(seed=1), 399, teacher),
+        ModelReference(str(teacher_folder)).resolve(network_name_of),
+        folder,
+    )
     return folder
 
 

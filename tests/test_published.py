@@ -14,7 +14,7 @@ import tiny
 
 from diffusers_disback import DegradationPath
 from diffusers_disback.backtracking import BacktrackingTrainer
-from diffusers_disback.families import to_pipeline
+from diffusers_disback.families import network_name_of, to_pipeline
 from diffusers_disback.hub.publish.student import check_teacher_files, save_student
 from diffusers_disback.hub.published import (
     clean_configs,
@@ -151,7 +151,7 @@ def test_a_student_and_a_node_do_not_say_where_they_came_from(tmp_path, teacher_
     ):
         file = teacher / name
         file.write_text(json.dumps({**json.loads(file.read_text()), "_name_or_path": str(tmp_path / "somewhere")}))
-    local = ModelReference(str(teacher)).resolve()
+    local = ModelReference(str(teacher)).resolve(network_name_of)
     network = local.load_network(type(tiny.unet()))
     assert network.config["_name_or_path"], "diffusers notes it"
     save_student(to_pipeline(network, 399, tiny.pipeline()), local, tmp_path / "student")
@@ -293,16 +293,16 @@ def test_a_teachers_card_is_read_before_training_and_stops_nothing(run, tmp_path
 
 def test_what_a_student_takes_over_is_looked_at_before_training(tmp_path, teacher_folder):
     teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
-    check_teacher_files(ModelReference(str(teacher)).resolve())
+    check_teacher_files(ModelReference(str(teacher)).resolve(network_name_of))
     (teacher / "tokenizer" / "tokenizer_config.json").write_text("{} and more")
     with pytest.raises(ValueError, match="tokenizer/tokenizer_config.json .*is no valid JSON"):
-        check_teacher_files(ModelReference(str(teacher)).resolve())
+        check_teacher_files(ModelReference(str(teacher)).resolve(network_name_of))
 
 
 def test_a_file_of_the_teacher_that_was_written_to_during_the_run_is_not_taken_over(tmp_path, teacher_folder):
     teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
     reference, pipe = ModelReference(str(teacher)), to_pipeline(tiny.unet(seed=1), 399, tiny.pipeline())
-    local, file = reference.resolve(), teacher / "text_encoder" / "model.safetensors"
+    local, file = reference.resolve(network_name_of), teacher / "text_encoder" / "model.safetensors"
     before = file.read_bytes()
     with open(file, "r+b") as stream:
         stream.seek(-8, os.SEEK_END)
@@ -311,5 +311,5 @@ def test_a_file_of_the_teacher_that_was_written_to_during_the_run_is_not_taken_o
         save_student(pipe, local, tmp_path / "student")
     assert not (tmp_path / "student").exists()
     file.write_bytes(before)
-    save_student(pipe, reference.resolve(), tmp_path / "student")
+    save_student(pipe, reference.resolve(network_name_of), tmp_path / "student")
     assert (tmp_path / "student" / "text_encoder" / "model.safetensors").read_bytes() == before

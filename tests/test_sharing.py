@@ -16,6 +16,7 @@ from hub_server import Fault
 from peft import LoraConfig
 from test_path import weights_equal
 
+from diffusers_disback.families import network_name_of
 from diffusers_disback.hub import repository
 from diffusers_disback.hub.errors import explain
 from diffusers_disback.hub.publish.run import push_run
@@ -194,14 +195,14 @@ def test_an_adapter_node(tmp_path, teacher_folder, repo):
         return network
 
     path = DegradationPath.create(
-        tmp_path / "path", ModelReference(str(teacher_folder)).resolve(), "0" * 64, tiny.START, {}
+        tmp_path / "path", ModelReference(str(teacher_folder)).resolve(network_name_of), "0" * 64, tiny.START, {}
     )
     path.append(adapted(1), step=100, loss=0.5, adapter="fake_score")
     path.finish({"steps": 100, "seconds": 1.0, "peak_memory_mb": 1.0})
     path.push_to_hub(repo)
     shared = DegradationPath.from_pretrained(repo)
     assert shared.nodes[0]["kind"] == "adapter" and shared.nodes[0]["bytes"] < 100_000
-    shared.verify(path.teacher.resolve_configs().meta_network())
+    shared.verify(path.teacher.resolve_configs(network_name_of).meta_network())
     network = adapted(2)
     shared.load(1, into=network, adapter="fake_score")
     assert weights_equal(network, adapted(1))

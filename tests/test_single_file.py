@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from diffusers_disback import DegradationPath, DisBackOneStepPipeline, ModelReference, load_family
 from diffusers_disback.commands.cli import main as command
-from diffusers_disback.families import FAMILIES, family_of
+from diffusers_disback.families import FAMILIES, family_of, network_name_of
 from diffusers_disback.models import single_file
 from diffusers_disback.models.original_layout import SUPPORTED, not_in_config, settings_in
 from diffusers_disback.models.single_file import SingleFile, repo_of, single_file_of
@@ -227,7 +227,7 @@ def test_a_file_is_taken_at_its_word(checkpoint, tmp_path):
     for teacher, prediction_type in ((where, "v_prediction"), (replace(where, prediction_type="sample"), "sample")):
         schedule = load_family(teacher, cache).schedule
         assert schedule.prediction_type == prediction_type and schedule.alpha[-1] == 0
-    stock = DiffusionPipeline.from_pretrained(where.resolve(cache).folder).scheduler.config
+    stock = DiffusionPipeline.from_pretrained(where.resolve(network_name_of, cache).folder).scheduler.config
     assert stock.prediction_type == "v_prediction" and stock.rescale_betas_zero_snr
     plain = checkpoint("v1")[1].rename(tmp_path / "plain.safetensors")
     assert load_family(reference(tmp_path, plain), cache).schedule.prediction_type == "epsilon"

@@ -277,7 +277,7 @@ def test_a_resolved_model_asks_the_hub_nothing(hub, repo, teacher_folder, tmp_pa
         api.upload_folder(repo_id=repo, folder_path=tmp_path / "files")
         if not models:
             references = [ModelReference(repo, lora=lora) for lora in (repo, f"{repo}/a.safetensors")]
-            models = [reference.resolve_denoiser(str(tmp_path / "cache")) for reference in references]
+            models = [reference.resolve_denoiser("unet", str(tmp_path / "cache")) for reference in references]
     hub.fault = lambda request: Fault(status=503)
     requests = len(hub.requests)
     for model in models:

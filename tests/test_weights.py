@@ -103,7 +103,7 @@ def write_all(folder: Path) -> dict[str, str]:
     network.add("student", adapters.lora_config(2))
     adapters.write_adapter(network.network, "student", folder / "node")
     cast_files([folder / "node" / "pytorch_lora_weights.safetensors"], torch.float16)
-    adapters.save_lora(network.weights("student"), network.config("student"), folder / "lora")
+    adapters.save_lora(network.weights("student"), network.config("student"), folder / "lora", "unet")
     layers = {key: value + 1 for key, value in network.weights("student").items()}
     export.save_lora(layers, 2, folder / "extracted")
     network.release().save_pretrained(folder / "pipeline" / "unet")

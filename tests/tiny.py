@@ -12,6 +12,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from diffusers_disback.families import network_name_of
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.models.weights import fingerprint
 from diffusers_disback.path.path import DegradationPath
@@ -138,7 +139,7 @@ def write_prompts(folder: Path) -> Path:
 
 def path(folder: Path, teacher_folder: Path, nodes: int = 2, **recording) -> DegradationPath:
     """A complete path whose node i has the weights of `unet(seed=i)`."""
-    teacher = ModelReference(str(teacher_folder)).resolve()
+    teacher = ModelReference(str(teacher_folder)).resolve(network_name_of)
     made = DegradationPath.create(folder, teacher, fingerprint(unet()), START, recording)
     for i in range(1, nodes + 1):
         made.append(unet(seed=i), step=100 * i, loss=0.5)

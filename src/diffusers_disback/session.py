@@ -199,7 +199,7 @@ class DisBackTrainer:
         if config.generator_model_name_or_path:
             start = ModelReference(
                 config.generator_model_name_or_path, single_file_config=config.single_file_config
-            ).resolve_denoiser(config.cache_dir, self.teacher.network_name)
+            ).resolve_denoiser(self.teacher.network_name, config.cache_dir)
         self.generator = self.teacher.initial_generator(start, config.resolution, config.all_adapters)
         self.inputs = check_inputs(config, self.teacher, self.generator, prompts, files)
         self.path = open_path(config, self.teacher, self.generator, state, self.inputs)

@@ -45,7 +45,7 @@ from safetensors.torch import save_file
 
 from diffusers_disback.commands.cli import parser
 from diffusers_disback.data.prompts import PromptFile
-from diffusers_disback.families import load_family
+from diffusers_disback.families import load_family, network_name_of
 from diffusers_disback.models.adapters import config_of, lora_config
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.models.weights import fingerprint, metadata_of, read_weights
@@ -288,7 +288,7 @@ class Targets:
 
     def _make_paths(self) -> None:
         """A path of whole networks, and one of an adapter."""
-        reference = ModelReference(str(self.teacher)).resolve()
+        reference = ModelReference(str(self.teacher)).resolve(network_name_of)
         self.sha256 = fingerprint(tiny.unet(**SMALL))
         self.full = DegradationPath.create(self.place / "full", reference, self.sha256, tiny.START, {"seed": 0})
         for node in (1, 2):
@@ -349,7 +349,7 @@ class Targets:
         steps: list[Callable[[], Any]] = [
             lambda: command("path", "show", str(folder), "--table"),
             lambda: command("path", "verify", str(folder), "--pretrained_model_name_or_path", str(self.teacher)),
-            lambda: DegradationPath.from_pretrained(folder).check(self.sha256, tiny.START),
+            lambda: DegradationPath.from_pretrained(folder).check(self.sha256, tiny.START, "unet"),
             lambda: self._load(folder, adapter),
         ]
         for step in steps:
@@ -415,7 +415,7 @@ class Targets:
 
     def model_index(self, content: bytes) -> None:
         with replaced(self.teacher / "model_index.json", content):
-            ModelReference(str(self.teacher)).resolve().component_files("float32")
+            ModelReference(str(self.teacher)).resolve(network_name_of).component_files("float32")
             load_family(ModelReference(str(self.teacher)))
 
     def weights_index(self, content: bytes) -> None:
@@ -423,8 +423,8 @@ class Targets:
         reference = ModelReference(str(self.sharded))
         with replaced(self.index, content):
             for step in (
-                lambda: reference.resolve().component_files("float32"),
-                lambda: reference.resolve_denoiser().load_into(self.network),
+                lambda: reference.resolve(network_name_of).component_files("float32"),
+                lambda: reference.resolve_denoiser("unet").load_into(self.network),
             ):
                 before = fingerprint(self.network)
                 try:

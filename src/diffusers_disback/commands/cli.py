@@ -116,7 +116,7 @@ def prompts_for(family: "ModelFamily", prompts: list[str] | None) -> list[str]:
 def path_verify(parsed: argparse.Namespace) -> None:
     """Checks every hash of a path, and that each node fits the teacher's architecture in everything."""
     path = open_path(parsed)
-    network = path.teacher.resolve_configs(parsed.cache_dir, lambda _: path.denoiser).meta_network()
+    network = path.teacher.resolve_configs(lambda _: path.denoiser, parsed.cache_dir).meta_network()
     for index, node in enumerate(path.nodes, 1):
         tensors = path.verify_node(index, network)
         print(f"node {index}: {node['name']}, {tensors} tensors, whole, and fits the teacher")
@@ -178,7 +178,7 @@ def extract_lora(parsed: argparse.Namespace) -> None:
     from ..models.reference import ModelReference
 
     student, teacher = (
-        reference.resolve_denoiser(parsed.cache_dir).load_network(UNet2DConditionModel).to(device())
+        reference.resolve_denoiser("unet", parsed.cache_dir).load_network(UNet2DConditionModel).to(device())
         for reference in (ModelReference(parsed.student), teacher_asked_for(parsed))
     )
     layers, residual = extract_lora(student, teacher, parsed.rank)

@@ -4,6 +4,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
 
+from ..hub.cards import Usage
 from ..hub.repository import HubError
 from ..models.components import check_whole, pipeline_class_of
 from ..models.pipeline_folder import UNREADABLE
@@ -55,6 +56,14 @@ def network_name_of(pipeline_class: str) -> str:
         ValueError: If no family is made for it.
     """
     return family_class(pipeline_class).network_name
+
+
+def usage_of(pipeline_class: str | None) -> Usage:
+    """How pipelines of a class are used, as their family says; as little as can be said, if none is known here."""
+    try:
+        return family_class(str(pipeline_class)).usage
+    except ValueError:
+        return Usage(condition="", takes_guidance=False, takes_lora=False)
 
 
 def to_pipeline(network: nn.Module, timestep: int, teacher: DiffusionPipeline) -> DiffusionPipeline:
@@ -114,7 +123,7 @@ def resolve_teacher(teacher: ModelReference, cache_dir: str | None = None) -> Lo
         return family.network_name
 
     try:
-        return teacher.resolve(cache_dir, network_name=network_name)
+        return teacher.resolve(network_name, cache_dir)
     except HubError as error:
         raise ValueError(
             f"The teacher {teacher.name_or_path!r} cannot be loaded: it is neither a folder with a diffusers pipeline in "
@@ -162,4 +171,5 @@ __all__ = [
     "network_name_of",
     "resolve_teacher",
     "to_pipeline",
+    "usage_of",
 ]

@@ -14,7 +14,7 @@ from ..models.reference import title_of
 from ..models.single_file import repo_of, single_file_of
 from ..training.settings.groups import TEACHER_FLAGS
 from .markdown import address, fenced, inline_code, link, python, shell, table, text
-from .published import published_manifest, published_report
+from .published import component_of, published_manifest, published_report
 from .repository import Repository
 
 
@@ -71,9 +71,7 @@ _OTHER_BASES = (
 )
 
 
-def student_card(
-    report: dict[str, Any], title: str, repo: str, path_image: bool, usage: Usage = STABLE_DIFFUSION
-) -> str:
+def student_card(report: dict[str, Any], title: str, repo: str, path_image: bool, usage: Usage) -> str:
     """`README.md` of a student.
 
     Args:
@@ -129,7 +127,7 @@ def _student_card(report: dict[str, Any], title: str, repo: str, path_image: boo
         path_image=path_image,
         lora_fits=usage.takes_lora and is_plain and bool(report.get("lora")),
         arguments=usage.call(report["example_prompt"], 1),
-        denoiser=title_of(report.get("component", "unet")),
+        denoiser=title_of(component_of(report)),
         figures={name: report[name] for name in ("floor", "teacher", "initial", "student") if name in report},
         command=shlex.split(report["command"]),
         metrics=metrics,
@@ -142,7 +140,7 @@ def path_card(
     repo_id: str,
     teacher_card: dict[str, Any],
     image: bool,
-    usage: Usage = STABLE_DIFFUSION,
+    usage: Usage,
 ) -> str:
     """`README.md` of a repository that holds a path alone.
 
@@ -165,7 +163,7 @@ def path_card(
         manifest=manifest,
         figures={node["name"]: {key: node[key] for key in ("step", "loss", "bytes")} for node in manifest["nodes"]},
         image=image,
-        denoiser=manifest.get("component", "unet"),
+        denoiser=component_of(manifest),
         arguments=usage.call(usage.example, 25),
         repo=repo_id,
         teacher_flags=[[f"--{flag}", teacher[key]] for key, flag in TEACHER_FLAGS.items() if teacher.get(key)],

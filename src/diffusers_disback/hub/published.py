@@ -85,6 +85,12 @@ def without_token(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
+def component_of(content: dict[str, Any]) -> str:
+    """The component that a denoiser is, which is its folder's name, from `report.json` or `path.json`. Versions before 0.2.0,
+    and so paths of format 1, had none but UNets, and did not say."""
+    return content.get("component", "unet")
+
+
 def published_report(report: dict[str, Any]) -> dict[str, Any]:
     """The content of `report.json` as others may see it."""
     told = {"settings": published(report["settings"])}

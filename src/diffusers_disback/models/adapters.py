@@ -328,7 +328,7 @@ def write_adapter(network: "ModelMixin", adapter: str, folder: Path) -> None:
     save_weights({k: tensor.contiguous() for k, tensor in weights.items()}, folder / LORA_WEIGHT_NAME_SAFE, metadata)
 
 
-def save_lora(weights: dict[str, Tensor], config: "LoraConfig", folder: str | Path, denoiser: str = "unet") -> Path:
+def save_lora(weights: dict[str, Tensor], config: "LoraConfig", folder: str | Path, denoiser: str) -> Path:
     """Writes an adapter for `pipe.load_lora_weights(folder)`: peft's own names, with rank and alpha beside them.
 
     What diffusers' `save_lora_weights` writes, but for the metadata, which there are in an order that changes.

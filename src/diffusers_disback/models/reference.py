@@ -94,15 +94,13 @@ class ModelReference:
     single_file_config: str | None = None
     rescale_betas_zero_snr: bool = False
 
-    def resolve(
-        self, cache_dir: str | None = None, network_name: Callable[[str], str] = lambda _: "unet"
-    ) -> "LocalModel":
+    def resolve(self, network_name: Callable[[str], str], cache_dir: str | None = None) -> "LocalModel":
         """Brings the whole model to this machine: downloads it, makes a single file into a folder, and checks all of it.
 
         Args:
+            network_name (`Callable`): The class of its pipeline -> its denoiser's component, as `families.network_name_of`.
+                It is called before any weights are downloaded, and raises if the class is not wanted.
             cache_dir (`str`, *optional*): Where downloads and conversions are kept.
-            network_name (`Callable`): The class of its pipeline -> its denoiser's component. It is called before any weights
-                are downloaded, and raises if the class is not wanted.
 
         Raises:
             ValueError: If a file is missing, lies elsewhere, or cannot be read.
@@ -132,12 +130,16 @@ class ModelReference:
             card_folder = self._card_beside_single_file(commit, cache_dir) or root
         vae = self.vae and autoencoder_folder(self.vae, self.variant, root / "vae", cache_dir)
         lora = self.lora and lora_file(self.lora, cache_dir)
-        local = LocalModel(self, root, commit, network, index, left_out, card_folder, vae or None, lora or None)
+        local = LocalModel(self, root, network, commit, index, left_out, card_folder, vae or None, lora or None)
         files = local.find_files()
         return replace(local, index=without_parts(index, left_out), files=files, stamps=stamps_of(files))
 
-    def resolve_denoiser(self, cache_dir: str | None = None, network_name: str = "unet") -> "LocalModel":
+    def resolve_denoiser(self, network_name: str, cache_dir: str | None = None) -> "LocalModel":
         """Brings the denoiser alone to this machine, and what the scheduler's config says that it predicts.
+
+        Args:
+            network_name (`str`): Its component.
+            cache_dir (`str`, *optional*): Where downloads and conversions are kept.
 
         Raises:
             ValueError: If a file of it is missing, lies elsewhere, or cannot be read, or the Hub does not give it.
@@ -157,12 +159,10 @@ class ModelReference:
             ) from error
         check_component(root, network_name, self.variant, self.what, "diffusers")
         commit = None if Path(place).is_dir() else root.name
-        return LocalModel(self, root, commit, network_name, lora_file=lora or None)
+        return LocalModel(self, root, network_name, commit, lora_file=lora or None)
 
-    def resolve_configs(
-        self, cache_dir: str | None = None, network_name: Callable[[str], str] = lambda _: "unet"
-    ) -> "LocalModel":
-        """Brings the model's configs to this machine, and no weights.
+    def resolve_configs(self, network_name: Callable[[str], str], cache_dir: str | None = None) -> "LocalModel":
+        """Brings the model's configs to this machine, and no weights. Arguments as of `resolve`.
 
         Raises:
             ValueError: If one of them cannot be had or read, or names a file elsewhere.
@@ -180,7 +180,7 @@ class ModelReference:
                 check_own(root, name, self.what, library)
                 read_json(inside(root, f"{name}/config.json", self.what), f"{name}/config.json of {self.what}")
         network = network_name(str(index.get("_class_name")))
-        return LocalModel(self, root, None if Path(place).is_dir() else root.name, network, index)
+        return LocalModel(self, root, network, None if Path(place).is_dir() else root.name, index)
 
     @property
     def what(self) -> str:
@@ -226,8 +226,8 @@ class LocalModel:
     Args:
         reference (`ModelReference`): Where it came from, and what is taken otherwise than its files say.
         folder (`Path`): Of its pipeline.
-        commit (`str`, *optional*): Of a model on the Hub.
         network_name (`str`): Its denoiser's component.
+        commit (`str`, *optional*): Of a model on the Hub.
         index (`dict`): The content of `model_index.json`, without the parts that are left out.
         left_out (`dict`): What its pipeline is loaded with, so that parts without a role do not stand in its way.
         card_folder (`Path`, *optional*): Where its card and the text of its licence lie.
@@ -239,8 +239,8 @@ class LocalModel:
 
     reference: ModelReference
     folder: Path
+    network_name: str
     commit: str | None = None
-    network_name: str = "unet"
     index: dict[str, Any] = field(default_factory=dict)
     left_out: dict[str, Any] = field(default_factory=dict)
     card_folder: Path | None = None

@@ -28,11 +28,6 @@ def name_of(step: int) -> str:
     return f"degradation-{step:06d}"
 
 
-def denoiser_of(manifest: dict[str, Any]) -> str:
-    """The component that a path's nodes are of, and the folder that they lie in."""
-    return manifest["component"] if manifest["format_version"] > 1 else "unet"
-
-
 def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     """What makes a path another path: teacher, start, the settings of its recording (in which folders do not count, and
     of other places their published names), and the recording itself, since equal settings do not give equal bytes

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from ..hub.files import inside, sha256_of
+from ..hub.published import component_of
 from ..hub.repository import HubError, in_background
 from ..models.adapters import config_of
 from ..models.reference import LocalModel, ModelReference
 from ..models.weights import check_adapter_fit, check_finite, check_fit, fill, fill_adapter, mapped_weights
-from .manifest import MANIFEST, denoiser_of
+from .manifest import MANIFEST
 from .storage import FolderNodes, HubNodes, Nodes
 
 
@@ -61,7 +62,7 @@ class PathNodes:
     @property
     def denoiser(self) -> str:
         """The teacher's component that nodes are of, and the name of their folders: `unet`, `transformer`."""
-        return denoiser_of(self.manifest)
+        return component_of(self.manifest)
 
     @property
     def nodes(self) -> list[dict[str, Any]]:
@@ -92,7 +93,7 @@ class PathNodes:
 
     def local_teacher(self) -> LocalModel:
         """The teacher on this machine; it is resolved when it is needed first."""
-        self._local_teacher = self._known_teacher() or self.teacher.resolve(self.cache_dir, lambda _: self.denoiser)
+        self._local_teacher = self._known_teacher() or self.teacher.resolve(lambda _: self.denoiser, self.cache_dir)
         return self._local_teacher
 
     def _known_teacher(self) -> LocalModel | None:
@@ -118,7 +119,7 @@ class PathNodes:
                 is none, or the other way round.
         """
         if index == 0:
-            (self._known_teacher() or self.teacher.resolve_denoiser(self.cache_dir, self.denoiser)).load_into(into)
+            (self._known_teacher() or self.teacher.resolve_denoiser(self.denoiser, self.cache_dir)).load_into(into)
             return
         kind = self._node(index)["kind"]
         if (kind == "adapter") != (adapter is not None):
@@ -205,7 +206,7 @@ class PathNodes:
             check_adapter_fit(network, weights, what)
         return len(weights)
 
-    def check(self, teacher_sha256: str, generator: dict[str, Any], denoiser: str = "unet") -> None:
+    def check(self, teacher_sha256: str, generator: dict[str, Any], denoiser: str) -> None:
         """Raises a `ValueError` if the path was recorded from another teacher or another start, naming which.
 
         Args:

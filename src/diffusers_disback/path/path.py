@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from ..hub.cards import STABLE_DIFFUSION, Usage, path_card
+from ..families import usage_of
+from ..hub.cards import path_card
 from ..hub.files import inside, sha256_of, to_bytes, write_json
-from ..hub.published import clean_configs
+from ..hub.published import clean_configs, component_of
 from ..hub.repository import Files, Repository, is_repo_id
 from ..models.adapters import write_adapter
 from ..models.reference import LocalModel, ModelReference
 from ..models.weights import cast_files, open_weights
-from .manifest import FORMAT_VERSION, MANIFEST, denoiser_of, name_of, read_manifest
+from .manifest import FORMAT_VERSION, MANIFEST, name_of, read_manifest
 from .nodes import PathNodes
 from .sharing import check_is_ours, check_teacher_may_be_shared, push_nodes
 from .storage import FolderNodes, HubNodes, Nodes
@@ -99,8 +100,8 @@ class DegradationPath(PathNodes):
                     f"{folder_or_repo} holds no degradation path: it has no {MANIFEST} at {revision or 'main'}."
                 )
             manifest = read_manifest(file, str(folder_or_repo), pinned=True)
-            commit, denoiser = file.parent.name, denoiser_of(manifest)
-            folders: Nodes = HubNodes(repository, commit, manifest["nodes"], cache_dir, disk_budget_gb, denoiser)
+            commit, denoiser = file.parent.name, component_of(manifest)
+            folders: Nodes = HubNodes(repository, commit, manifest["nodes"], denoiser, cache_dir, disk_budget_gb)
         else:
             folder = Path(folder_or_repo)
             if revision is not None:
@@ -113,7 +114,7 @@ class DegradationPath(PathNodes):
                 raise ValueError(f"{folder} holds no degradation path: it has no {MANIFEST}. {hint}")
             file = inside(folder, MANIFEST, str(folder))
             manifest = read_manifest(file, str(folder), pinned=False)
-            folders = FolderNodes(folder, denoiser_of(manifest))
+            folders = FolderNodes(folder, component_of(manifest))
         was_told = teacher is not None
         if teacher is None:
             known = manifest["teacher"]
@@ -237,7 +238,6 @@ class DegradationPath(PathNodes):
         create_pr: bool = False,
         commit_message: str | None = None,
         token: str | None = None,
-        usage: Usage = STABLE_DIFFUSION,
     ) -> str:
         """Shares the path: a branch for each node; `path.json` and a card on `main`. Can be repeated.
 
@@ -248,7 +248,6 @@ class DegradationPath(PathNodes):
                 requests have none.
             commit_message (`str`, *optional*): Of the commit to `main`.
             token (`str`, *optional*): By default that of `hf auth login`. It is never written anywhere.
-            usage (`Usage`): What the teacher's family says of its use, for the card.
 
         Returns:
             `str`: The repository's full id.
@@ -265,7 +264,9 @@ class DegradationPath(PathNodes):
         if "model_index.json" not in repository.tree(repository.head()):  # a student has a card of its own
             image = inside(Path(self.where), "path.png", self.where)
             files |= {"path.png": image} if image.is_file() else {}
-            card = path_card(manifest, repository.repo_id, self.local_teacher().card(), image.is_file(), usage)
+            teacher = self.local_teacher()
+            usage = usage_of(teacher.index.get("_class_name"))
+            card = path_card(manifest, repository.repo_id, teacher.card(), image.is_file(), usage)
             files["README.md"] = card.encode()
         repository.commit(
             files,

@@ -4,13 +4,13 @@ import re
 from typing import Any
 
 from ..hub.files import printable, read_text, to_bytes
-from ..hub.published import REPORT, published, published_files, published_manifest
+from ..hub.published import REPORT, component_of, published, published_files, published_manifest
 from ..hub.repository import Files, HubError, Repository, is_licence
 from ..models.card import CARD
 from ..models.pipeline_folder import INDEX
 from ..models.reference import ModelReference
 from ..models.single_file import repo_of
-from .manifest import MANIFEST, check_manifest, denoiser_of, identity
+from .manifest import MANIFEST, check_manifest, identity
 from .storage import Nodes, node_files
 
 
@@ -47,7 +47,7 @@ def push_nodes(
         repository.commit({MANIFEST: to_bytes(empty)}, "Begin a path", check=check)
     else:
         check(head)
-    pushed, denoiser = [], denoiser_of(manifest)
+    pushed, denoiser = [], component_of(manifest)
     branches = repository.branches()
     for node in manifest["nodes"]:
         commit = branches.get(node["name"])

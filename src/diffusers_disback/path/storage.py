@@ -37,7 +37,7 @@ class FolderNodes:
         denoiser (`str`): The component that nodes are of, and their folder's name.
     """
 
-    def __init__(self, folder: Path, denoiser: str = "unet"):
+    def __init__(self, folder: Path, denoiser: str):
         self.folder = folder
         self.denoiser = denoiser
         self.where = str(folder)
@@ -60,11 +60,10 @@ class HubNodes:
         repository (`Repository`): On the Hub.
         commit (`str`): Of the `path.json` that lists them.
         nodes (`list[dict]`): Of `path.json`.
+        denoiser (`str`): The component that nodes are of, and their folder's name.
         cache_dir (`str`, *optional*): Where downloads are kept.
         disk_budget_gb (`float`, *optional*): Of nodes that this object downloads. Beyond it those that are released are
             deleted, oldest first; nodes that were in the cache before are left alone.
-
-        denoiser (`str`): The component that nodes are of, and their folder's name.
 
     Raises:
         HubError: If a node's branch is gone.
@@ -76,9 +75,9 @@ class HubNodes:
         repository: Repository,
         commit: str,
         nodes: list[dict[str, Any]],
+        denoiser: str,
         cache_dir: str | None = None,
         disk_budget_gb: float | None = None,
-        denoiser: str = "unet",
     ):
         self.repository = repository
         self.denoiser = denoiser

@@ -74,7 +74,7 @@ class Planner:
         Raises:
             ValueError: If these cannot be read.
         """
-        teacher = training.teacher.resolve_configs(training.cache_dir, network_name_of)
+        teacher = training.teacher.resolve_configs(network_name_of, training.cache_dir)
         family = family_class(str(teacher.index["_class_name"]))
         others = meta_networks_beside(teacher)
         return cls(teacher.meta_network, family, training, backtracking, family.stride_of(others), others)

@@ -74,7 +74,7 @@ def load_prompts(config: DisBackConfig) -> Sequence[str]:
         return PromptFile(config.prompts_file, config.max_train_samples)
     if config.dataset_name is None and (config.train_data_dir is None or config.has_discriminator):
         if config.pretrained_model_name_or_path is not None:
-            teacher = config.teacher.resolve_configs(config.cache_dir, network_name_of)
+            teacher = config.teacher.resolve_configs(network_name_of, config.cache_dir)
             if not family_class(str(teacher.index["_class_name"])).takes_prompts:
                 return []
         if config.train_data_dir is None:

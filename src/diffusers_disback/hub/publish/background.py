@@ -13,7 +13,7 @@ from ...models.reference import LocalModel
 from ...path.path import DegradationPath
 from ...training.config import TrainingConfig
 from ..repository import HubError, Repository
-from .run import push_path, push_run
+from .run import push_run
 
 
 def push_command(training: TrainingConfig, repo_id: str) -> str:
@@ -92,7 +92,7 @@ class RunUpload:
             training.path_folder, teacher=self.teacher or training.teacher, cache_dir=training.cache_dir
         )
         if path.complete:
-            push_path(path, self.repository.repo_id, token=training.hub_token)
+            path.push_to_hub(self.repository.repo_id, token=training.hub_token)
         else:
             path.push_nodes(self.repository)
 

@@ -121,7 +121,7 @@ def save_lora(layers: dict[str, torch.Tensor], rank: int, folder: str | Path) ->
 
     folder = Path(folder)
     targets = sorted({key.split(".lora_")[0] for key in layers})
-    file = adapters.save_lora(layers, adapters.lora_config(rank, target_modules=targets), folder)
+    file = adapters.save_lora(layers, adapters.lora_config(rank, target_modules=targets), folder, "unet")
     kohya = convert_state_dict_to_kohya({f"unet.{key}": value for key, value in layers.items()})
     # SDXL's embedding of pooled text and size goes by its original name: diffusers loses it by its own without a word.
     for number, original in (("1", "0_0"), ("2", "0_2")):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...evaluation.report import read_report
-from ...families import family_class
+from ...families import usage_of
 from ...models.card import CARD
 from ...models.pipeline_folder import INDEX, components_of, files_of, licences_of, read_index
 from ...models.reference import LocalModel, ModelReference
@@ -16,10 +16,10 @@ from ...path.sharing import check_is_ours, check_teacher_may_be_shared
 from ...training.config import that_count, without_rates
 from ...training.run_folder import RunFolder
 from ...training.settings_file import SETTINGS
-from ..cards import Usage, student_card
+from ..cards import student_card
 from ..files import inside, read_text, to_bytes, write_text
 from ..markdown import python
-from ..published import REPORT, published, published_files, published_report
+from ..published import REPORT, component_of, published, published_files, published_report
 from ..repository import Files, Repository, is_repo_id
 from .student import IMAGES, LORA, check_student_is_whole
 
@@ -136,7 +136,7 @@ def push_run(
             raise ValueError(
                 f"{folder} holds neither a finished student nor a degradation path: nothing can be pushed."
             )
-        return push_path(path, repo_id, private, create_pr, commit_message, token)
+        return path.push_to_hub(repo_id, private, create_pr, commit_message, token)
     if path is not None:
         path.check_teachers_place()
     repository = Repository(repo_id, token)
@@ -160,22 +160,8 @@ def push_run(
     else:
         files[MANIFEST] = to_bytes(path.push_nodes(repository, claim=not create_pr))
     message = commit_message or "Add the one-step student"
-    repository.commit(files, message, exact=(f"{report.get('component', 'unet')}/",), check=check, create_pr=create_pr)
+    repository.commit(files, message, exact=(f"{component_of(report)}/",), check=check, create_pr=create_pr)
     return repository.repo_id
-
-
-def push_path(
-    path: DegradationPath,
-    repo_id: str,
-    private: bool | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    token: str | None = None,
-) -> str:
-    """Pushes a path with its teacher's family's card. Arguments, result and errors as of `DegradationPath.push_to_hub`."""
-    path.check_teachers_place()
-    usage = usage_of(path.local_teacher().index.get("_class_name"))
-    return path.push_to_hub(repo_id, private, create_pr, commit_message, token, usage)
 
 
 def _report_to_push(folder: Path) -> dict[str, Any]:
@@ -259,14 +245,6 @@ def _card(folder: Path, report: dict[str, Any], where: str) -> str:
     """A student's card, for the folder or repository that it is read in."""
     name = where.split("/")[-1] if is_repo_id(where) else Path(where).resolve().name
     return student_card(report, name, where, (folder / "path.png").exists(), usage_of(report.get("pipeline_class")))
-
-
-def usage_of(pipeline_class: str | None) -> Usage:
-    """How pipelines of a class are used, as their family says; as little as can be said, if none is known here."""
-    try:
-        return family_class(str(pipeline_class)).usage
-    except ValueError:
-        return Usage(condition="", takes_guidance=False, takes_lora=False)
 
 
 def _is_own_card(folder: Path, report: dict[str, Any], where: str) -> bool:

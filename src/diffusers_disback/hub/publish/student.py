@@ -17,7 +17,7 @@ from ...path.manifest import MANIFEST
 from ...training.run_folder import RunFolder
 from ...training.signals import signal_handler
 from ..files import inside, read_json, write_json, writing
-from ..published import REPORT, clean_configs, published_files
+from ..published import REPORT, clean_configs, component_of, published_files
 from ..repository import Files, write_files
 
 
@@ -126,7 +126,7 @@ def results(folder: Path) -> dict[str, int]:
 
 def missing_results(folder: Path, report: dict[str, Any]) -> list[str]:
     """What of a run's results is not there, or not whole, by its report. Texts and images may have been changed since."""
-    basics = [INDEX, CARD, f"{report.get('component', 'unet')}/config.json"] if "student" in report else []
+    basics = [INDEX, CARD, f"{component_of(report)}/config.json"] if "student" in report else []
     told = report.get("files") or dict.fromkeys(basics)  # older versions did not list them
     missing = []
     for name, size in told.items():
