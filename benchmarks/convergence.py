@@ -1,11 +1,11 @@
 """Does the path help, how much, and when should the target change: the same task with and without, several seeds each.
 
-    python benchmarks/convergence.py --world toy                     # what is not there yet, then tables and plots
-    python benchmarks/convergence.py --world shapes --seeds 0 1 2 3 4
-    python benchmarks/convergence.py --world toy --report            # tables and plots of what is there
-    python benchmarks/convergence.py --world toy --small --output /tmp/small
+    python benchmarks/convergence.py --task toy                     # what is not there yet, then tables and plots
+    python benchmarks/convergence.py --task shapes --seeds 0 1 2 3 4
+    python benchmarks/convergence.py --task toy --report            # tables and plots of what is there
+    python benchmarks/convergence.py --task toy --small --output /tmp/small
 
-Every arm and seed is one line of `benchmarks/results/convergence/<world>/<regime>.jsonl`, written as it ends: a run that was cut
+Every arm and seed is one line of `benchmarks/results/convergence/<task>/<regime>.jsonl`, written as it ends: a run that was cut
 off goes on, and several processes share the work. Costs include stage 1, on three axes: generator updates (of stage
 1: the fake score's), network evaluations (forward 1, backward 2; per sample of a batch), seconds.
 """
@@ -57,9 +57,9 @@ def claimed(file: Path, arm: str, seed: int) -> Iterator[bool]:
             lock.unlink(missing_ok=True)
 
 
-def run(world: Any, regimes: list[str], arms: list[str], seeds: list[int], folder: Path, small: bool) -> None:
-    """Runs what is missing: the seeds of an arm side by side where the world can, else one after the other."""
-    groups = [seeds] if world.SIDE_BY_SIDE else [[seed] for seed in seeds]
+def run(task: Any, regimes: list[str], arms: list[str], seeds: list[int], folder: Path, small: bool) -> None:
+    """Runs what is missing: the seeds of an arm side by side where the task can, else one after the other."""
+    groups = [seeds] if task.SIDE_BY_SIDE else [[seed] for seed in seeds]
     folder.mkdir(parents=True, exist_ok=True)
     for regime, group, arm in itertools.product(regimes, groups, arms):
         file = folder / f"{regime}.jsonl"
@@ -68,7 +68,7 @@ def run(world: Any, regimes: list[str], arms: list[str], seeds: list[int], folde
             if not ours:
                 continue
             print(f"{regime}: {arm}, seeds {' '.join(map(str, ours))}", file=sys.stderr, flush=True)
-            settings, results = world.run(regime, arm, ours, small)
+            settings, results = task.run(regime, arm, ours, small)
             write(
                 file,
                 [
@@ -142,7 +142,7 @@ def ratio_interval(ours: list[float], theirs: list[float]) -> tuple[float, float
 
 def thresholds(found: dict[str, list[Result]]) -> list[float]:
     """2 x and 1.25 x the distance that the runs without a path are at in the end: of the budget, or of the longer runs of a
-    judged world."""
+    held-out task."""
     level = settled(found.get("reference", found["none"]))
     return [float(f"{factor * level:.3g}") for factor in (2.0, 1.25)]
 
@@ -240,15 +240,15 @@ def plot(found: dict[str, list[Result]], arms: list[str], title: str, file: Path
     plt.close(figure)
 
 
-def report(world: Any, regimes: list[str], arms: list[str], folder: Path) -> None:
+def report(task: Any, regimes: list[str], arms: list[str], folder: Path) -> None:
     """Prints the tables and writes them, and a plot of each regime, beside the results."""
     parts = []
     for regime in regimes:
         found = read(folder / f"{regime}.jsonl")
         if "none" not in found:
             continue
-        found = within_budget(found, world.REGIMES[regime].updates)
-        parts.append(f"## {regime}\n\n{table(found, arms, world.MEASURES)}\n\n{comparison(found, arms)}\n")
+        found = within_budget(found, task.REGIMES[regime].updates)
+        parts.append(f"## {regime}\n\n{table(found, arms, task.MEASURES)}\n\n{comparison(found, arms)}\n")
         plot(found, arms, regime, folder / f"{regime}.png")
     (folder / "tables.md").write_text("\n".join(parts))
     print("\n".join(parts))
@@ -256,21 +256,21 @@ def report(world: Any, regimes: list[str], arms: list[str], folder: Path) -> Non
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", choices=("toy", "shapes"), required=True)
+    parser.add_argument("--task", "--world", choices=("toy", "shapes"), required=True)
     parser.add_argument("--regimes", nargs="+", help="by default all")
     parser.add_argument("--arms", nargs="+", help="by default all")
-    parser.add_argument("--seeds", nargs="+", type=int, help="by default the world's own")
+    parser.add_argument("--seeds", nargs="+", type=int, help="by default the task's own")
     parser.add_argument("--output", default=HERE / "results" / "convergence", type=Path)
     parser.add_argument("--small", action="store_true", help="a setting of seconds, to see that everything runs")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args(arguments)
     set_threads()
-    world = importlib.import_module(f"{options.world}_world")
-    folder = options.output / options.world
-    regimes, arms = options.regimes or list(world.REGIMES), options.arms or list(world.ARMS)
+    task = importlib.import_module(f"{options.task}_task")
+    folder = options.output / options.task
+    regimes, arms = options.regimes or list(task.REGIMES), options.arms or list(task.ARMS)
     if not options.report:
-        run(world, regimes, arms, options.seeds or world.SEEDS, folder, options.small)
-    report(world, regimes, arms, folder)
+        run(task, regimes, arms, options.seeds or task.SEEDS, folder, options.small)
+    report(task, regimes, arms, folder)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The settings that were looked at on the two-dimensional world, each once, with four seeds that no result uses.
+"""The settings that were looked at on the two-dimensional task, each once, with four seeds that no result uses.
 
 python benchmarks/looks.py            # all, minutes; prints a line for each
 python benchmarks/looks.py --walk     # the denoising loss along stage 1, by step
@@ -10,11 +10,11 @@ import sys
 from dataclasses import replace
 from statistics import median
 
-import shapes_world
+import shapes_task
 from convergence import cost
 from experimental import dense_steps
 from scripts import set_threads
-from toy_world import REGIMES, SCHEDULES, Arm, Run, teacher
+from toy_task import REGIMES, SCHEDULES, Arm, Run, teacher
 
 from diffusers_disback.path.target_schedule import AdaptiveSchedule
 
@@ -90,7 +90,7 @@ def walk(regime: str, seeds: list[int]) -> None:
 
 def shapes() -> None:
     """The learning rates of the arm without a path; then a student of the teacher's size with random weights."""
-    none, default = shapes_world.ARMS["none"], shapes_world.ARMS["default"]
+    none, default = shapes_task.ARMS["none"], shapes_task.ARMS["default"]
     for generator, fake_score, decay in (
         (3e-4, 5e-4, 0.95),
         (1e-4, 5e-4, 0.95),
@@ -98,15 +98,15 @@ def shapes() -> None:
         (3e-4, 1e-3, 0.98),
     ):
         arm = replace(none, backtracking={"ema_decay": decay})
-        task = shapes_world.Regime(generator_learning_rate=generator, fake_score_learning_rate=fake_score, updates=200)
-        _print_curve((generator, fake_score, decay), shapes_world.one(task, arm, 100))
-    task = shapes_world.Regime(student_widths=(64, 112), generator_learning_rate=3e-4, updates=250)
+        task = shapes_task.Regime(generator_learning_rate=generator, fake_score_learning_rate=fake_score, updates=200)
+        _print_curve((generator, fake_score, decay), shapes_task.one(task, arm, 100))
+    task = shapes_task.Regime(student_widths=(64, 112), generator_learning_rate=3e-4, updates=250)
     fixed = replace(task, degradation_steps=80, num_path_nodes=4, steps_per_target=25)
-    _print_curve("random: none", shapes_world.one(task, none, 100))
-    _print_curve("random: path, 80 steps", shapes_world.one(fixed, shapes_world.ARMS["path"], 100))
+    _print_curve("random: none", shapes_task.one(task, none, 100))
+    _print_curve("random: path, 80 steps", shapes_task.one(fixed, shapes_task.ARMS["path"], 100))
     for lengths in ((160, 8, 30), (50, 10, 25)):
         changed = replace(task, default=lengths, mismatch_every=5)
-        _print_curve(f"random: default {lengths}", shapes_world.one(changed, default, 100))
+        _print_curve(f"random: default {lengths}", shapes_task.one(changed, default, 100))
 
 
 def _print_curve(what: object, result: dict) -> None:

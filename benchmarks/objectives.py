@@ -43,8 +43,8 @@ from diffusers_disback.commands.command_line import read_flags  # noqa: E402
 from diffusers_disback.models.weights import fingerprint  # noqa: E402
 from diffusers_disback.training.inputs import load_image_files, load_prompts, real_images  # noqa: E402
 from diffusers_disback.training.processes import process_state  # noqa: E402
+from shapes.dataset import write_image_folder  # noqa: E402
 from shapes.evaluator import shapes_evaluation  # noqa: E402
-from shapes.world import write_image_folder  # noqa: E402
 
 
 RESULTS = Path(__file__).parent / "results" / "objectives"

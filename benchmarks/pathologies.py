@@ -6,10 +6,10 @@ python benchmarks/pathologies.py --output docs/images/pathologies.png
 from dataclasses import replace
 
 import torch
-import worlds
+import two_dimensions
 from scripts import picture_options, set_threads
-from toy_world import ARMS, Regime, Run, teacher
-from worlds import Draws, Weights
+from toy_task import ARMS, Regime, Run, teacher
+from two_dimensions import Draws, Weights
 
 from diffusers_disback.evaluation.plots import pyplot
 
@@ -42,11 +42,11 @@ class Watched(Run):
         networks = {"fake_score": fake_score, "target": target, "teacher": self.start}
         x0_hat = {name: self.probe.denoised(weights, x0) for name, weights in networks.items()}
         row = {f"{name}_denoising_loss": self.probe.loss(weights, x0).item() for name, weights in networks.items()}
-        row["student_to_target"] = worlds.gap(x0_hat["fake_score"], x0_hat["target"], self.probe.sigma).item()
-        row["target_to_teacher"] = worlds.gap(x0_hat["target"], x0_hat["teacher"], self.probe.sigma).item()
+        row["student_to_target"] = two_dimensions.gap(x0_hat["fake_score"], x0_hat["target"], self.probe.sigma).item()
+        row["target_to_teacher"] = two_dimensions.gap(x0_hat["target"], x0_hat["teacher"], self.probe.sigma).item()
         self.rows.append({"step": done, **row})
         with torch.no_grad():
-            self.points = worlds.generate(generator, Draws([78], 4).normal(2000, 2), self.regime.asked)[0]
+            self.points = two_dimensions.generate(generator, Draws([78], 4).normal(2000, 2), self.regime.asked)[0]
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 from scripts import picture_options, set_threads
-from shapes_world import ARMS, EXAMPLES, Regime, one, pictures_of
+from shapes_task import ARMS, EXAMPLES, Regime, one, pictures_of
 from torch import Tensor
 
 from diffusers_disback import ModelReference, load_family

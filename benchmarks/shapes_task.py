@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from experimental import DenseDegradation, keep_evenly_spaced
 from torch import Tensor, nn
-from toy_world import shuffled
+from toy_task import shuffled
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "text_to_image"
@@ -72,7 +72,7 @@ class Regime:
 
 REGIMES = {
     "shapes": Regime(),
-    "far": Regime(  # judged: docs/evidence.md
+    "far": Regime(  # held out: docs/evidence.md
         student_widths=(32, 64),
         generator_learning_rate=3e-4,
         updates=300,

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import worlds
+import two_dimensions
 from convergence import settled
 from experimental import GeometricSchedule, dense_steps, evenly_spaced
 from safetensors.torch import load_file, save_file
 from scripts import set_threads
 from torch import Tensor
-from worlds import Draws, Weights
+from two_dimensions import Draws, Weights
 
 from diffusers_disback import DegradationConfig
 from diffusers_disback.path.node_spacing import candidate_steps, earliest_end, evenly_spaced_steps, is_flat
@@ -35,7 +35,7 @@ class Regime:
     """A task and the settings that all arms share.
 
     Args:
-        world (`str`): The data: grid or ring.
+        dataset (`str`): `grid` or `ring`.
         asked (`float`): The noise level at which the student is asked.
         generator_learning_rate, fake_score_learning_rate (`float`): Of Adam.
         degradation_steps (`int`): Of stage 1.
@@ -51,7 +51,7 @@ class Regime:
         generator_loss_warmup_steps (`int`): Over which the generator's loss is scaled up.
     """
 
-    world: str = "grid"
+    dataset: str = "grid"
     asked: float = 20.0
     generator_learning_rate: float = 1e-4
     fake_score_learning_rate: float = 2e-4
@@ -75,8 +75,8 @@ REGIMES = {
     "under_recorded": Regime(degradation_steps=60),
     "high_learning_rate": Regime(generator_learning_rate=5e-4, fake_score_learning_rate=1e-3, updates=600),
     "low_sigma": Regime(asked=2.5, updates=600),
-    "ring": Regime(world="ring", degradation_rate=5.0, reference=3),  # judged: docs/evidence.md
-    # Rates by `python benchmarks/toy_world.py --tune`: docs/evidence.md, "Objectives, with and without a path".
+    "ring": Regime(dataset="ring", degradation_rate=5.0, reference=3),  # held out: docs/evidence.md
+    # Rates by `python benchmarks/toy_task.py --tune`: docs/evidence.md, "Objectives, with and without a path".
     "objective_dmd": Regime(),
     "objective_sid": Regime(objective="sid"),
     "objective_diff_instruct": Regime(objective="diff_instruct"),
@@ -173,7 +173,7 @@ def generator_loss(
     """The sum over seeds of an objective's loss; `dmd` and `diff_instruct` by a product with their gradient."""
     x = x0 + sigma * noise
     with torch.set_grad_enabled(objective == "sid"):
-        x0_target, x0_fake = worlds.denoise(target, x, sigma), worlds.denoise(fake_score, x, sigma)
+        x0_target, x0_fake = two_dimensions.denoise(target, x, sigma), two_dimensions.denoise(fake_score, x, sigma)
     # DMD, Eq. 8: per sample, over the target's mean absolute error
     weight = 1 / (x0 - x0_target).detach().abs().mean(2, keepdim=True).clamp_min(1e-6)
     if objective == "sid":  # with alpha = 1
@@ -188,7 +188,9 @@ class Probe:
     def __init__(self, draws: Draws, asked: float):
         self.asked = asked
         self.input = draws.normal(PROBED, 2)
-        ends = torch.logspace(*torch.tensor([worlds.SIGMA_MIN, worlds.SIGMA_MAX]).log10().tolist(), BANDS + 1)
+        ends = torch.logspace(
+            *torch.tensor([two_dimensions.SIGMA_MIN, two_dimensions.SIGMA_MAX]).log10().tolist(), BANDS + 1
+        )
         bands = zip(ends, ends[1:], strict=False)
         self.sigma = torch.cat([draws.sigma(PROBED, low, high) for low, high in bands], 1)
         self.noise = draws.normal(BANDS * PROBED, 2)
@@ -197,15 +199,15 @@ class Probe:
     @torch.no_grad()
     def points(self, generator: Weights) -> Tensor:
         """The generator's samples, `[S, bands * n, 2]`."""
-        return worlds.generate(generator, self.input, self.asked).repeat(1, BANDS, 1)
+        return two_dimensions.generate(generator, self.input, self.asked).repeat(1, BANDS, 1)
 
     @torch.no_grad()
     def denoised(self, weights: Weights, x0: Tensor) -> Tensor:
-        return worlds.denoise(weights, x0 + self.sigma * self.noise, self.sigma)
+        return two_dimensions.denoise(weights, x0 + self.sigma * self.noise, self.sigma)
 
     @torch.no_grad()
     def loss(self, weights: Weights, x0: Tensor) -> Tensor:
-        return worlds.denoising_loss(weights, x0, self.sigma, self.noise)
+        return two_dimensions.denoising_loss(weights, x0, self.sigma, self.noise)
 
 
 class Run:
@@ -277,7 +279,7 @@ class Run:
         footprint, losses = [self.start], [self.probe.loss(self.start, x0)]
         for step in range(1, kept[-1] + 1):
             with torch.no_grad():
-                points = worlds.generate(self.start, draws.normal(self.regime.batch, 2), self.regime.asked)
+                points = two_dimensions.generate(self.start, draws.normal(self.regime.batch, 2), self.regime.asked)
             self.fit(weights, optimizer, points, draws)
             if step in kept:
                 footprint.append(frozen(weights))
@@ -287,7 +289,7 @@ class Run:
     def fit(self, weights: Weights, optimizer: torch.optim.Optimizer, points: Tensor, draws: Draws) -> None:
         """An update of the fake score."""
         batch = self.regime.batch
-        loss = worlds.denoising_loss(weights, points, draws.sigma(batch), draws.normal(batch, 2)).sum()
+        loss = two_dimensions.denoising_loss(weights, points, draws.sigma(batch), draws.normal(batch, 2)).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -315,7 +317,7 @@ class Run:
         f_optimizer = torch.optim.Adam(fake_score, regime.fake_score_learning_rate)
         draws, nodes, target = Draws(self.seeds, 2), None, []
         average = frozen(generator)
-        truth = Draws([77], 4).data(2000, regime.world)
+        truth = Draws([77], 4).data(2000, regime.dataset)
         shown = Draws([78], 4).normal(2000, 2)
         curve: list[dict[str, list[float]]] = [self.measure(average, shown, truth)]
         for step in range(regime.updates):
@@ -323,7 +325,7 @@ class Run:
             if now != nodes or arm.glides:
                 nodes = now
                 target = self.between(stacked, nodes, step) if arm.glides else self.at(stacked, nodes)
-            x0 = worlds.generate(generator, draws.normal(regime.batch, 2), regime.asked)
+            x0 = two_dimensions.generate(generator, draws.normal(regime.batch, 2), regime.asked)
             sigma, noise = draws.sigma(regime.batch), draws.normal(regime.batch, 2)
             loss = generator_loss(regime.objective, x0, sigma, noise, target, frozen(fake_score))
             g_optimizer.zero_grad()
@@ -363,7 +365,7 @@ class Run:
         x0 = self.probe.points(generator)
         fake, here = self.probe.denoised(fake_score, x0), self.probe.denoised(target, x0)
         there = self.probe.denoised(self.at(stacked, [max(node - 1, 0) for node in nodes]), x0)
-        gap, next_gap = (worlds.gap(fake, other, self.probe.sigma).tolist() for other in (here, there))
+        gap, next_gap = (two_dimensions.gap(fake, other, self.probe.sigma).tolist() for other in (here, there))
         for seed, node in enumerate(nodes):
             if node > 0:
                 measures[seed].append(Measure(done, node, gap[seed], next_gap[seed]))
@@ -371,12 +373,12 @@ class Run:
 
     @torch.no_grad()
     def measure(self, generator: Weights, shown: Tensor, truth: Tensor) -> dict[str, list[float]]:
-        points = worlds.generate(generator, shown.expand(len(self.seeds), -1, -1), self.regime.asked)
+        points = two_dimensions.generate(generator, shown.expand(len(self.seeds), -1, -1), self.regime.asked)
         return {
             "evaluations": self.evaluations.tolist(),
             "seconds": [(time.monotonic() - self.started) / len(self.seeds)] * len(self.seeds),
-            "distance": worlds.sliced_wasserstein(points, truth).tolist(),
-            "modes": worlds.modes_found(points, self.regime.world).tolist(),
+            "distance": two_dimensions.sliced_wasserstein(points, truth).tolist(),
+            "modes": two_dimensions.modes_found(points, self.regime.dataset).tolist(),
         }
 
     def result(self, i, spent, stage_1, switches, measures, curve) -> dict[str, Any]:
@@ -389,7 +391,7 @@ class Run:
         }
 
 
-# What the benchmark asks of a world -----------------------------------------------------------------------------------
+# What the benchmark asks of a task ------------------------------------------------------------------------------------
 
 SIDE_BY_SIDE = True
 SEEDS = list(range(10))
@@ -401,17 +403,19 @@ def run(regime: str, arm: str, seeds: list[int], small: bool) -> tuple[dict[str,
     task = SMALL if small else replace(REGIMES[regime], **ARMS[arm].task)
     if arm == "none":
         task = replace(task, updates=task.updates * task.reference)
-    results = Run(task, ARMS[arm], seeds, teacher(task.teacher_steps, task.world)).run()
-    return {"settings": asdict(task) | {"arm": asdict(ARMS[arm])}}, results
+    results = Run(task, ARMS[arm], seeds, teacher(task.teacher_steps, task.dataset)).run()
+    # The key that results have had from the first.
+    settings = {"world" if name == "dataset" else name: value for name, value in asdict(task).items()}
+    return {"settings": settings | {"arm": asdict(ARMS[arm])}}, results
 
 
 @functools.cache
-def teacher(steps: int, world: str = "grid") -> Weights:
-    """The teacher of all runs on a world; it is trained once, and kept."""
-    name = f"toy-teacher-{steps}.safetensors" if world == "grid" else f"toy-teacher-{world}-{steps}.safetensors"
+def teacher(steps: int, dataset: str = "grid") -> Weights:
+    """The teacher of all runs on a data set; it is trained once, and kept."""
+    name = f"toy-teacher-{steps}.safetensors" if dataset == "grid" else f"toy-teacher-{dataset}-{steps}.safetensors"
     file = Path(__file__).parent / "results" / name
     if not file.exists():
-        weights = worlds.train_teacher(world, steps=steps)
+        weights = two_dimensions.train_teacher(dataset, steps=steps)
         if steps != Regime.teacher_steps:
             return weights
         draft = file.with_suffix(f".{os.getpid()}.draft")
@@ -425,7 +429,7 @@ def tune(seeds: list[int]) -> str:
     lines = ["| objective | generator's rate | fake score's | distance that runs settle at |", "| --- " * 4 + "|"]
     for name, (rate, fake_rate) in itertools.product(("dmd", "diff_instruct", "sid"), RATES):
         task = Regime(objective=name, generator_learning_rate=rate, fake_score_learning_rate=fake_rate)
-        results = Run(task, ARMS["none"], seeds, teacher(task.teacher_steps, task.world)).run()
+        results = Run(task, ARMS["none"], seeds, teacher(task.teacher_steps, task.dataset)).run()
         lines.append(f"| {name} | {rate:g} | {fake_rate:g} | {settled(results):.3f} |")
         print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines)

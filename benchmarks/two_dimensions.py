@@ -1,4 +1,4 @@
-"""The two-dimensional worlds of the benchmark, grids and rings of Gaussians, and networks of many seeds side by side.
+"""The two-dimensional data of the benchmark, grids and rings of Gaussians, and networks of many seeds side by side.
 
 A network's weights are `[S, in, out]`, one row per seed: a batched product runs all seeds at once, and Adam, which works
 element by element, keeps them apart. Every seed draws from generators of its own, so that its run does not depend on which
@@ -48,9 +48,9 @@ class Draws:
         """Noise levels, log-uniform, `[S, n, 1]`."""
         return low * (high / low) ** self.uniform(n, 1)
 
-    def data(self, n: int, world: str = "grid") -> Tensor:
-        """Points of the world, `[S, n, 2]`: `grid` has 5 x 5 modes, `ring` 16 on a circle."""
-        if world == "grid":
+    def data(self, n: int, dataset: str = "grid") -> Tensor:
+        """Points of a data set, `[S, n, 2]`: `grid` has 5 x 5 modes, `ring` 16 on a circle."""
+        if dataset == "grid":
             place = SPACING * ((self.uniform(n, 2) * SIDE).floor() - (SIDE - 1) / 2)
         else:
             turn = 2 * math.pi / RING * (self.uniform(n, 1) * RING).floor()
@@ -128,9 +128,9 @@ def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 32) -> Tensor:
     return ((x @ across).sort(1).values - (y @ across).sort(1).values).abs().mean((1, 2))
 
 
-def modes_found(x: Tensor, world: str = "grid") -> Tensor:
+def modes_found(x: Tensor, dataset: str = "grid") -> Tensor:
     """The share of the modes near which at least a quarter of the points are that belong there, `[S]`."""
-    if world == "grid":
+    if dataset == "grid":
         place = (x / SPACING).round()
         inside = place.abs().amax(-1) <= (SIDE - 1) / 2
         index, modes = ((place + (SIDE - 1) / 2) @ torch.tensor([SIDE, 1.0])).long(), SIDE**2
@@ -145,15 +145,15 @@ def modes_found(x: Tensor, world: str = "grid") -> Tensor:
 
 
 def train_teacher(
-    world: str = "grid", seed: int = 0, steps: int = 12_000, batch: int = 1024, learning_rate: float = 3e-3
+    dataset: str = "grid", seed: int = 0, steps: int = 12_000, batch: int = 1024, learning_rate: float = 3e-3
 ) -> Weights:
-    """A score model of the world, for all seeds, `[1, in, out]`: Adam, its learning rate falling to nothing."""
+    """A score model of a data set, for all seeds, `[1, in, out]`: Adam, its learning rate falling to nothing."""
     draws = Draws([seed], 0)
     weights = [tensor.requires_grad_() for tensor in new_weights(draws)]
     optimizer = torch.optim.Adam(weights, learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        loss = denoising_loss(weights, draws.data(batch, world), draws.sigma(batch), draws.normal(batch, 2)).sum()
+        loss = denoising_loss(weights, draws.data(batch, dataset), draws.sigma(batch), draws.normal(batch, 2)).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

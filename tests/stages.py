@@ -15,7 +15,7 @@ from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.models.weights import fingerprint
 from diffusers_disback.path.path import DegradationPath
 from diffusers_disback.training.config import BacktrackingConfig, DegradationConfig, TrainingConfig
-from shapes.world import write_image_folder
+from shapes.dataset import write_image_folder
 
 
 def training(output_dir: Path, **changes) -> TrainingConfig:

@@ -12,8 +12,8 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import convergence  # noqa: E402
-import toy_world  # noqa: E402
-import worlds  # noqa: E402
+import toy_task  # noqa: E402
+import two_dimensions  # noqa: E402
 
 
 def result(distances, stage_1=0, evaluations_per_row=10):
@@ -37,7 +37,7 @@ def test_a_threshold_is_crossed_for_good_or_not_at_all():
     assert convergence.crossing(crossed, 0.5) is None and convergence.crossing(crossed, 10) == 0
 
 
-def test_a_judged_world_is_judged_within_the_budget_by_where_longer_runs_settle():
+def test_a_held_out_task_is_measured_within_the_budget_by_where_longer_runs_settle():
     long = [{**result([9, 4, 3, 2, 1, 1]), "seed": seed} for seed in (0, 1)]
     path = [{**result([9, 1, 1], stage_1=1), "seed": 1}]
     found = convergence.within_budget({"none": long, "path": path}, budget=10)
@@ -61,7 +61,7 @@ def test_intervals_are_of_the_median_over_seeds():
 
 
 def test_an_arm_is_run_once_goes_on_and_is_reported(tmp_path, capsys):
-    line = ["--world", "toy", "--small", "--output", str(tmp_path), "--regimes", "recorded", "--seeds", "3", "4"]
+    line = ["--task", "toy", "--small", "--output", str(tmp_path), "--regimes", "recorded", "--seeds", "3", "4"]
     convergence.main([*line, "--arms", "none", "warm"])
     file = tmp_path / "toy" / "recorded.jsonl"
     before = convergence.read(file)
@@ -79,43 +79,47 @@ def test_an_arm_is_run_once_goes_on_and_is_reported(tmp_path, capsys):
     assert "| warm | 2 |" in (tmp_path / "toy" / "tables.md").read_text()
 
 
-@pytest.mark.parametrize("arm", toy_world.ARMS)
+@pytest.mark.parametrize("arm", toy_task.ARMS)
 def test_every_arm_of_the_toy_ends_on_the_teacher_and_counts_its_cost(arm):
-    _, (one,) = toy_world.run("recorded", arm, [5], small=True)
-    task = toy_world.SMALL
+    _, (one,) = toy_task.run("recorded", arm, [5], small=True)
+    task = toy_task.SMALL
     nodes = {"none": 0, "warm": 1, "warm_default": 1}.get(arm, task.num_path_nodes)
     assert len(one["switches"]) == max(nodes - 1, 0) and all(s < task.updates for s in one["switches"])
     assert (one["stage_1"]["evaluations"] > 0) == (arm != "none")
     evaluations = one["curve"]["evaluations"]
     assert evaluations[0] == one["stage_1"]["evaluations"] and evaluations[-1] >= evaluations[0] + 8 * task.updates
-    if toy_world.ARMS[arm].schedule in ("fixed", "geometric"):
+    if toy_task.ARMS[arm].schedule in ("fixed", "geometric"):
         assert evaluations[-1] == evaluations[0] + 8 * task.updates
 
 
 def test_a_seed_does_not_depend_on_those_beside_it():
-    alone, beside = (toy_world.run("recorded", "adaptive", seeds, small=True)[1] for seeds in ([8], [7, 8]))
+    alone, beside = (toy_task.run("recorded", "adaptive", seeds, small=True)[1] for seeds in ([8], [7, 8]))
     assert alone[0]["curve"]["distance"] == pytest.approx(beside[1]["curve"]["distance"], rel=1e-4)
-    one, two = (worlds.Draws(seeds, 1).normal(4, 2) for seeds in ([8], [7, 8]))
+    one, two = (two_dimensions.Draws(seeds, 1).normal(4, 2) for seeds in ([8], [7, 8]))
     assert torch.equal(one[0], two[1]) and not torch.equal(one[0], two[0])
 
 
-def test_measures_of_the_world_tell_good_from_bad():
-    draws = worlds.Draws([0, 1], 0)
+def test_measures_of_the_data_tell_good_from_bad():
+    draws = two_dimensions.Draws([0, 1], 0)
     real, other = draws.data(2000), draws.data(2000)
-    assert (worlds.sliced_wasserstein(real, other) < 0.2).all() and (worlds.modes_found(real) == 1).all()
-    assert (worlds.sliced_wasserstein(real, 0 * real) > 1.5).all() and (worlds.modes_found(0 * real) == 1 / 25).all()
-    assert (worlds.modes_found(real + 1) == 0).all()
+    assert (two_dimensions.sliced_wasserstein(real, other) < 0.2).all() and (
+        two_dimensions.modes_found(real) == 1
+    ).all()
+    assert (two_dimensions.sliced_wasserstein(real, 0 * real) > 1.5).all() and (
+        two_dimensions.modes_found(0 * real) == 1 / 25
+    ).all()
+    assert (two_dimensions.modes_found(real + 1) == 0).all()
 
 
 def test_the_denoiser_is_preconditioned_to_the_identity_where_there_is_no_noise():
-    draws = worlds.Draws([0], 0)
-    x, weights = draws.data(50), worlds.new_weights(draws)
-    assert torch.allclose(worlds.denoise(weights, x, torch.full((1, 50, 1), 1e-4)), x, atol=1e-3)
+    draws = two_dimensions.Draws([0], 0)
+    x, weights = draws.data(50), two_dimensions.new_weights(draws)
+    assert torch.allclose(two_dimensions.denoise(weights, x, torch.full((1, 50, 1), 1e-4)), x, atol=1e-3)
 
 
 @pytest.mark.slow
-def test_the_shapes_world_end_to_end(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "convergence.py"), "--world", "shapes", "--small", "--seeds", "0"]
+def test_the_shapes_task_end_to_end(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "convergence.py"), "--task", "shapes", "--small", "--seeds", "0"]
     subprocess.run([*command, "--output", str(tmp_path), "--arms", "none", "shuffled", "default"], check=True)
     for arm in ("none", "shuffled", "default"):
         (one,) = convergence.read(tmp_path / "shapes" / "shapes.jsonl")[arm]

@@ -215,7 +215,7 @@ def test_a_part_of_a_variant_is_taken_as_it_is_there(with_all_parts, repo, tmp_p
         assert local.left_out == {}
 
 
-def test_parts_are_judged_without_reading_their_numbers(with_all_parts, monkeypatch):
+def test_parts_are_checked_without_reading_their_numbers(with_all_parts, monkeypatch):
     """Which for a safety checker is 1.2 GB; and what is no fault of the files stops the run."""
     devices = []
 

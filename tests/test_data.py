@@ -315,7 +315,7 @@ def test_data_sets_that_cannot_be_read_are_told(tmp_path):
 
 
 def test_captions_of_an_image_folder_and_of_a_data_set(tmp_path):
-    from shapes.world import write_image_folder
+    from shapes.dataset import write_image_folder
 
     write_image_folder(tmp_path / "images", 5)
     captions = [json.loads(line)["text"] for line in (tmp_path / "images" / "metadata.jsonl").read_text().splitlines()]

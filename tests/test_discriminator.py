@@ -28,7 +28,7 @@ from diffusers_disback.planning.allocations import Allocations, size
 from diffusers_disback.planning.plan import Planner, table
 from diffusers_disback.training.config import BacktrackingConfig, TrainingConfig
 from diffusers_disback.training.networks import accelerator_of
-from shapes.world import write_image_folder
+from shapes.dataset import write_image_folder
 
 
 MODES = {"full": {}, "adapters": {"lora_rank": 4}}
@@ -42,14 +42,14 @@ def images(tmp_path_factory):
     return folder
 
 
-def judged(folder, images, **changes) -> TrainingConfig:
+def with_discriminator(folder, images, **changes) -> TrainingConfig:
     return training(folder, **{"adversarial_weight": 0.1, "train_data_dir": str(images), **changes})
 
 
 # Closed forms --------------------------------------------------------------------------------------------------------
 
 
-def judged_gaussian(real_mean, fake_mean, std=0.5, scale=1.0):
+def gaussian_with_discriminator(real_mean, fake_mean, std=0.5, scale=1.0):
     """A fake score whose discriminator's logit is `scale` times the best one."""
     schedule = NoiseSchedule.from_scheduler(tiny.scheduler())
     model, best = gaussian(schedule, fake_mean, std), best_discriminator(gaussian(schedule, real_mean, std))
@@ -62,7 +62,7 @@ def test_the_best_logit_is_that_of_the_density_ratio(scale, sign):
     """The loss's slope in the logit's scale is zero at log p_real / p_fake, and of both signs around it."""
     factor, data = torch.tensor(scale, requires_grad=True), batch(4096, seed=1, shape=(2, 1, 1))
     data.real = 0.4 + 0.5 * batch(4096, seed=2, shape=(2, 1, 1)).noise
-    model = judged_gaussian(0.4, -0.4, scale=factor)
+    model = gaussian_with_discriminator(0.4, -0.4, scale=factor)
     loss = adversarial.discriminator_loss(-0.4 + 0.5 * data.noise, data, model, TimestepSampling())
     (slope,) = torch.autograd.grad(loss, factor)
     assert abs(slope) < 0.02 if sign == 0 else slope.sign() == sign and abs(slope) > 0.05
@@ -71,7 +71,7 @@ def test_the_best_logit_is_that_of_the_density_ratio(scale, sign):
 @pytest.mark.parametrize("own_mean", [-1.0, 1.0])
 def test_the_generator_is_pulled_to_where_real_samples_lie(own_mean):
     mean, data = torch.full((2, 1, 1), own_mean, requires_grad=True), batch(64, seed=3)
-    model = judged_gaussian(0.0, own_mean)
+    model = gaussian_with_discriminator(0.0, own_mean)
     loss = adversarial.generator_loss(mean + 0.5 * data.noise, data, model, TimestepSampling())
     (gradient,) = torch.autograd.grad(loss, mean)
     assert (gradient.sign() == torch.tensor(own_mean).sign()).all()
@@ -80,7 +80,7 @@ def test_the_generator_is_pulled_to_where_real_samples_lie(own_mean):
 def test_no_gradient_where_real_and_generated_samples_are_alike():
     mean, data = torch.full((2, 1, 1), 0.3, requires_grad=True), batch(8, seed=3)
     data.real = 0.3 + 0.5 * batch(8, seed=4).noise
-    model = judged_gaussian(0.3, 0.3)
+    model = gaussian_with_discriminator(0.3, 0.3)
     loss = adversarial.generator_loss(mean + 0.5 * data.noise, data, model, TimestepSampling())
     assert torch.autograd.grad(loss, mean)[0].abs().max() == 0
     loss = adversarial.discriminator_loss(data.noise, data, model, TimestepSampling())
@@ -122,7 +122,7 @@ def test_the_generators_gradient_passes_through_both_and_stays_in_neither(mode, 
         "checkpointed": {"gradient_checkpointing": True},
         "no term": {"adversarial_weight": 0.0, "objective": "f_distill"},
     }.items():
-        stage = trainer(judged(tmp_path / name, images, **MODES[mode], **changes), None)
+        stage = trainer(with_discriminator(tmp_path / name, images, **MODES[mode], **changes), None)
         stage.config.discriminator_weight = 1.0
         stage.switch_target(0)
         stage.config.adversarial_weight = 0.1
@@ -147,7 +147,9 @@ def test_an_update_moves_the_head_and_changes_the_fake_score_and_nothing_else(mo
     ends = {}
     for name, weight, slices in (("off", 1e-30, 1), ("on", 1.0, 1), ("accumulated", 1.0, 2)):
         accumulation = {"train_batch_size": 2 // slices, "gradient_accumulation_steps": slices}
-        config = judged(tmp_path / name, images, discriminator_weight=weight, **accumulation, **MODES[mode])
+        config = with_discriminator(
+            tmp_path / name, images, discriminator_weight=weight, **accumulation, **MODES[mode]
+        )
         stage = trainer(config, None)
         before = weights(stage.discriminator.unwrapped())
         (slices,) = batches_of(stage, [5])
@@ -166,7 +168,7 @@ def test_an_update_moves_the_head_and_changes_the_fake_score_and_nothing_else(mo
 
 
 def test_stage_2_trains_head_and_student_and_logs_what_it_does(tmp_path, teacher_folder, images):
-    stage = trainer(judged(tmp_path, images), None, max_train_steps=3)
+    stage = trainer(with_discriminator(tmp_path, images), None, max_train_steps=3)
     before, logged = weights(stage.discriminator.unwrapped()), []
     log = stage.accelerator.log
     stage.accelerator.log = lambda values, step: (logged.append(values), log(values, step=step))
@@ -190,13 +192,13 @@ def test_resumed_equals_unbroken(mode, tmp_path, teacher_folder, images):
             f"{one.name}.{k}": v for one in stage.learners for k, v in enumerate(map(torch.clone, one.parameters()))
         }
 
-    unbroken = trainer(judged(tmp_path / "unbroken", images, **config), None, max_train_steps=5)
+    unbroken = trainer(with_discriminator(tmp_path / "unbroken", images, **config), None, max_train_steps=5)
     unbroken.run()
-    broken = trainer(judged(tmp_path / "broken", images, **config), None, max_train_steps=5)
+    broken = trainer(with_discriminator(tmp_path / "broken", images, **config), None, max_train_steps=5)
     broken.train_step = interrupted_at(4, broken.train_step)
     with pytest.raises(KeyboardInterrupt):
         broken.run()
-    again = judged(tmp_path / "broken", images, **config, resume_from_checkpoint="latest")
+    again = with_discriminator(tmp_path / "broken", images, **config, resume_from_checkpoint="latest")
     resumed = trainer(again, None, max_train_steps=5)
     resumed.run()
     assert equal(all_of(resumed), all_of(unbroken)) and len(unbroken.learners) == 3
@@ -244,7 +246,7 @@ def test_latents_are_what_the_pipeline_decodes():
 
 
 def test_samples_are_the_same_kept_or_encoded_each_time(tmp_path, images):
-    family, config = family_of(tiny.pipeline()), judged(tmp_path, images)
+    family, config = family_of(tiny.pipeline()), with_discriminator(tmp_path, images)
     kept, each = (real_images(config, family, capacity=capacity) for capacity in (4096, 0))
     draw = Batches(3, family.latent_shape(), 0, 2, 4)[0][0]
     assert each.table is None and torch.equal(kept.samples(draw), each.samples(draw))
@@ -351,7 +353,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(changes, message):
 def test_without_a_discriminator_no_image_is_read(tmp_path, teacher_folder, images):
     for changes in ({}, {"objective": "f_distill", "objective_args": {"divergence": "reverse_kl"}}):
         assert not TrainingConfig(train_data_dir=str(images), **changes).has_discriminator
-    config = judged(tmp_path, images, adversarial_weight=0.0)
+    config = with_discriminator(tmp_path, images, adversarial_weight=0.0)
     stage = trainer(config, None)
     assert stage.discriminator is None and batches_of(stage, [0])[0][0].real is None
     with pytest.raises(ValueError, match="There is no discriminator"):
@@ -362,7 +364,7 @@ def test_one_loss_of_two_networks_is_not_scaled_twice(tmp_path, images, monkeypa
     monkeypatch.setattr("accelerate.Accelerator.mixed_precision", "fp16")
     monkeypatch.setattr("accelerate.Accelerator.device", torch.device("cuda"))
     with pytest.raises(ValueError, match="--mixed_precision fp16.*Pass --mixed_precision bf16"):
-        accelerator_of(judged(tmp_path, images))
+        accelerator_of(with_discriminator(tmp_path, images))
 
 
 # The planner ---------------------------------------------------------------------------------------------------------
@@ -371,7 +373,7 @@ def test_one_loss_of_two_networks_is_not_scaled_twice(tmp_path, images, monkeypa
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_planned_is_what_a_run_allocates(mode, tmp_path, teacher_folder, images):
     place = {"pretrained_model_name_or_path": str(teacher_folder), "resolution": 64}
-    config = judged(tmp_path, images, **place, **MODES[mode], discriminator_weight=1.0)
+    config = with_discriminator(tmp_path, images, **place, **MODES[mode], discriminator_weight=1.0)
     stage, planned = trainer(config, None), Planner.of(config, BacktrackingConfig())
     stage.switch_target(0)
     ((one,),) = batches_of(stage, [5])
@@ -401,7 +403,9 @@ def test_what_is_planned_is_what_a_run_allocates(mode, tmp_path, teacher_folder,
     assert rows["discriminator's head"].bytes == size(*head.parameters())
     assert rows["optimiser state, discriminator's head"].bytes == size(*states)
     assert rows["autoencoder, for real images"].bytes == size(*stage.family.pipeline.vae.parameters())
-    plain = Planner.of(judged(tmp_path, images, **place, **MODES[mode], adversarial_weight=0.0), BacktrackingConfig())
+    plain = Planner.of(
+        with_discriminator(tmp_path, images, **place, **MODES[mode], adversarial_weight=0.0), BacktrackingConfig()
+    )
     assert planned.total(2) > plain.total(2) and planned.total(1) == plain.total(1)
     assert planned.checkpoint(2) - plain.checkpoint(2) == size(*head.parameters(), *states)
     assert "discriminator's head" in table(planned) and "discriminator's head" not in table(plain)

@@ -24,8 +24,8 @@ from diffusers_disback.evaluation.report import REPORT, Report, summary
 from diffusers_disback.evaluation.report_format import check_report
 from diffusers_disback.families import family_of
 from diffusers_disback.hub.cards import STABLE_DIFFUSION, student_card
-from shapes.evaluator import ShapesEvaluator, load_judge
-from shapes.world import CAPTIONS, pixels
+from shapes.dataset import CAPTIONS, pixels
+from shapes.evaluator import ShapesEvaluator, load_classifier
 
 
 class Colours(nn.Module):
@@ -261,12 +261,12 @@ def test_the_teachers_sampler_does_not_clip():
     assert teacher.scheduler.config.clip_sample is True, "the teacher's own is left alone"
 
 
-# The shapes world's judge ---------------------------------------------------------------------------------------------
+# The shapes classifier --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def judge():
-    return ShapesEvaluator(load_judge(), num_reference=500)
+def evaluator():
+    return ShapesEvaluator(load_classifier(), num_reference=500)
 
 
 @pytest.fixture(scope="module")
@@ -275,20 +275,20 @@ def held_out():
     return torch.from_numpy(drawn), [CAPTIONS[index] for index in scenes]
 
 
-def test_the_judge_knows_real_pictures(judge, held_out):
-    measures = judge(*held_out)
+def test_the_classifier_knows_real_pictures(evaluator, held_out):
+    measures = evaluator(*held_out)
     assert all(measures[f"{name}_accuracy"] >= 0.99 for name in ("shape", "colour", "background"))
 
 
-def test_noise_and_wrong_pictures_score_badly(judge, held_out):
+def test_noise_and_wrong_pictures_score_badly(evaluator, held_out):
     real, captions = held_out
-    floor = judge(real, captions)["distance"]
-    noise = judge(torch.randint(0, 256, real.shape, dtype=torch.uint8), captions)
+    floor = evaluator(real, captions)["distance"]
+    noise = evaluator(torch.randint(0, 256, real.shape, dtype=torch.uint8), captions)
     assert noise["distance"] > 20 * floor
     assert noise["shape_accuracy"] < 0.5 and noise["colour_accuracy"] < 0.5
-    one_picture = judge(real[:1].expand(500, -1, -1, -1), captions)
+    one_picture = evaluator(real[:1].expand(500, -1, -1, -1), captions)
     assert one_picture["distance"] > 20 * floor, "collapse shows"
-    shuffled = judge(real.roll(1, 0), captions)
+    shuffled = evaluator(real.roll(1, 0), captions)
     assert shuffled["distance"] == pytest.approx(floor, rel=1e-3) and shuffled["shape_accuracy"] < 0.5
 
 

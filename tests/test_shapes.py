@@ -1,4 +1,4 @@
-"""The embedded default: the world, the shipped teacher and its judge."""
+"""The embedded default: the data, the shipped teacher and its classifier."""
 
 import json
 
@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from diffusers_disback import Evaluation, ModelReference, load_family
 from diffusers_disback.families import FAMILIES, family_of
-from shapes import world
+from shapes import dataset
 from shapes.evaluator import HERE, is_shapes_teacher, shapes_prompts
 
 
@@ -18,49 +18,49 @@ TEACHER = HERE / "teacher"
 
 
 def test_a_picture_is_a_function_of_its_numbers():
-    one, two, other = (np.asarray(world.example(i, seed)[0]) for i, seed in ((3, 0), (3, 0), (3, 1)))
+    one, two, other = (np.asarray(dataset.example(i, seed)[0]) for i, seed in ((3, 0), (3, 0), (3, 1)))
     assert (one == two).all() and (one != other).any()
     assert one.shape == (64, 64, 3)
 
 
 def test_captions_say_what_is_drawn():
-    assert len(world.SHAPES) >= 3 and len(world.COLOURS) >= 6 and len(world.BACKGROUNDS) >= 4
-    assert len(set(world.CAPTIONS)) == 96
-    assert str(world.Scene("circle", "red", "navy")) == "a red circle on a navy background"
-    assert str(world.Scene("star", "orange", "gray")) == "an orange star on a gray background"
+    assert len(dataset.SHAPES) >= 3 and len(dataset.COLOURS) >= 6 and len(dataset.BACKGROUNDS) >= 4
+    assert len(set(dataset.CAPTIONS)) == 96
+    assert str(dataset.Scene("circle", "red", "navy")) == "a red circle on a navy background"
+    assert str(dataset.Scene("star", "orange", "gray")) == "an orange star on a gray background"
     rng = np.random.default_rng(0)
-    for scene in world.SCENES:
-        image = np.asarray(world.draw(scene, rng)).reshape(-1, 3).astype(int)
-        for tone, share in ((world.COLOURS[scene.colour], 0.03), (world.BACKGROUNDS[scene.background], 0.4)):
+    for scene in dataset.SCENES:
+        image = np.asarray(dataset.draw(scene, rng)).reshape(-1, 3).astype(int)
+        for tone, share in ((dataset.COLOURS[scene.colour], 0.03), (dataset.BACKGROUNDS[scene.background], 0.4)):
             assert (np.abs(image - tone).max(1) <= 8).mean() > share, scene
 
 
 def test_edges_are_anti_aliased():
-    image = np.asarray(world.draw(world.Scene("circle", "red", "black"), np.random.default_rng(0)))
+    image = np.asarray(dataset.draw(dataset.Scene("circle", "red", "black"), np.random.default_rng(0)))
     assert len(np.unique(image[..., 0])) > 4
 
 
-def test_the_world_as_a_data_set():
-    rows = world.shapes_dataset(3, seed=5)
+def test_the_data_as_a_data_set():
+    rows = dataset.shapes_dataset(3, seed=5)
     assert rows.column_names == ["image", "text"]
-    image, scene = world.example(1, 5)
+    image, scene = dataset.example(1, 5)
     assert rows[1]["text"] == str(scene) and (np.asarray(rows[1]["image"]) == np.asarray(image)).all()
 
 
-def test_the_world_as_an_image_folder(tmp_path):
+def test_the_data_as_an_image_folder(tmp_path):
     from datasets import load_dataset
 
-    world.write_image_folder(tmp_path / "images", 3, seed=5)
+    dataset.write_image_folder(tmp_path / "images", 3, seed=5)
     rows = load_dataset("imagefolder", data_dir=str(tmp_path / "images"), split="train", cache_dir=str(tmp_path))
-    assert rows["text"][:] == [str(world.example(i, 5)[1]) for i in range(3)]
+    assert rows["text"][:] == [str(dataset.example(i, 5)[1]) for i in range(3)]
 
 
 def test_the_prompts_are_the_captions():
-    assert (HERE / "prompts.txt").read_text().splitlines() == list(world.CAPTIONS)
+    assert (HERE / "prompts.txt").read_text().splitlines() == list(dataset.CAPTIONS)
 
 
 def test_the_teacher_is_small_and_in_half_precision():
-    files = [file for folder in (TEACHER, HERE / "judge") for file in folder.rglob("*") if file.is_file()]
+    files = [file for folder in (TEACHER, HERE / "classifier") for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 8 * 2**20
     for file in files:
         assert file.suffix in (".safetensors", ".json", ".txt", ".md", ".png"), file
@@ -88,7 +88,7 @@ def test_older_transformers_can_read_the_teacher():
 
 def test_every_word_is_one_token():
     tokenizer = StableDiffusionPipeline.from_pretrained(TEACHER).tokenizer
-    for caption in world.CAPTIONS:
+    for caption in dataset.CAPTIONS:
         assert tokenizer.tokenize(caption) == [f"{word}</w>" for word in caption.split()]
     assert len(tokenizer(["a pink cow!"]).input_ids[0]) > 5, "unknown words are spelled"
 
@@ -106,7 +106,7 @@ def test_the_card_tells_the_measured_quality():
 
 def test_the_teacher_draws_what_it_is_told():
     """A hundred images; the whole measure is `python -m shapes.measure_teacher`."""
-    from shapes.evaluator import ShapesEvaluator, load_judge
+    from shapes.evaluator import ShapesEvaluator, load_classifier
 
     quality = json.loads((TEACHER / "quality.json").read_text())
     family = family_of(StableDiffusionPipeline.from_pretrained(TEACHER))
@@ -114,7 +114,7 @@ def test_the_teacher_draws_what_it_is_told():
     drawn, _ = evaluation.sample(
         family, family.sampler(), num_inference_steps=25, guidance_scale=quality["guidance_scale"]
     )
-    accuracies = ShapesEvaluator(load_judge(), num_reference=100).accuracies(drawn, evaluation.prompts)
+    accuracies = ShapesEvaluator(load_classifier(), num_reference=100).accuracies(drawn, evaluation.prompts)
     assert all(value >= 0.92 for value in accuracies.values()), accuracies
 
 
@@ -153,7 +153,7 @@ def test_teachers_of_other_kinds_are_made_from_flags(family, tmp_path):
     sizes = ["--num_latents", "100", "--denoiser_steps", "2"]
     folders = ["--work_dir", str(tmp_path), "--output_dir", str(tmp_path)]
     main(["--denoiser_only", "--family", family, *OTHER_TEACHERS[family], *sizes, *folders])
-    assert is_shapes_teacher(str(tmp_path / "teacher")) and not (tmp_path / "judge").exists()
+    assert is_shapes_teacher(str(tmp_path / "teacher")) and not (tmp_path / "classifier").exists()
 
     teacher = load_family(ModelReference(str(tmp_path / "teacher")))
     assert type(teacher) is FAMILIES[family]
@@ -166,7 +166,7 @@ def test_teachers_of_other_kinds_are_made_from_flags(family, tmp_path):
     for mine, theirs in zip(teacher.pipeline.vae.parameters(), shipped.vae.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
-    prompts = ["", *world.CAPTIONS[:3]]
+    prompts = ["", *dataset.CAPTIONS[:3]]
     tokens = teacher.pipeline.tokenizer(prompts, padding="max_length", max_length=PROMPT_LENGTH, return_tensors="pt")
     encoders = {name: part for name, part in teacher.pipeline.components.items() if name.startswith("text_encoder")}
     empty = torch.tensor([prompt == "" for prompt in prompts])

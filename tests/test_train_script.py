@@ -467,7 +467,7 @@ def test_another_start(run, baseline, tmp_path):
 
 
 def test_prompts_of_a_data_set(run, tmp_path):
-    from shapes.world import write_image_folder
+    from shapes.dataset import write_image_folder
 
     write_image_folder(tmp_path / "images", 4)
     folder = run(prompts_file=None, train_data_dir=tmp_path / "images", cache_dir=tmp_path / "cache")

@@ -1,1 +1,1 @@
-"""The embedded default: a world of captioned shapes, a teacher made from it, and a judge of its images."""
+"""The embedded default: a data set of captioned shapes, a teacher made from it, and a classifier of its images."""

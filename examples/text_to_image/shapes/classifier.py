@@ -1,10 +1,10 @@
-"""The judge: a small classifier of shape, colour and background, and the features of the Frechet distance."""
+"""A small classifier of shape, colour and background, and the features of the Frechet distance."""
 
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from .world import BACKGROUNDS, COLOURS, SHAPES
+from .dataset import BACKGROUNDS, COLOURS, SHAPES
 
 
 ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
@@ -21,7 +21,7 @@ def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
     )
 
 
-class Judge(ModelMixin, ConfigMixin):
+class ShapesClassifier(ModelMixin, ConfigMixin):
     """Images -> features; `classify` puts one linear head per attribute on them.
 
     The features are pooled over the image, so they are made for what an image shows, not for where.

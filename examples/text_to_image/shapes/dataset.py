@@ -1,8 +1,8 @@
-"""A world of captioned images: one shape, of one colour, on one background.
+"""A data set of captioned images: one shape, of one colour, on one background.
 
-Image `index` of world `seed` is a pure function of the two numbers. Run as a module, it writes an image folder:
+Image `index` of the data set of `seed` is a pure function of the two numbers. Run as a module, it writes an image folder:
 
-    cd examples/text_to_image && python -m shapes.world --output_dir shapes_folder --num_images 1000
+    cd examples/text_to_image && python -m shapes.dataset --output_dir shapes_folder --num_images 1000
 """
 
 import argparse
@@ -94,14 +94,14 @@ def draw(scene: Scene, rng: np.random.Generator, max_tilt: float = MAX_TILT) -> 
 
 
 def example(index: int, seed: int, max_tilt: float = MAX_TILT) -> tuple[Image.Image, Scene]:
-    """Image `index` of world `seed`, and what it shows."""
+    """Image `index` of the data set of `seed`, and what it shows."""
     rng = np.random.default_rng([seed, index])
     scene = SCENES[rng.integers(len(SCENES))]
     return draw(scene, rng, max_tilt), scene
 
 
 def pixels(num_images: int, seed: int, max_tilt: float = MAX_TILT) -> tuple[np.ndarray, np.ndarray]:
-    """The first `num_images` images of world `seed`, tilted by `max_tilt` radians at most.
+    """The first `num_images` images of the data set of `seed`, tilted by `max_tilt` radians at most.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: Pixels in 0..255, `[N, 3, 64, 64]` uint8, and the index of each image's
@@ -117,7 +117,7 @@ def pixels(num_images: int, seed: int, max_tilt: float = MAX_TILT) -> tuple[np.n
 
 
 def shapes_dataset(num_images: int, seed: int = 0) -> datasets.Dataset:
-    """The world as a data set with the columns `image` and `text`."""
+    """The images and captions as a `datasets.Dataset` with the columns `image` and `text`."""
 
     def rows():
         for index in range(num_images):
@@ -129,7 +129,7 @@ def shapes_dataset(num_images: int, seed: int = 0) -> datasets.Dataset:
 
 
 def write_image_folder(folder: str | Path, num_images: int, seed: int = 0) -> None:
-    """The world as PNG files beside a `metadata.jsonl`, as `load_dataset("imagefolder", data_dir=folder)` reads."""
+    """The images as PNG files beside a `metadata.jsonl`, as `load_dataset("imagefolder", data_dir=folder)` reads."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "metadata.jsonl", "w") as metadata:
@@ -141,7 +141,7 @@ def write_image_folder(folder: str | Path, num_images: int, seed: int = 0) -> No
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the shapes world as an image folder.")
+    parser = argparse.ArgumentParser(description="Write shapes as an image folder.")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--num_images", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)

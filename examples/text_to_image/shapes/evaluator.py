@@ -1,4 +1,4 @@
-"""Judges images of the shapes world: the distance to real ones, and whether they show what their caption says."""
+"""Measures images of the shapes data: the distance to real ones, and whether they show what their caption says."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,27 +8,27 @@ from torch import Tensor
 
 from diffusers_disback import Evaluation, Evaluator, FrechetDistance, Metric
 
-from .judge import ATTRIBUTES, Judge
-from .world import SCENE_OF_CAPTION, SCENES, pixels
+from .classifier import ATTRIBUTES, ShapesClassifier
+from .dataset import SCENE_OF_CAPTION, SCENES, pixels
 
 
 HERE = Path(__file__).parent
-MARKER = "world.json"
+MARKER = "world.json"  # as make_teacher writes it
 NUM_PICTURES = 2000
-REFERENCE_SEED = 77  # worlds of their own: neither the judge nor the teacher was trained on them
+REFERENCE_SEED = 77  # data of its own: neither the classifier nor the teacher was trained on it
 HELD_OUT_SEED = 88
 
 
 def is_shapes_teacher(name_or_path: str) -> bool:
-    """Whether a folder holds a teacher of the shapes world."""
+    """Whether a folder holds a teacher of the shapes data."""
     return (Path(name_or_path) / MARKER).is_file()
 
 
 class ShapesEvaluator(Evaluator):
-    """`distance` (Frechet, in the judge's features, to fresh real images), and an accuracy per attribute.
+    """`distance` (Frechet, in the classifier's features, to fresh real images), and an accuracy per attribute.
 
     Args:
-        judge (`Judge`): Float32.
+        classifier (`ShapesClassifier`): Float32.
         num_reference (`int`): Real images.
     """
 
@@ -37,17 +37,17 @@ class ShapesEvaluator(Evaluator):
         **{f"{name}_accuracy": Metric(f"{name} accuracy", "accuracy", "higher") for name in ATTRIBUTES},
     }
 
-    def __init__(self, judge: Judge, num_reference: int = NUM_PICTURES):
-        self.judge = judge
-        self.frechet = FrechetDistance(judge, torch.from_numpy(pixels(num_reference, REFERENCE_SEED)[0]))
+    def __init__(self, classifier: ShapesClassifier, num_reference: int = NUM_PICTURES):
+        self.classifier = classifier
+        self.frechet = FrechetDistance(classifier, torch.from_numpy(pixels(num_reference, REFERENCE_SEED)[0]))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         return {**self.frechet(images), **self.accuracies(images, prompts)}
 
     @torch.no_grad()
     def accuracies(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        """The share of images in which the judge sees what the caption says, by attribute."""
-        logits = [self.judge.classify(part.float() / 255) for part in images.split(100)]
+        """The share of images in which the classifier sees what the caption says, by attribute."""
+        logits = [self.classifier.classify(part.float() / 255) for part in images.split(100)]
         accuracies = {}
         for name, words in ATTRIBUTES.items():
             seen = torch.cat([part[name] for part in logits]).argmax(1)
@@ -56,13 +56,13 @@ class ShapesEvaluator(Evaluator):
         return accuracies
 
 
-def load_judge(folder: Path = HERE / "judge") -> Judge:
-    """The shipped judge, in float32."""
-    return Judge.from_pretrained(folder, torch_dtype=torch.float32).eval()
+def load_classifier(folder: Path = HERE / "classifier") -> ShapesClassifier:
+    """The shipped classifier, in float32."""
+    return ShapesClassifier.from_pretrained(folder, torch_dtype=torch.float32).eval()
 
 
 def shapes_prompts(num: int = NUM_PICTURES, seed: int = 0) -> list[str]:
-    """Captions drawn as the world draws them."""
+    """Captions drawn as the data set draws them."""
     rows = torch.randint(len(SCENES), (num,), generator=torch.Generator().manual_seed(seed))
     return [str(SCENES[row]) for row in rows.tolist()]
 
@@ -74,9 +74,9 @@ def held_out(num: int = NUM_PICTURES) -> tuple[Tensor, list[str]]:
 
 
 def shapes_evaluation(num: int = NUM_PICTURES) -> Evaluation:
-    """Prompts and noise that are always the same, and the judge; its `floor` is what real images score."""
+    """Prompts and noise that are always the same, and the classifier; its `floor` is what real images score."""
     evaluation = Evaluation(shapes_prompts(num), name="Captioned shapes", type="captioned-shapes")
-    judge = ShapesEvaluator(load_judge())
-    evaluation.evaluators.append(judge)
-    evaluation.references["floor"] = judge(*held_out())
+    evaluator = ShapesEvaluator(load_classifier())
+    evaluation.evaluators.append(evaluator)
+    evaluation.references["floor"] = evaluator(*held_out())
     return evaluation

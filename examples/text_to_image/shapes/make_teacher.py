@@ -1,10 +1,10 @@
-"""Makes the shapes teacher and its judge from scratch: judge, autoencoder, then text encoder and UNet together.
+"""Makes the shapes teacher and its classifier from scratch: classifier, autoencoder, then text encoder and UNet together.
 
     cd examples/text_to_image && accelerate launch --num_cpu_threads_per_process 2 -m shapes.make_teacher
 
-The judge and the autoencoder are made from shapes at any tilt, the teacher from the world's own.
+The classifier and the autoencoder are made from shapes at any tilt, the teacher from the data set's own.
 
-Teachers of other kinds are made with the shipped judge and autoencoder, each in folders of its own:
+Teachers of other kinds are made with the shipped classifier and autoencoder, each in folders of its own:
 
     accelerate launch -m shapes.make_teacher --denoiser_only --family stable_diffusion_xl \\
         --work_dir outputs/xl --output_dir outputs/xl
@@ -41,8 +41,8 @@ from diffusers_disback.families import FAMILIES
 from diffusers_disback.models.noise_schedule import PREDICTION_TYPES, NoiseSchedule
 from diffusers_disback.models.single_file import save_portable
 
-from .judge import ATTRIBUTES, Judge
-from .world import ANY_TILT, CAPTIONS, MAX_TILT, SCENES, pixels
+from .classifier import ATTRIBUTES, ShapesClassifier
+from .dataset import ANY_TILT, CAPTIONS, MAX_TILT, SCENES, pixels
 
 
 HERE = Path(__file__).parent
@@ -108,7 +108,7 @@ def fit(
 def fresh_pictures(
     batch_size: int, part: int, step: int, device: torch.device, max_tilt: float
 ) -> tuple[Tensor, Tensor]:
-    """Images in 0..1, never drawn before, and their scenes. World seeds from 1,000,000 on are for training."""
+    """Images in 0..1, never drawn before, and their scenes. Seeds from 1,000,000 on are for training."""
     images, scenes = pixels(batch_size, 1_000_000 * part + step, max_tilt)
     return torch.from_numpy(images).to(device).float() / 255, torch.from_numpy(scenes).to(device)
 
@@ -122,13 +122,13 @@ def attribute_labels(scenes: Tensor) -> dict[str, Tensor]:
     }
 
 
-def make_judge(steps: int, work_dir: Path) -> Judge:
-    def loss(judge: nn.Module, step: int) -> Tensor:
-        images, scenes = fresh_pictures(64, 1, step, judge.device, ANY_TILT)
-        logits = judge.classify(images)
+def make_classifier(steps: int, work_dir: Path) -> ShapesClassifier:
+    def loss(classifier: nn.Module, step: int) -> Tensor:
+        images, scenes = fresh_pictures(64, 1, step, classifier.device, ANY_TILT)
+        logits = classifier.classify(images)
         return sum(nn.functional.cross_entropy(logits[k], label) for k, label in attribute_labels(scenes).items())
 
-    return fit("judge", Judge(), loss, steps, 2e-3, work_dir, ema_decay=0.99)
+    return fit("classifier", ShapesClassifier(), loss, steps, 2e-3, work_dir, ema_decay=0.99)
 
 
 def make_autoencoder(steps: int, work_dir: Path) -> AutoencoderKL:
@@ -155,7 +155,7 @@ def make_autoencoder(steps: int, work_dir: Path) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode_world(vae: AutoencoderKL, num_images: int, work_dir: Path) -> dict[str, Tensor]:
+def encode_dataset(vae: AutoencoderKL, num_images: int, work_dir: Path) -> dict[str, Tensor]:
     """Posterior moments of `num_images` images and their scenes; kept in `work_dir/latents.safetensors`."""
     file = work_dir / "latents.safetensors"
     if not file.exists():
@@ -320,19 +320,19 @@ def save_teacher(output_dir: Path, pipeline: DiffusionPipeline) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Make the shapes teacher and its judge.")
+    parser = argparse.ArgumentParser(description="Make the shapes teacher and its classifier.")
     parser.add_argument(
         "--work_dir",
         type=Path,
         default=Path("outputs/shapes_teacher"),
         help="What is unfinished; one for each teacher.",
     )
-    parser.add_argument("--output_dir", type=Path, default=HERE, help="Gets the folders `judge` and `teacher`.")
-    parser.add_argument("--denoiser_only", action="store_true", help="Take the shipped judge and autoencoder.")
+    parser.add_argument("--output_dir", type=Path, default=HERE, help="Gets the folders `classifier` and `teacher`.")
+    parser.add_argument("--denoiser_only", action="store_true", help="Take the shipped classifier and autoencoder.")
     parser.add_argument("--family", choices=FAMILIES, default="stable_diffusion")
     parser.add_argument("--prediction_type", choices=PREDICTION_TYPES, default="epsilon")
     parser.add_argument("--zero_terminal_snr", action="store_true", help="No signal is left at the last timestep.")
-    parser.add_argument("--judge_steps", type=int, default=1500)
+    parser.add_argument("--classifier_steps", type=int, default=1500)
     parser.add_argument("--vae_steps", type=int, default=4000)
     parser.add_argument("--denoiser_steps", type=int, default=12000)
     parser.add_argument("--num_latents", type=int, default=40000)
@@ -354,10 +354,10 @@ def main(arguments: list[str] | None = None) -> None:
     if settings.denoiser_only:
         vae = AutoencoderKL.from_pretrained(HERE / "teacher" / "vae", torch_dtype=torch.float32).eval()
     else:
-        judge = make_judge(settings.judge_steps, settings.work_dir)
-        judge.half().save_pretrained(settings.output_dir / "judge")
+        classifier = make_classifier(settings.classifier_steps, settings.work_dir)
+        classifier.half().save_pretrained(settings.output_dir / "classifier")
         vae = make_autoencoder(settings.vae_steps, settings.work_dir)
-    latents = encode_world(vae, settings.num_latents, settings.work_dir)
+    latents = encode_dataset(vae, settings.num_latents, settings.work_dir)
     vae.register_to_config(scaling_factor=round((1 / latents["mean"].std()).item(), 5))
 
     tokenizer = make_tokenizer()

@@ -1,8 +1,8 @@
-"""Measures the shapes teacher and its judge on images that neither has seen, and writes their card.
+"""Measures the shapes teacher and its classifier on images that neither has seen, and writes their card.
 
     cd examples/text_to_image && python -m shapes.measure_teacher
 
-Bars: the judge >= 0.99 on held-out real images, the autoencoder's reconstructions >= 0.98, and the teacher with 25
+Bars: the classifier >= 0.99 on held-out real images, the autoencoder's reconstructions >= 0.98, and the teacher with 25
 DDIM steps >= 0.97 on each attribute. The command fails if one is missed.
 """
 
@@ -20,8 +20,8 @@ from diffusers_disback.evaluation.plots import image_grid
 from diffusers_disback.evaluation.report import versions
 from diffusers_disback.families import family_of
 
-from .evaluator import HERE, ShapesEvaluator, held_out, load_judge, shapes_evaluation
-from .world import CAPTIONS
+from .dataset import CAPTIONS
+from .evaluator import HERE, ShapesEvaluator, held_out, load_classifier, shapes_evaluation
 
 
 STEPS = 25
@@ -46,7 +46,7 @@ def plot_curves(work_dir: Path, file: Path) -> dict[str, float]:
 
     seconds = {}
     figure, axes = plt.subplots(1, 3, figsize=(10, 2.8))
-    for axis, name in zip(axes, ("judge", "vae", "denoiser"), strict=True):
+    for axis, name in zip(axes, ("classifier", "vae", "denoiser"), strict=True):
         saved = json.loads((work_dir / f"{name}.json").read_text())
         seconds[name] = saved["seconds"]
         axis.plot([row[0] for row in saved["curve"]], [row[1] for row in saved["curve"]], lw=0.8)
@@ -69,7 +69,7 @@ tags:
 
 A Stable Diffusion of four million parameters that draws one shape, of one colour, on one background, at 64x64 pixels.
 It and everything that it was trained on are made by this folder: there is no outside data. It is the teacher of the
-quickstart, the tests and the benchmarks. All parts, the judge among them, take {size:.2f} MiB in half precision.
+quickstart, the tests and the benchmarks. All parts, the classifier among them, take {size:.2f} MiB in half precision.
 
 ![samples](samples.png)
 
@@ -103,8 +103,8 @@ Seconds of training on two cores of a shared machine (other work ran beside it):
 
 ## Quality
 
-Measured by the judge, a classifier of shape, colour and background, on {count} images each; *distance* is the
-Frechet distance of its 64 features to {count} fresh real images. `real` are other real images: the judge's own
+Measured by a classifier of shape, colour and background, on {count} images each; *distance* is the
+Frechet distance of its 64 features to {count} fresh real images. `real` are other real images: the classifier's own
 accuracy, and the distance's floor.
 
 | | distance | shape | colour | background |
@@ -118,12 +118,12 @@ Versions: {versions}. Every figure is in `quality.json`.
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the shapes teacher and write its card.")
     parser.add_argument("--teacher", type=Path, default=HERE / "teacher")
-    parser.add_argument("--judge", type=Path, default=HERE / "judge")
+    parser.add_argument("--classifier", type=Path, default=HERE / "classifier")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/shapes_teacher"))
     parser.add_argument("--guidance_scales", type=float, nargs="+", default=[2.0, 3.0, 4.0])
     arguments = parser.parse_args()
 
-    judge = ShapesEvaluator(load_judge(arguments.judge))
+    evaluator = ShapesEvaluator(load_classifier(arguments.classifier))
     teacher = StableDiffusionPipeline.from_pretrained(arguments.teacher, dtype=torch.float32)
     family = family_of(teacher)
     pipeline = family.sampler()
@@ -131,10 +131,10 @@ def main() -> None:
     count = len(evaluation.prompts)
 
     real, captions = held_out(count)
-    quality = {"real": judge(real, captions), "reconstructed": judge(rebuild(teacher.vae, real), captions)}
+    quality = {"real": evaluator(real, captions), "reconstructed": evaluator(rebuild(teacher.vae, real), captions)}
     for scale in arguments.guidance_scales:
         images, _ = evaluation.sample(family, pipeline, num_inference_steps=STEPS, guidance_scale=scale)
-        quality[f"teacher, guidance {scale:g}"] = judge(images, evaluation.prompts)
+        quality[f"teacher, guidance {scale:g}"] = evaluator(images, evaluation.prompts)
         print(f"guidance {scale:g}: {quality[f'teacher, guidance {scale:g}']}", flush=True)
     chosen = min(arguments.guidance_scales, key=lambda scale: quality[f"teacher, guidance {scale:g}"]["distance"])
     quality["teacher"] = quality[f"teacher, guidance {chosen:g}"]
@@ -146,7 +146,7 @@ def main() -> None:
     image_grid(rows, [""] * COLUMNS, arguments.teacher / "samples.png", cell_inches=0.7)
     seconds = plot_curves(arguments.work_dir, arguments.teacher / "curves.png")
 
-    folders = (arguments.teacher, arguments.judge)
+    folders = (arguments.teacher, arguments.classifier)
     size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file()) / 2**20
     names = ("distance", "shape_accuracy", "colour_accuracy", "background_accuracy")
     table = "\n".join(
