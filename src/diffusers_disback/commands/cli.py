@@ -257,42 +257,37 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
 
-    def add_form(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--variant", help="of the teacher's weights' files, such as fp16")
-        made.add_argument(
-            "--single_file_config", help="of a teacher in one file: a pipeline of its kind, for its configs"
-        )
-
-    def add_teacher(made: argparse.ArgumentParser) -> None:
-        """Of a path, which says where it is."""
-        made.add_argument("--pretrained_model_name_or_path", help="where the teacher is, if not where the path says")
-        add_form(made)
-
-    def add_version_of_teacher(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--revision", help="branch, tag or commit of the teacher on the Hub")
-        made.add_argument("--teacher_lora", help="a LoRA that is fused into the teacher")
-        add_form(made)
-
-    def command(group: Any, name: str, function: Any, *more: str) -> argparse.ArgumentParser:
-        """A subcommand, with those of the flags that several have which it asks for."""
-        shared = {
-            "--token": "of the Hub; by default that of `hf auth login`, which is safer",
-            "--cache_dir": "where downloads are kept",
-        }
-        made = group.add_parser(name, help=function.__doc__, description=function.__doc__)
-        made.set_defaults(function=function)
-        for flag in more:
-            made.add_argument(flag, help=shared[flag])
+    def flags(**helps: str) -> argparse.ArgumentParser:
+        """Flags that several commands have."""
+        made = argparse.ArgumentParser(add_help=False)
+        for name, text in helps.items():
+            made.add_argument(f"--{name}", help=text)
         return made
 
-    pushing = command(commands, "push", push, "--token", "--cache_dir")
+    def command(group: Any, name: str, function: Any, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        made = group.add_parser(name, help=function.__doc__, description=function.__doc__, parents=parents)
+        made.set_defaults(function=function)
+        return made
+
+    cache = flags(cache_dir="where downloads are kept")
+    token = flags(token="of the Hub; by default that of `hf auth login`, which is safer")
+    form = flags(
+        variant="of the teacher's weights' files, such as fp16",
+        single_file_config="of a teacher in one file: a pipeline of its kind, for its configs",
+    )
+    place = flags(pretrained_model_name_or_path="where the teacher is, if not where the path says")
+    version = flags(
+        revision="branch, tag or commit of the teacher on the Hub",
+        teacher_lora="a LoRA that is fused into the teacher",
+    )
+
+    pushing = command(commands, "push", push, token, cache, place, form)
     pushing.add_argument("folder", help="a run's --output_dir, or the folder with path.json")
     pushing.add_argument("repo_id", help="user/name on the Hub; made if it is not there")
     pushing.add_argument("--private", action="store_true", help="make a new repository private")
     pushing.add_argument("--create_pr", action="store_true", help="propose what goes to main as a pull request")
     pushing.add_argument("--commit_message", help="of the commit to main")
-    add_teacher(pushing)
-    pulling = command(commands, "pull", pull, "--token", "--cache_dir")
+    pulling = command(commands, "pull", pull, token, cache)
     pulling.add_argument("repo_id", help="user/name on the Hub")
     pulling.add_argument("folder", help="new, or empty")
     pulling.add_argument("--revision", help="branch, tag or commit of main")
@@ -306,9 +301,8 @@ def parser() -> argparse.ArgumentParser:
         "code 2 if it does not",
     )
 
-    sweep = command(commands, "timestep-sweep", timestep_sweep, "--cache_dir")
+    sweep = command(commands, "timestep-sweep", timestep_sweep, cache, version, form)
     sweep.add_argument("pretrained_model_name_or_path", help="the teacher: a folder, a model on the Hub, or a file")
-    add_version_of_teacher(sweep)
     sweep.add_argument(
         "--prediction_type",
         choices=["epsilon", "v_prediction", "sample"],
@@ -341,21 +335,19 @@ def parser() -> argparse.ArgumentParser:
 
     halving = command(commands, "half", half)
     halving.add_argument("folder", help="a student's, as training wrote it")
-    lora = command(commands, "extract-lora", extract_lora, "--cache_dir")
+    lora = command(commands, "extract-lora", extract_lora, cache, version, form)
     lora.add_argument("student", help="a folder, or a model on the Hub")
     lora.add_argument("pretrained_model_name_or_path", help="its teacher: a folder, a model on the Hub, or a file")
     lora.add_argument("output", help="the folder to write into")
     lora.add_argument(
         "--rank", type=number(True, minimum=1, maximum=4096), default=64, help="of every layer; alpha is the same"
     )
-    add_version_of_teacher(lora)
 
     path = commands.add_parser("path", help="look at a degradation path").add_subparsers(dest="verb", required=True)
     for name, function in (("show", path_show), ("verify", path_verify)):
-        made = command(path, name, function, "--token", "--cache_dir")
+        made = command(path, name, function, token, cache, place, form)
         made.add_argument("path", help="the folder with path.json, or user/name on the Hub")
         made.add_argument("--revision", help="branch, tag or commit of a path on the Hub")
-        add_teacher(made)
         if name == "show":
             made.add_argument("--table", action="store_true", help="draw nothing, and do not load the teacher")
             made.add_argument("--prompt", action="append", help="a row of the image; can be given several times")
