@@ -27,7 +27,7 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 ORDER = {
     "hub": [{"files", "errors"}, {"markdown"}, {"repository"}],
     "models": [
-        {"batch", "denoiser", "noise_schedule"},
+        {"batch", "noise_schedule"},
         {"weights", "score_model", "timestep_sampling"},
         {"discriminator"},
         {"pipeline_folder", "generator", "card"},
