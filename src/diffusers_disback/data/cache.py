@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ logger = logging.getLogger(__name__)
 _SMALL = 64  # numbers a row, such as an image's size: kept as they are
 
 
+@dataclass(eq=False)
 class ConditionCache:
     """Row i is the condition of prompt i. Shards are written whole or not at all: what was cut off is resumed.
 
     Args:
-        folder (`str` or `Path`): Of all caches; each has a folder of its own in it, named by what its rows depend on.
+        root (`str` or `Path`): Of all caches; each has a folder of its own in it, named by what its rows depend on.
         prompts (`Sequence[str]`): Random access.
         encode (`Callable`): A list of prompts -> a condition, batch first.
         encoder_id (`Callable`): What `encode` depends on, as a text; asked when the cache is looked for on disk.
@@ -32,27 +34,18 @@ class ConditionCache:
         batch_size (`int`): Prompts that are encoded at once.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        prompts: Sequence[str],
-        encode: Callable[[list[str]], Condition],
-        encoder_id: Callable[[], str],
-        shard_size: int = 512,
-        batch_size: int = 32,
-    ):
-        self.root = Path(folder)
-        self.encoder_id = encoder_id
-        self.prompts = prompts
-        self.encode = encode
-        self.shard_size = shard_size
-        self.batch_size = batch_size
+    root: str | Path
+    prompts: Sequence[str]
+    encode: Callable[[list[str]], Condition]
+    encoder_id: Callable[[], str]
+    shard_size: int = 512
+    batch_size: int = 32
 
     @cached_property
     def folder(self) -> Path:
         """Of this cache."""
         key = hashlib.sha256(f"{self.encoder_id()} {digest(self.prompts)} {self.shard_size}".encode()).hexdigest()
-        return self.root / key[:16]
+        return Path(self.root, key[:16])
 
     @cached_property
     def bytes_per_prompt(self) -> int:

@@ -230,15 +230,10 @@ def _streamed(rows: Iterable[Any], name: str | None) -> Iterator[Any]:
     """Rows as they come, and what goes wrong with them as our error."""
     import datasets
 
-    rows = iter(rows)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except (ValueError, TypeError, OSError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(_unreadable(name, error)) from error
-        yield row
+    try:
+        yield from rows
+    except (ValueError, TypeError, OSError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(_unreadable(name, error)) from error
 
 
 def _unreadable(name: str | None, error: Exception) -> str:

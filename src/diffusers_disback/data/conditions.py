@@ -183,6 +183,7 @@ class Draw:
     generators: list[torch.Generator]
 
 
+@dataclass(eq=False)
 class Batches(Dataset):
     """Global batch n of a stage, as this process's slices, one per accumulated gradient.
 
@@ -200,27 +201,15 @@ class Batches(Dataset):
         proportion_empty (`float`): The share of samples whose condition is dropped.
     """
 
-    def __init__(
-        self,
-        num_conditions: int,
-        latent_shape: tuple[int, int, int],
-        seed: int,
-        stage: int,
-        batch_size: int,
-        slices: int = 1,
-        process_index: int = 0,
-        num_processes: int = 1,
-        proportion_empty: float = 0.0,
-    ):
-        self.num_conditions = num_conditions
-        self.latent_shape = latent_shape
-        self.seed = seed
-        self.stage = stage
-        self.batch_size = batch_size
-        self.slices = slices
-        self.process_index = process_index
-        self.num_processes = num_processes
-        self.proportion_empty = proportion_empty
+    num_conditions: int
+    latent_shape: tuple[int, int, int]
+    seed: int
+    stage: int
+    batch_size: int
+    slices: int = 1
+    process_index: int = 0
+    num_processes: int = 1
+    proportion_empty: float = 0.0
 
     def __getitem__(self, n: int) -> list[Draw]:
         share = self.batch_size * self.slices
