@@ -21,7 +21,7 @@ from diffusers_disback.models.noise_schedule import (
     NoiseSchedule,
     ddpm_scheduler,
     scheduler_of,
-    with_said_otherwise,
+    with_overrides,
 )
 
 
@@ -141,7 +141,7 @@ def test_schedules_that_are_no_teachers_are_refused_by_all(use):
             "one step": lambda: one_step_scheduler(pipe.scheduler, 399),
             "pipeline": lambda: to_pipeline(pipe.unet, 399, pipe),
             "many steps": lambda: many_step_scheduler(pipe.scheduler),
-            "zero snr": lambda: with_said_otherwise(pipe.scheduler, None, True),
+            "zero snr": lambda: with_overrides(pipe.scheduler, None, True),
             "family": lambda: family_of(pipe),
         }
         with pytest.raises(ValueError, match=message):
@@ -171,12 +171,12 @@ def test_samplers_of_the_same_schedule_are_taken():
 def test_a_rescale_to_zero_terminal_snr_is_diffusers_own(scheduler_class):
     expected = NoiseSchedule.from_scheduler(tiny.scheduler("v_prediction", rescale_betas_zero_snr=True))
     plain = scheduler_class.from_config(tiny.scheduler().config)
-    made = with_said_otherwise(plain, "v_prediction", True)
+    made = with_overrides(plain, "v_prediction", True)
     schedule = NoiseSchedule.from_scheduler(made)
     assert torch.equal(schedule.alpha, expected.alpha) and schedule.alpha[-1] == 0
     assert schedule.prediction_type == "v_prediction" and made.config.timestep_spacing == "trailing"
     assert type(made) is (DDIMScheduler if scheduler_class is PNDMScheduler else scheduler_class)
-    assert not made.config.get("clip_sample") and with_said_otherwise(plain, None, False) is plain
+    assert not made.config.get("clip_sample") and with_overrides(plain, None, False) is plain
     stock = scheduler_of({**made.config, "_class_name": type(made).__name__}, "it")
     assert torch.equal(stock.alphas_cumprod, made.alphas_cumprod) and type(stock) is type(made)
     for config in ({}, {"_class_name": "UNet2DConditionModel"}, {"_class_name": "Nothing"}, {"_class_name": 3}):

@@ -98,25 +98,25 @@ def _end(error: BaseException, code: int, name: str, debug: bool) -> int:
 
 def message(error: BaseException, code: int) -> str:
     """An error in words: one or two lines, in which what somebody else named shows no colours and moves no cursor."""
-    said = _lines(error)
-    first = said.split("\n")[0]
+    text = _lines(error)
+    first = text.split("\n")[0]
     if isinstance(error, KeyboardInterrupt):
-        said = "ended by SIGINT."
+        text = "ended by SIGINT."
     elif _is_of_another_process(error):
-        said = "another process of this launch has ended; what it says is the reason."
+        text = "another process of this launch has ended; what it says is the reason."
     elif code == OURS:
-        said = (
+        text = (
             f"{type(error).__name__}: {first}\nThis is a fault of diffusers-disback, or of a library that it uses: please run "
             "again with --debug, and report what is printed."
         )
     elif isinstance(error, OSError):
         where = "" if error.filename is None else f"{_lines(error.filename)}: "
-        said = f"{where}{_lines(error.strerror)}." if error.strerror else first
+        text = f"{where}{_lines(error.strerror)}." if error.strerror else first
     elif isinstance(error, ImportError):
-        said = f"{first}. `pip install 'diffusers-disback[train,eval]'` brings what training needs."
+        text = f"{first}. `pip install 'diffusers-disback[train,eval]'` brings what training needs."
     elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        said = f"out of memory. {first} `diffusers-disback plan` tells what settings take."
-    return " ".join([said, *map(_lines, getattr(error, "__notes__", []))])
+        text = f"out of memory. {first} `diffusers-disback plan` tells what settings take."
+    return " ".join([text, *map(_lines, getattr(error, "__notes__", []))])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -174,10 +174,10 @@ def add_flag(parser: Any, one: Field) -> None:
         how = {"type": str}
     if choices and len(choices) < 5:
         how["metavar"] = f"{{{','.join(choices)}}}"
-    told = " ".join(default) if isinstance(default, (list, dict)) else default
-    said = one.metadata["help"] + ("" if told in (None, "") or told is False else f" (default: {told})")
+    shown = " ".join(default) if isinstance(default, (list, dict)) else default
+    text = one.metadata["help"] + ("" if shown in (None, "") or shown is False else f" (default: {shown})")
     flags = dict.fromkeys([f"--{one.name}", f"--{one.name.replace('_', '-')}"])
-    parser.add_argument(*flags, help=said.replace("%", "%%"), **how)
+    parser.add_argument(*flags, help=text.replace("%", "%%"), **how)
 
 
 class _Arguments(argparse.Action):
@@ -224,8 +224,8 @@ def number(whole: bool, **bounds: float) -> Callable[[str], float]:
             value = int(text) if whole else float(text)
             check_number("it", value, wanted, whole)
         except ValueError as error:
-            told = str(error) if str(error).startswith("it ") else f"it has to be a {'whole ' * whole}number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not taken: {told.rstrip('.')}") from error
+            shown = str(error) if str(error).startswith("it ") else f"it has to be a {'whole ' * whole}number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not taken: {shown.rstrip('.')}") from error
         return value
 
     return parse

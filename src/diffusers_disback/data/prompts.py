@@ -206,5 +206,5 @@ class PromptFile(Sequence[str]):
 
 def _identity(stream: io.BufferedReader) -> tuple[int, int, int]:
     """What changes with a file, as a rule: its place on the disk, its size and its time."""
-    told = os.fstat(stream.fileno())
-    return told.st_ino, told.st_size, told.st_mtime_ns
+    status = os.fstat(stream.fileno())
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -99,7 +99,7 @@ def load_family(reference: str | ModelReference | LocalModel, cache_dir: str | N
         check_same_latents(pipeline.vae, vae, model.reference.vae)
         pipeline.vae = vae
     model.fuse_lora(getattr(pipeline, kind.network_name))
-    pipeline.scheduler = model.scheduler_as_said(pipeline.scheduler)
+    pipeline.scheduler = model.overridden_scheduler(pipeline.scheduler)
     family = kind(pipeline, model)
     _own_weights(family, model)
     # What the student's folder takes of the teacher's: so that nothing is lacking when training is over.

@@ -322,10 +322,10 @@ class ModelFamily:
 
     def _check_start_predicts_the_same(self, start: LocalModel) -> None:
         """The student is asked as the teacher is: a network that predicts v gives no x0 by the formula of the noise."""
-        said = start.predicts()
-        if said not in (None, self.schedule.prediction_type):
+        predicted = start.predicts()
+        if predicted not in (None, self.schedule.prediction_type):
             raise ValueError(
-                f"The scheduler of the student's start {start.name_or_path!r} says that it predicts {said}, but the teacher "
+                f"The scheduler of the student's start {start.name_or_path!r} says that it predicts {predicted}, but the teacher "
                 f"predicts {self.schedule.prediction_type}: it would be asked for the wrong thing. Start from a model of the "
                 "teacher's kind; if one of the two configs is wrong, mend the start's scheduler_config.json, or pass the "
                 "teacher's --prediction_type."

@@ -60,17 +60,17 @@ def published_command(arguments: Sequence[str]) -> list[str]:
     Args:
         arguments (`Sequence[str]`): With flags as `--name value` or `--name=value`.
     """
-    told, free = [], False
+    cleaned, free = [], False
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if argument.startswith("--"):
             free = name.removeprefix("--").replace("-", "_") in _FREE_TEXT
-            told.append(f"{name}={value if free else published(value)}" if equals else argument)
+            cleaned.append(f"{name}={value if free else published(value)}" if equals else argument)
         elif equals and name.isidentifier() and not free:  # of --objective_args
-            told.append(f"{name}={published(value)}")
+            cleaned.append(f"{name}={published(value)}")
         else:
-            told.append(argument if free else published(argument))
-    return told
+            cleaned.append(argument if free else published(argument))
+    return cleaned
 
 
 def without_token(arguments: Sequence[str]) -> list[str]:
@@ -93,10 +93,10 @@ def component_of(content: dict[str, Any]) -> str:
 
 def published_report(report: dict[str, Any]) -> dict[str, Any]:
     """The content of `report.json` as others may see it."""
-    told = {"settings": published(report["settings"])}
+    cleaned = {"settings": published(report["settings"])}
     if "command" in report:
-        told["command"] = shlex.join(published_command(_arguments(report["command"])))
-    return {**report, **told}
+        cleaned["command"] = shlex.join(published_command(_arguments(report["command"])))
+    return {**report, **cleaned}
 
 
 def _arguments(command: str) -> list[str]:
@@ -127,8 +127,8 @@ def _published_config(path: str, content: Path | bytes) -> Path | bytes:
     if not _CONFIG.fullmatch(path.split("/")[-1]):
         return content
     config = parse_json(content, path) if isinstance(content, bytes) else read_json(content, path)
-    told = _without_places(config)
-    return content if told == config else to_bytes(told)
+    cleaned = _without_places(config)
+    return content if cleaned == config else to_bytes(cleaned)
 
 
 def clean_configs(folder: Path) -> None:

@@ -263,24 +263,24 @@ def config_of(file: Path) -> "LoraConfig":
     from peft import LoraConfig
 
     with open_weights(file) as stream:
-        said = (stream.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+        declared = (stream.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
         down = [stream.get_slice(key).get_shape() for key in stream.keys() if ".lora_A" in key]  # noqa: SIM118
-    if said is None:
+    if declared is None:
         raise ValueError(f"{file} does not say its adapter's rank and layers.")
-    said = parse_json(said, f"the metadata of {file}")
-    more = [name for name in ("use_dora", "use_rslora", "lora_bias", "modules_to_save") if said.get(name)]
-    if more or said.get("bias", "none") != "none":
+    declared = parse_json(declared, f"the metadata of {file}")
+    more = [name for name in ("use_dora", "use_rslora", "lora_bias", "modules_to_save") if declared.get(name)]
+    if more or declared.get("bias", "none") != "none":
         raise ValueError(
             f"{file} holds more than a plain LoRA ({', '.join(more) or 'biases'}), which is not supported."
         )
-    _check_adapter_config(said, max((shape[0] for shape in down if shape), default=0), file)
-    return LoraConfig(**{name: said[name] for name in _SAID if said.get(name) is not None})
+    _check_adapter_config(declared, max((shape[0] for shape in down if shape), default=0), file)
+    return LoraConfig(**{name: declared[name] for name in _FIELDS if declared.get(name) is not None})
 
 
-_SAID = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
+_FIELDS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
 
 
-def _check_adapter_config(said: dict[str, Any], largest: int, file: Path) -> None:
+def _check_adapter_config(declared: dict[str, Any], largest: int, file: Path) -> None:
     """Raises a `ValueError` unless what an adapter's file says of itself is of the right kinds, of plain names (peft takes
     them for regular expressions), and of no larger rank than its weights are."""
 
@@ -300,11 +300,11 @@ def _check_adapter_config(said: dict[str, Any], largest: int, file: Path) -> Non
         "alpha_pattern": lambda v: isinstance(v, dict) and are_layers(v) and all(map(is_number, v.values())),
     }
     for name in ("r", "target_modules"):
-        if said.get(name) is None:
+        if declared.get(name) is None:
             raise ValueError(f"{file} does not say its adapter's {name}.")
     for name, is_right in checks.items():
-        if said.get(name) is not None and not is_right(said[name]):
-            shown = repr(said[name])
+        if declared.get(name) is not None and not is_right(declared[name]):
+            shown = repr(declared[name])
             raise ValueError(
                 f"{file} says {name} {shown[:100]} of its adapter, which cannot be. Its weights are of rank {largest}."
             )

@@ -92,12 +92,12 @@ def own_files(files: list[Path], variant: str | None, suffixes: tuple[str, ...] 
 def check_has_weights(component: str, names: Iterable[str], variant: str | None, what: str) -> None:
     """Raises a `ValueError` unless there are weights of a component, of the variant or without one; with the others' names."""
     files = [Path(name) for name in names if name.startswith(f"{component}/")]
-    there = of_variants(files)
-    if variant in there or None in there:
+    found = of_variants(files)
+    if variant in found or None in found:
         return
     hint = ""
-    if there:
-        variants = sorted(filter(None, there))
+    if found:
+        variants = sorted(filter(None, found))
         hint = (
             f" There are weights of the variant {' and '.join(variants)}: pass --variant {variants[0]} if it is the teacher; a "
             "student's start has to have weights without a variant."

@@ -150,7 +150,7 @@ def ddpm_scheduler(scheduler: SchedulerMixin) -> DDPMScheduler:
     return made
 
 
-def with_said_otherwise(
+def with_overrides(
     scheduler: SchedulerMixin, prediction_type: str | None, rescale_betas_zero_snr: bool
 ) -> SchedulerMixin:
     """A scheduler that takes for granted what its config does not say: itself, if that is nothing.

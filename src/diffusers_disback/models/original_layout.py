@@ -213,13 +213,13 @@ def settings_in(file: Path, kind: str, name: str) -> dict[str, Any]:
             f"{name} says by its tensor {edm[0]} that it is of EDM's noise levels. Supported are teachers with a "
             "variance-preserving schedule."
         )
-    said: dict[str, Any] = {}
+    declared: dict[str, Any] = {}
     for field in ("modelspec.prediction_type", "modelspec.predict_key"):
         value = header.get(field, "").strip().lower()
         if value and value not in _PREDICTIONS:
             logger.warning(f"The header of {name} says {field}={value!r}, which is not known; see --prediction_type.")
         elif value:
-            said.setdefault("prediction_type", _PREDICTIONS[value])
+            declared.setdefault("prediction_type", _PREDICTIONS[value])
     architecture = header.get("modelspec.architecture", "").strip().lower()
     if architecture and not architecture.startswith(_ARCHITECTURES[kind]):
         logger.warning(
@@ -227,23 +227,23 @@ def settings_in(file: Path, kind: str, name: str) -> dict[str, Any]:
             f"kind {kind}, and is read as one."
         )
     if architecture in _OF_ARCHITECTURE and kind == "v2":
-        said.setdefault("prediction_type", _OF_ARCHITECTURE[architecture])
+        declared.setdefault("prediction_type", _OF_ARCHITECTURE[architecture])
     if "v_pred" in keys:
-        if said.get("prediction_type", "v_prediction") != "v_prediction":
+        if declared.get("prediction_type", "v_prediction") != "v_prediction":
             logger.warning(
-                f"{name} has the marker v_pred, but its header says {said['prediction_type']}: v_pred counts."
+                f"{name} has the marker v_pred, but its header says {declared['prediction_type']}: v_pred counts."
             )
-        said["prediction_type"] = "v_prediction"
+        declared["prediction_type"] = "v_prediction"
     if "ztsnr" in keys:
-        said["rescale_betas_zero_snr"] = True
-    return said
+        declared["rescale_betas_zero_snr"] = True
+    return declared
 
 
-def not_in_config(said: dict[str, Any], configs: Path, name: str) -> dict[str, Any]:
+def not_in_config(declared: dict[str, Any], configs: Path, name: str) -> dict[str, Any]:
     """What of it the scheduler's config does not say, with a word on it."""
     file = configs / "scheduler" / "scheduler_config.json"
     was = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False} | (read_json(file) if file.is_file() else {})
-    changed = {key: value for key, value in said.items() if was[key] != value}
+    changed = {key: value for key, value in declared.items() if was[key] != value}
     if changed:
         words = " and ".join(f"{key} {value}" for key, value in changed.items())
         logger.warning(

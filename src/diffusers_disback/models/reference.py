@@ -25,7 +25,7 @@ from .model_files import (
     with_dtype,
     without_variant,
 )
-from .noise_schedule import scheduler_of, with_said_otherwise
+from .noise_schedule import scheduler_of, with_overrides
 from .pipeline_folder import (
     INDEX,
     UNREADABLE,
@@ -302,20 +302,20 @@ class LocalModel:
             files[_SCHEDULER] = self._scheduler_config(config)
         return files
 
-    def scheduler_as_said(self, scheduler: SchedulerMixin) -> SchedulerMixin:
+    def overridden_scheduler(self, scheduler: SchedulerMixin) -> SchedulerMixin:
         """The model's scheduler, with what is to be taken otherwise than it says."""
-        return with_said_otherwise(scheduler, self.reference.prediction_type, self.reference.rescale_betas_zero_snr)
+        return with_overrides(scheduler, self.reference.prediction_type, self.reference.rescale_betas_zero_snr)
 
     def _scheduler_config(self, file: Path) -> bytes:
         """The config of the scheduler as it is said to be; what it says besides stays."""
         what = f"The scheduler's config of {self.name_or_path!r}"
         was = read_json(file, what)
-        scheduler = self.scheduler_as_said(scheduler_of(was, what))
-        said = {"prediction_type": scheduler.config.prediction_type, "_class_name": type(scheduler).__name__}
+        scheduler = self.overridden_scheduler(scheduler_of(was, what))
+        changes = {"prediction_type": scheduler.config.prediction_type, "_class_name": type(scheduler).__name__}
         if self.reference.rescale_betas_zero_snr:
             names = ("rescale_betas_zero_snr", "timestep_spacing", "clip_sample")
-            said |= {name: scheduler.config[name] for name in names if name in scheduler.config}
-        return to_bytes({**was, **said})
+            changes |= {name: scheduler.config[name] for name in names if name in scheduler.config}
+        return to_bytes({**was, **changes})
 
     def predicts(self) -> str | None:
         """What the model's own files say that its network predicts; `None` if they hold no scheduler.

@@ -15,7 +15,7 @@ import torch
 from ..hub.files import inside, known_sha256, read_json, sha256_of, write_json
 from ..hub.repository import HubError, is_repo_id
 from .model_files import locate
-from .noise_schedule import with_said_otherwise
+from .noise_schedule import with_overrides
 from .original_layout import (
     SUPPORTED,
     convert,
@@ -137,26 +137,26 @@ def to_folder(name: str, config: str | None, revision: str | None, cache_dir: st
     shapes, dtypes = read_header(file, name)
     kind = kind_of(shapes, name)
     configs = _config_folder(config, shapes, cache_dir)
-    declared = read_index(configs, f"the config of {name}").get("_class_name")
-    if declared != SUPPORTED[kind]:
+    class_name = read_index(configs, f"the config of {name}").get("_class_name")
+    if class_name != SUPPORTED[kind]:
         raise ValueError(
-            f"{name} is a checkpoint of a {SUPPORTED[kind]}, but the config {config!r} is of a {declared}. Pass the folder "
+            f"{name} is a checkpoint of a {SUPPORTED[kind]}, but the config {config!r} is of a {class_name}. Pass the folder "
             "or Hub id of a pipeline of its kind with --single_file_config."
         )
-    sha256, said = known_sha256(file), not_in_config(settings_in(file, kind, name), configs, name)
-    content = f"{sha256} {_digest(configs)}" + (f" {sorted(said.items())}" if said else "")
+    sha256, declared = known_sha256(file), not_in_config(settings_in(file, kind, name), configs, name)
+    content = f"{sha256} {_digest(configs)}" + (f" {sorted(declared.items())}" if declared else "")
 
     def write(draft: Path) -> None:
         plain = draft.with_suffix(".plain.safetensors")
         try:
             pipeline = convert(readable_copy(file, plain, name), kind, configs, shapes, dtypes, name)
-            pipeline.scheduler = with_said_otherwise(
-                pipeline.scheduler, said.get("prediction_type"), said.get("rescale_betas_zero_snr", False)
+            pipeline.scheduler = with_overrides(
+                pipeline.scheduler, declared.get("prediction_type"), declared.get("rescale_betas_zero_snr", False)
             )
             save_portable(pipeline, draft)
         finally:
             plain.unlink(missing_ok=True)
-        note = {"file": os.path.basename(file), "sha256": sha256, "kind": kind, "said": said}
+        note = {"file": os.path.basename(file), "sha256": sha256, "kind": kind, "said": declared}
         write_json(draft / "single_file.json", note)
 
     return made_once(content, name, write, cache_dir)

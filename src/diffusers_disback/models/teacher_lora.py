@@ -268,8 +268,8 @@ def _adapter_config(header: dict[str, str], lora: str) -> dict[str, Any]:
     """
     if _METADATA not in header:
         return {}
-    said = parse_json(header[_METADATA], f"The header of the LoRA {lora!r}")
-    own = {key.removeprefix("unet."): value for key, value in said.items() if key.startswith("unet.")} or said
+    declared = parse_json(header[_METADATA], f"The header of the LoRA {lora!r}")
+    own = {key.removeprefix("unet."): value for key, value in declared.items() if key.startswith("unet.")} or declared
     more = [name for name in ("use_dora", "lora_bias", "modules_to_save", "use_qalora") if own.get(name)]
     if more or own.get("bias", "none") != "none":
         raise ValueError(
@@ -303,10 +303,12 @@ def _scale(name: str, layer: _Layer, config: dict[str, Any], lora: str) -> float
         return alpha / max(rank, 1)
     if "r" not in config:
         return 1.0
-    said = _of_pattern(config.get("rank_pattern") or {}, name, config["r"], lora)
-    alpha = _of_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha") or said, lora)
-    if said != rank:
-        raise ValueError(f"The header of the LoRA {lora!r} says rank {said} of {name}, but its tensors have {rank}.")
+    declared = _of_pattern(config.get("rank_pattern") or {}, name, config["r"], lora)
+    alpha = _of_pattern(config.get("alpha_pattern") or {}, name, config.get("lora_alpha") or declared, lora)
+    if declared != rank:
+        raise ValueError(
+            f"The header of the LoRA {lora!r} says rank {declared} of {name}, but its tensors have {rank}."
+        )
     return alpha / (rank**0.5 if config.get("use_rslora") else max(rank, 1))
 
 

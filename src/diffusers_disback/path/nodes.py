@@ -240,9 +240,9 @@ class PathNodes:
         for key in ("prediction_type", "rescale_betas_zero_snr"):
             was, is_ = self.manifest["teacher"].get(key) or None, getattr(self.teacher, key) or None
             if was != is_:
-                said = [f"with --{key} {value}" if value else f"without --{key}" for value in (was, is_)]
+                flags = [f"with --{key} {value}" if value else f"without --{key}" for value in (was, is_)]
                 raise ValueError(
-                    f"The path in {self.where} was recorded {said[0]}, but is to be replayed {said[1]}: its nodes "
+                    f"The path in {self.where} was recorded {flags[0]}, but is to be replayed {flags[1]}: its nodes "
                     "belong to another schedule. Pass what it was recorded with, or record another path with stage 1."
                 )
 
@@ -277,8 +277,8 @@ class PathNodes:
             file = inside(folder, f"{self.denoiser}/{name}", f"{MANIFEST} of {self.where}")
             if not file.is_file():
                 raise ValueError(f"node {index} is incomplete: {file} is missing. Record or pull the path again.")
-            told = file.stat()
-            seen = file, told.st_size, told.st_mtime_ns, sha256
+            status = file.stat()
+            seen = file, status.st_size, status.st_mtime_ns, sha256
             if seen not in self._sound and sha256_of(file) != sha256:
                 raise ValueError(f"node {index} is damaged: {file} is not what was recorded (SHA-256 differs).")
             self._sound.add(seen)

@@ -26,11 +26,11 @@ def seal(folder: Path, state: dict[str, Any]) -> None:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     with ThreadPoolExecutor(_READERS) as readers:
         hashes = list(readers.map(_stored, files))
-    told = {
+    recorded = {
         file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": sha256}
         for file, sha256 in zip(files, hashes, strict=True)
     }
-    write_json(folder / SEAL, {"format_version": 1, "files": told})
+    write_json(folder / SEAL, {"format_version": 1, "files": recorded})
 
 
 def is_sealed(folder: Path) -> bool:
@@ -53,18 +53,18 @@ def damage(folder: Path, sizes_only: bool = False) -> str | None:
         files = read_json(folder / SEAL, SEAL).get("files")
         if not isinstance(files, dict) or STATE not in files:
             return f"{SEAL} does not say what belongs to it"
-        expected = {inside(folder, name, SEAL): told for name, told in files.items()}
-        for file, told in expected.items():
+        expected = {inside(folder, name, SEAL): recorded for name, recorded in files.items()}
+        for file, recorded in expected.items():
             if not file.is_file():
                 return f"{file.relative_to(folder)} is missing"
             size = file.stat().st_size
-            if size != told["size"]:
-                return f"{file.relative_to(folder)} has {size} bytes in place of {told['size']}"
+            if size != recorded["size"]:
+                return f"{file.relative_to(folder)} has {size} bytes in place of {recorded['size']}"
         if sizes_only:
             return None
         with ThreadPoolExecutor(_READERS) as readers:
-            for (file, told), sha256 in zip(expected.items(), readers.map(sha256_of, expected), strict=True):
-                if sha256 != told["sha256"]:
+            for (file, recorded), sha256 in zip(expected.items(), readers.map(sha256_of, expected), strict=True):
+                if sha256 != recorded["sha256"]:
                     return f"{file.relative_to(folder)} was changed (its SHA-256 differs)"
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"

@@ -51,10 +51,10 @@ def stages_of(config: DisBackConfig) -> dict[str, dict[str, Any]]:
 
 def check_folder(name: str, place: str) -> None:
     """Raises a `ValueError` unless a setting's folder is one, or can be made."""
-    there = next(folder for folder in (Path(place), *Path(place).absolute().parents) if os.path.lexists(folder))
-    if not there.is_dir():
+    parent = next(folder for folder in (Path(place), *Path(place).absolute().parents) if os.path.lexists(folder))
+    if not parent.is_dir():
         raise ValueError(
-            f"--{name} {place} is no folder and cannot be made: {there} is {'a file' if there.is_file() else 'none'}. "
+            f"--{name} {place} is no folder and cannot be made: {parent} is {'a file' if parent.is_file() else 'none'}. "
             "Name another."
         )
 

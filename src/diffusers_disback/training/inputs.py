@@ -160,9 +160,8 @@ def condition_source(
     state.print(why, file=sys.stderr)
     if state.is_main_process:
         for texts, what in ((prompts, "prompts"), (config.validation_prompts, "validation prompts")):
-            told = truncation(teacher.tokenizers, texts, what)
-            if told:
-                print(told, file=sys.stderr)
+            if message := truncation(teacher.tokenizers, texts, what):
+                print(message, file=sys.stderr)
     if not on_disk:
         return PromptConditions(prompts, encode, capacity=0 if config.cache_conditions == "off" else CAPACITY)
     with state.main_process_first(), writing(folder):

@@ -36,11 +36,11 @@ def decided_by_main(decide: Callable[[], T]) -> T:
             decided = decide()
         except (ValueError, OSError) as error:
             problem = error
-    decided, told = broadcast_object_list([decided, problem and str(problem)])
+    decided, message = broadcast_object_list([decided, problem and str(problem)])
     if problem is not None:
         raise problem
-    if told is not None:
-        raise ValueError(told)
+    if message is not None:
+        raise ValueError(message)
     return decided
 
 

@@ -124,8 +124,8 @@ class RunFolder:
         folder = Path(resume)
         looks_right = any((folder / name).exists() for name in ("stage.json", "files.json"))
         if not looks_right or folder.resolve().parent.parent != self.stage_folder("").resolve():
-            there = [str(f) for stage in _RESULTS for f in self.checkpoints(stage)]
-            raise ValueError(f"{resume} is no checkpoint of this run. It has {', '.join(there) or 'none'}.")
+            existing = [str(f) for stage in _RESULTS for f in self.checkpoints(stage)]
+            raise ValueError(f"{resume} is no checkpoint of this run. It has {', '.join(existing) or 'none'}.")
 
     def checkpoint_to_resume(self, stage: str, resume: str | None) -> Path | None:
         """The checkpoint that `--resume_from_checkpoint` means for this stage, if there is one; all of its files are as
@@ -152,8 +152,8 @@ class RunFolder:
         for folder in reversed(self.checkpoints(stage)):
             problem = damage(folder)
             if problem is None:
-                for told in problems:
-                    print(f"{stage}: {told}; {folder.name} is taken instead.", file=sys.stderr)
+                for message in problems:
+                    print(f"{stage}: {message}; {folder.name} is taken instead.", file=sys.stderr)
                 return _told_if_unsealed(folder)
             problems.append(f"{folder} is damaged: {problem}")
         if problems:

@@ -102,9 +102,9 @@ def _scalar(node: yaml.Node, what: str) -> Any:
 
 def write_settings(file: Path, settings: Settings) -> None:
     """Writes down settings as `read_settings` reads them: without secrets, and without where a run was resumed from."""
-    told, parts = values(settings), []
+    current, parts = values(settings), []
     for group, own in groups(type(settings)).items():
-        given = {one.name: told[one.name] for one in own if told.get(one.name) is not None}
+        given = {one.name: current[one.name] for one in own if current.get(one.name) is not None}
         given.pop("resume_from_checkpoint", None)
         if given:
             text = yaml.dump(given, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)

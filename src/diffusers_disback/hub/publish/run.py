@@ -152,11 +152,11 @@ def push_run(
     files[REPORT] = to_bytes(published_report(report))
     if path is None:
         settings = RunFolder(folder).settings() or report["settings"]
-        said = ModelReference(
+        declared = ModelReference(
             settings["pretrained_model_name_or_path"], vae=settings.get("pretrained_vae_model_name_or_path")
         )
         reference = teacher.reference if isinstance(teacher, LocalModel) else teacher
-        check_teacher_may_be_shared(reference or said, repository)  # as the path does of its own
+        check_teacher_may_be_shared(reference or declared, repository)  # as the path does of its own
     else:
         files[MANIFEST] = to_bytes(path.push_nodes(repository, claim=not create_pr))
     message = commit_message or "Add the one-step student"

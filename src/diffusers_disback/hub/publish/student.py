@@ -73,10 +73,10 @@ def save_student(
         with signal_handler().held():
             (folder / INDEX).unlink(missing_ok=True)
             for item in sorted(draft.iterdir(), key=lambda item: item.name == INDEX):
-                there = folder / item.name
-                if there.is_dir():
-                    os.replace(there, draft / f"{item.name}.before")
-                os.replace(item, there)
+                existing = folder / item.name
+                if existing.is_dir():
+                    os.replace(existing, draft / f"{item.name}.before")
+                os.replace(item, existing)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -127,12 +127,12 @@ def results(folder: Path) -> dict[str, int]:
 def missing_results(folder: Path, report: dict[str, Any]) -> list[str]:
     """What of a run's results is not there, or not whole, by its report. Texts and images may have been changed since."""
     basics = [INDEX, CARD, f"{component_of(report)}/config.json"] if "student" in report else []
-    told = report.get("files") or dict.fromkeys(basics)  # older versions did not list them
+    sizes = report.get("files") or dict.fromkeys(basics)  # older versions did not list them
     missing = []
-    for name, size in told.items():
+    for name, size in sizes.items():
         file = inside(folder, name, f"{REPORT} of {folder}")
-        there = file.stat().st_size if file.is_file() else 0
-        if there == 0 != size or (name.endswith(".safetensors") and there != size):
+        actual = file.stat().st_size if file.is_file() else 0
+        if actual == 0 != size or (name.endswith(".safetensors") and actual != size):
             missing.append(name)
     return missing
 
