@@ -5,7 +5,7 @@ from typing import Any
 
 from ..hub.files import inside, read_json
 from ..hub.published import REPORT
-from ..path.manifest import check_fields, is_component, is_count, is_number, is_record, is_text, is_text_or_none
+from ..path.manifest import Kinds, check_fields, is_component, is_count, is_number
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -28,56 +28,56 @@ def check_report(report: dict[str, Any], what: str) -> None:
     Raises:
         ValueError: With the first that is missing or wrong.
     """
-    check_fields(
-        report, {"files?": _are_counts, "component?": is_component, "stages?": is_record, "settings?": is_record}, what
-    )
+    check_fields(report, {"files?": _are_counts, "component?": is_component, "stages?": dict, "settings?": dict}, what)
     has_student = "student" in report
     if has_student:
         check_fields(report, _OF_A_STUDENT, what)
     stages = report.get("stages", {})
     measures = {name: report[name] for name in ("floor", "teacher", "initial", "student") if name in report}
     for name, values in [*measures.items(), *stages.items()]:
-        if not is_record(values) or not all(type(v) is float or is_number(v) for v in values.values()):
+        if not isinstance(values, dict) or not all(type(v) is float or is_number(v) for v in values.values()):
             raise ValueError(f"{what} is not as its format says: {name!r} holds no numbers by name.")
     for name, stage in stages.items():
         check_fields(stage, {"steps": is_count, "seconds": is_number, "peak_memory_mb": is_number}, f"{what}, {name},")
     needed = _OF_SETTINGS if has_student else {f"{name}?": kind for name, kind in _OF_SETTINGS.items()}
-    check_fields(report.get("settings", {}), {**needed, "degradation_path?": is_text_or_none}, what)
+    check_fields(report.get("settings", {}), {**needed, "degradation_path?": str | None}, what)
     if not has_student:
         return
     check_fields(report["evaluation"], _OF_AN_EVALUATION, what)
     for name, metric in report["evaluation"].get("metrics", {}).items():
-        check_fields(metric if is_record(metric) else {}, _OF_A_METRIC, f"{what}, {name},")
-    check_fields(report["versions"], {"diffusers_disback": is_text}, what)
+        check_fields(metric if isinstance(metric, dict) else {}, _OF_A_METRIC, f"{what}, {name},")
+    check_fields(report["versions"], {"diffusers_disback": str}, what)
     if report["path"] is not None:
-        kinds = {"id": is_text, "num_nodes": is_count, "repo_id?": is_text}
-        check_fields(report["path"], kinds | ({"commit": is_text} if "repo_id" in report["path"] else {}), what)
+        kinds: Kinds = {"id": str, "num_nodes": is_count, "repo_id?": str}
+        check_fields(report["path"], {**kinds, **({"commit": str} if "repo_id" in report["path"] else {})}, what)
 
 
 def _are_counts(value: Any) -> bool:
-    return is_record(value) and all(map(is_count, value.values()))
+    return isinstance(value, dict) and all(map(is_count, value.values()))
 
 
 def _are_names(value: Any) -> bool:
-    return is_record(value) and all(isinstance(names, list) and all(map(is_text, names)) for names in value.values())
+    return isinstance(value, dict) and all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in value.values()
+    )
 
 
-_OF_A_STUDENT = {
-    **dict.fromkeys(("evaluation", "settings", "teacher_card", "teacher", "stages", "machine", "versions"), is_record),
-    **dict.fromkeys(("example_prompt", "pipeline_class", "command"), is_text),
-    **{"resolution": is_count, "seed": is_number, "path": lambda value: value is None or is_record(value)},
+_OF_A_STUDENT: Kinds = {
+    **dict.fromkeys(("evaluation", "settings", "teacher_card", "teacher", "stages", "machine", "versions"), dict),
+    **dict.fromkeys(("example_prompt", "pipeline_class", "command"), str),
+    **{"resolution": is_count, "seed": is_number, "path": dict | None},
     "behind?": _are_names,  # reports of earlier versions have neither this nor metrics
 }
-_OF_AN_EVALUATION = {
-    "name": is_text,
-    "type": is_text,
+_OF_AN_EVALUATION: Kinds = {
+    "name": str,
+    "type": str,
     "num_pictures": is_count,
     "seed": is_number,
-    "metrics?": is_record,
+    "metrics?": dict,
 }
-_OF_A_METRIC = {"label": is_text, "panel": is_text, "direction": lambda value: value in ("higher", "lower", "zero")}
-_OF_SETTINGS = {
-    **{"pretrained_model_name_or_path": is_text, "output_dir": is_text, "conditioning_timestep": is_count},
-    **dict.fromkeys(("revision", "variant", "generator_model_name_or_path", "teacher_lora"), is_text_or_none),
-    **dict.fromkeys(("pretrained_vae_model_name_or_path", "single_file_config"), is_text_or_none),
+_OF_A_METRIC: Kinds = {"label": str, "panel": str, "direction": lambda value: value in ("higher", "lower", "zero")}
+_OF_SETTINGS: Kinds = {
+    **{"pretrained_model_name_or_path": str, "output_dir": str, "conditioning_timestep": is_count},
+    **dict.fromkeys(("revision", "variant", "generator_model_name_or_path", "teacher_lora"), str | None),
+    **dict.fromkeys(("pretrained_vae_model_name_or_path", "single_file_config"), str | None),
 }

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from ..hub.files import read_json
@@ -14,7 +15,9 @@ from ..training.settings.groups import DataSettings, ModelSettings
 FORMAT_VERSION = 2
 _READ = (1, FORMAT_VERSION)  # version 1 had no `component`: its denoisers were all UNets
 MANIFEST = "path.json"
-Kinds = Mapping[str, Callable[[Any], bool]]
+Kinds = Mapping[str, type | UnionType | Callable[[Any], bool]]
+"""What fields of JSON have to be: a type, or a function that says whether a value is right."""
+
 ADAPTER = "pytorch_lora_weights.safetensors"
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -71,7 +74,7 @@ def check_manifest(manifest: Any, where: str, pinned: bool) -> None:
     component: Kinds = {"component?": lambda value: value == "unet"} if version == 1 else {"component": is_component}
     check_fields(manifest, {**_FIELDS, **component}, what)
     if manifest["complete"] or "cost" in manifest:
-        check_fields(manifest, {"cost": is_record}, what)
+        check_fields(manifest, {"cost": dict}, what)
         check_fields(manifest["cost"], {"steps": is_count, "seconds": is_number, "peak_memory_mb": is_number}, what)
     check_fields(manifest["teacher"], _TEACHER, f"{what} of its teacher")
     check_fields(manifest["generator"], _GENERATOR, f"{what} of the student's start")
@@ -84,7 +87,7 @@ def check_manifest(manifest: Any, where: str, pinned: bool) -> None:
 
 
 def _check_node(node: Any, what: str, pinned: bool) -> None:
-    if not is_record(node) or not is_text(node.get("name")):
+    if not isinstance(node, dict) or not isinstance(node.get("name"), str):
         raise ValueError(f"{what} as {shown(node)}, which is none.")
     if not is_count(node.get("step")) or node["name"] != name_of(node["step"]):
         raise ValueError(
@@ -95,7 +98,7 @@ def _check_node(node: Any, what: str, pinned: bool) -> None:
     if node.get("kind") not in ("full", "adapter"):
         raise ValueError(f"{what} of kind {shown(node.get('kind'))}; kinds are full and adapter.")
     files = node.get("files")
-    if not is_record(files) or not files:
+    if not isinstance(files, dict) or not files:
         raise ValueError(f"{what} without files.")
     for name, sha256 in files.items():
         if not _FILE.fullmatch(name) or len(name) > 200 or not is_sha256(sha256):
@@ -107,9 +110,7 @@ def _check_node(node: Any, what: str, pinned: bool) -> None:
         isinstance(bands, list) and all(map(is_number, bands)) for bands in node["mismatch"].values()
     ):
         raise ValueError(f"{what} with the mismatch {shown(node['mismatch'])}, which is no lists of numbers by name.")
-    if pinned and not (
-        node.get("branch") == node["name"] and is_text(node.get("commit")) and _COMMIT.fullmatch(node["commit"])
-    ):
+    if pinned and not (node.get("branch") == node["name"] and _is_text_of(_COMMIT, node.get("commit"))):
         raise ValueError(
             f"{what} at branch {shown(node.get('branch'))}, commit {shown(node.get('commit'))}, which cannot be."
         )
@@ -129,7 +130,9 @@ def check_fields(content: dict[str, Any], fields: Kinds, what: str) -> None:
         if key not in content:
             if key == name:
                 raise ValueError(f"{what} is not as its format says: {key!r} is missing.")
-        elif not is_right(content[key]):
+        elif not (
+            isinstance(content[key], is_right) if isinstance(is_right, type | UnionType) else is_right(content[key])
+        ):
             raise ValueError(f"{what} is not as its format says: {key!r} cannot be {shown(content[key])}.")
 
 
@@ -137,16 +140,6 @@ def shown(value: Any) -> str:
     """A value of somebody else for a message, cut off."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-def is_text(value: Any) -> bool:
-    """A `str`."""
-    return isinstance(value, str)
-
-
-def is_text_or_none(value: Any) -> bool:
-    """A `str`, or nothing."""
-    return value is None or is_text(value)
 
 
 def is_number(value: Any) -> bool:
@@ -159,46 +152,40 @@ def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def is_flag(value: Any) -> bool:
-    """`True` or `False`."""
-    return isinstance(value, bool)
-
-
-def is_record(value: Any) -> bool:
-    """A `dict`, which in JSON has texts as keys."""
-    return isinstance(value, dict)
-
-
 def is_sha256(value: Any) -> bool:
     """A SHA-256 in hexadecimal."""
-    return is_text(value) and _SHA256.fullmatch(value) is not None
+    return _is_text_of(_SHA256, value)
 
 
 def is_component(value: Any) -> bool:
     """The name of a pipeline's component, which is a folder's, too."""
-    return is_text(value) and _COMPONENT.fullmatch(value) is not None
+    return _is_text_of(_COMPONENT, value)
 
 
-_FIELDS = {
-    "id": is_text,
-    "teacher": is_record,
-    "generator": is_record,
-    "recording": is_record,
-    "complete": is_flag,
-    "nodes": lambda value: isinstance(value, list),
+def _is_text_of(pattern: re.Pattern[str], value: Any) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+_FIELDS: Kinds = {
+    "id": str,
+    "teacher": dict,
+    "generator": dict,
+    "recording": dict,
+    "complete": bool,
+    "nodes": list,
 }
-_TEACHER = {
-    **{"name_or_path": is_text, "sha256": is_sha256},
-    **dict.fromkeys(("revision", "variant", "commit"), is_text_or_none),
-    **{f"{name}?": is_text_or_none for name in ("prediction_type", "vae", "lora", "single_file_config")},
+_TEACHER: Kinds = {
+    **{"name_or_path": str, "sha256": is_sha256},
+    **dict.fromkeys(("revision", "variant", "commit"), str | None),
+    **{f"{name}?": str | None for name in ("prediction_type", "vae", "lora", "single_file_config")},
 }
-_GENERATOR = {"name_or_path": is_text_or_none, "sha256": is_sha256, "conditioning_timestep": is_count}
-_NODE = {
+_GENERATOR: Kinds = {"name_or_path": str | None, "sha256": is_sha256, "conditioning_timestep": is_count}
+_NODE: Kinds = {
     "loss": is_number,
     "dtype": lambda value: value in ("float32", "float16", "bfloat16", "float64"),
     "bytes": is_count,
     "rounding_error?": is_number,
-    "mismatch?": is_record,
-    "branch?": is_text,
-    "commit?": is_text,
+    "mismatch?": dict,
+    "branch?": str,
+    "commit?": str,
 }
