@@ -154,7 +154,7 @@ def test_a_start_may_be_a_file(checkpoint, run, tmp_path):
 
 def test_a_conversion_that_was_broken_off_is_done_again(checkpoint, tmp_path, monkeypatch):
     pipe, file = checkpoint("v1")
-    arguments = (str(file), str(tmp_path / "config"), None, str(tmp_path / "cache"))
+    arguments = (SingleFile(str(file)), str(file), str(tmp_path / "config"), None, str(tmp_path / "cache"))
 
     def broken_off(*_):
         raise KeyboardInterrupt
@@ -239,7 +239,7 @@ def test_a_file_is_taken_at_its_word(checkpoint, tmp_path):
 def converted(tmp_path, file):
     """The folder's pipeline, in a cache of its own."""
     cache = tmp_path / f"cache-{len(list(tmp_path.iterdir()))}"
-    folder = single_file.to_folder(str(file), str(tmp_path / "config"), None, str(cache))
+    folder = single_file.to_folder(SingleFile(str(file)), str(file), str(tmp_path / "config"), None, str(cache))
     assert sorted(path.suffix for path in folder.parent.iterdir()) == ["", ".lock"], "nothing else is left"
     return DiffusionPipeline.from_pretrained(folder)
 
@@ -332,7 +332,7 @@ def test_a_file_may_have_any_name(checkpoint, tmp_path):
 
 def test_a_cache_that_cannot_be_written_to_is_read(checkpoint, tmp_path, monkeypatch):
     pipe, file = checkpoint("v1")
-    arguments = (str(file), str(tmp_path / "config"), None, str(tmp_path / "cache"))
+    arguments = (SingleFile(str(file)), str(file), str(tmp_path / "config"), None, str(tmp_path / "cache"))
     folder = single_file.to_folder(*arguments)
 
     def refuse(path, *_, **__):
@@ -347,10 +347,10 @@ def test_a_cache_that_cannot_be_written_to_is_read(checkpoint, tmp_path, monkeyp
         with pytest.raises(
             ValueError, match="cannot be written to .*single_files .Read-only file system.*--cache_dir"
         ):
-            single_file.to_folder(*arguments[:3], str(tmp_path / "other"))
+            single_file.to_folder(*arguments[:4], str(tmp_path / "other"))
     (tmp_path / "taken").write_text("a file in the folder's place")
     with pytest.raises(ValueError, match="cannot be written to .*taken.*--cache_dir"):
-        single_file.to_folder(*arguments[:3], str(tmp_path / "taken"))
+        single_file.to_folder(*arguments[:4], str(tmp_path / "taken"))
 
 
 # On the Hub ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..training.settings.fields import named
 from ..training.settings.groups import LoggingSettings
-from .files import parse_json, read_json, to_bytes, write_json
+from .files import parse_json, read_json, to_bytes, write_text
 
 
 REPORT = "report.json"
@@ -134,11 +134,9 @@ def _published_config(path: str, content: Path | bytes) -> Path | bytes:
 def clean_configs(folder: Path) -> None:
     """Takes out of the configs in a folder that was just written where on this machine what is in it came from."""
     for file in folder.glob("*.json"):
-        if _CONFIG.fullmatch(file.name):
-            config = read_json(file)
-            told = _without_places(config)
-            if told != config:
-                write_json(file, told)
+        content = _published_config(file.as_posix(), file)
+        if isinstance(content, bytes):
+            write_text(file, content.decode())
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:

@@ -318,17 +318,13 @@ def write_adapter(network: "ModelMixin", adapter: str, folder: Path) -> None:
         adapter (`str`): Its name.
         folder (`Path`): Made if it is not there; `load_lora_adapter(folder, prefix=None, use_safetensors=True)` reads it.
     """
-    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
     from peft import get_peft_model_state_dict
 
-    text = adapter_text(network.peft_config[adapter].to_dict())
-    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: text}
     weights = get_peft_model_state_dict(network, adapter_name=adapter)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_weights({k: tensor.contiguous() for k, tensor in weights.items()}, folder / LORA_WEIGHT_NAME_SAFE, metadata)
+    save_lora(weights, network.peft_config[adapter], folder, None)
 
 
-def save_lora(weights: dict[str, Tensor], config: "LoraConfig", folder: str | Path, denoiser: str) -> Path:
+def save_lora(weights: dict[str, Tensor], config: "LoraConfig", folder: str | Path, denoiser: str | None) -> Path:
     """Writes an adapter for `pipe.load_lora_weights(folder)`: peft's own names, with rank and alpha beside them.
 
     What diffusers' `save_lora_weights` writes, but for the metadata, which there are in an order that changes.
@@ -340,13 +336,13 @@ def save_lora(weights: dict[str, Tensor], config: "LoraConfig", folder: str | Pa
         weights (`dict[str, Tensor]`): In peft's names.
         config (`LoraConfig`): Of the adapter.
         folder (`str` or `Path`): Made if it is not there.
-        denoiser (`str`): The pipeline's component that is adapted.
+        denoiser (`str`, *optional*): The pipeline's component that is adapted; `None` for an adapter of a network alone.
     """
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 
-    file = Path(folder, LORA_WEIGHT_NAME_SAFE)
+    file, prefix = Path(folder, LORA_WEIGHT_NAME_SAFE), "" if denoiser is None else f"{denoiser}."
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = adapter_text({f"{denoiser}.{key}": value for key, value in config.to_dict().items()})
-    layers = {f"{denoiser}.{key}": value.contiguous().cpu() for key, value in weights.items()}
+    text = adapter_text({f"{prefix}{key}": value for key, value in config.to_dict().items()})
+    layers = {f"{prefix}{key}": value.contiguous().cpu() for key, value in weights.items()}
     save_weights(layers, file, {"format": "pt", LORA_ADAPTER_METADATA_KEY: text})
     return file

@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL
 
 from ..hub.files import known_sha256, read_json, sha256_of
@@ -11,12 +10,11 @@ from .components import meta_model
 from .model_files import locate
 from .original_layout import OF_VAE, check_no_tensor_is_missing, check_numbers, to_precision_of
 from .pipeline_folder import UNREADABLE, check_shards, files_of, of_variants, variant_taken
-from .single_file import file_named, made_once, single_file_of
-from .weights import layout_of, save_weights
+from .single_file import made_once, single_file_of
+from .weights import NO_PICKLES, PICKLES, layout_of, save_weights
 
 
 _STEM = "diffusion_pytorch_model"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _PREFIXES = ("first_stage_model.", "vae.", "")  # of its names in one file
 # In one file, beside an autoencoder's own weights in the original layout: those of its training.
 _OF_TRAINING = ("loss.", "model_ema.")
@@ -34,8 +32,9 @@ def autoencoder_folder(name: str, variant: str | None, config: Path, cache_dir: 
     Raises:
         ValueError: If there is none, it is pickled, it has weights of another variant alone, or it is no AutoencoderKL.
     """
-    if single_file_of(name) is not None:
-        return _converted(name, config, cache_dir)
+    source = single_file_of(name)
+    if source is not None:
+        return _converted(source.fetch(None, cache_dir), name, config, cache_dir)
     root, chosen = locate(name, None, lambda names: _choose(names, variant, name), cache_dir)
     folder, what = (root / chosen[0]).parent, f"the autoencoder {name!r}"
     files_of(folder, what, root)
@@ -70,50 +69,21 @@ def _choose(names: list[str], variant: str | None, name: str) -> list[str]:
             f"The autoencoder {name} has weights of the variant {' and '.join(sorted(filter(None, variants)))} alone: pass "
             f"--variant {first}, or the file itself, {variants[first][-1].name}."
         )
-    pickled = [file.name for file in own if file.suffix in _PICKLES]
+    pickled = [file.name for file in own if file.suffix in PICKLES]
     if pickled:
-        raise ValueError(
-            f"The autoencoder {name} is there as a pickle alone ({', '.join(pickled[:3])}). Pickles can run code when they are "
-            "read, and are not; find or make a safetensors version of it."
-        )
+        raise ValueError(f"The autoencoder {name} is there as a pickle alone ({', '.join(pickled[:3])}). {NO_PICKLES}")
     raise ValueError(f"The autoencoder {name} has no weights: there is no {_STEM}.safetensors beside its config.json.")
 
 
 def variant_of(folder: Path, variant: str | None) -> str | None:
     """The variant that is taken of the weights in a folder: the one that is asked for, if it is there."""
-    return variant_taken((file for file in folder.iterdir() if file.name.startswith(_STEM)), variant)
+    return variant_taken(folder.glob(f"{_STEM}*"), variant)
 
 
-def load_autoencoder(folder: Path, variant: str | None, name: str) -> AutoencoderKL:
-    """An autoencoder in float32, from what `autoencoder_folder` gave.
-
-    Raises:
-        ValueError: If it cannot be read, or its weights do not fit its own config in anything.
-    """
-    try:
-        vae, info = AutoencoderKL.from_pretrained(
-            folder,
-            variant=variant_of(folder, variant),
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except UNREADABLE as error:
-        raise ValueError(f"The autoencoder {name} cannot be loaded. {error}") from error
-    wrong = {kind: keys for kind, keys in info.items() if keys}
-    if wrong:
-        raise ValueError(f"The autoencoder {name} does not fit its own config: {wrong}.")
-    return vae
-
-
-def _converted(name: str, config: Path, cache_dir: str | None) -> Path:
+def _converted(file: Path, name: str, config: Path, cache_dir: str | None) -> Path:
     """One file as a folder, made once: it is named by the file's and the config's content."""
-    file = file_named(name).fetch(None, cache_dir)
     if file.suffix.lower() != ".safetensors":
-        raise ValueError(
-            f"The autoencoder {name} is no .safetensors file. Pickles can run code when they are read, and are not; find or "
-            "make a safetensors version of it."
-        )
+        raise ValueError(f"The autoencoder {name} is no .safetensors file. {NO_PICKLES}")
     shapes, types = layout_of(file)
     prefix = next(prefix for prefix in _PREFIXES if not prefix or any(key.startswith(prefix) for key in shapes))
     own = {key: shape for key, shape in shapes.items() if key.startswith(tuple(prefix + part for part in OF_VAE))}

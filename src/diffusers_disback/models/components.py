@@ -102,6 +102,29 @@ def _try_to_load(name: str, class_name: str, root: Path, variant: str | None) ->
         raise ValueError(f"its weights lack {len(info['missing_keys'])} tensors")
 
 
+def load_exactly(model_class: type[ModelMixin], folder: Path, what: str, **where: str | None) -> ModelMixin:
+    """A model of diffusers in float32, from safetensors.
+
+    Args:
+        model_class (`type`): Of the model.
+        folder (`Path`): With its config and weights.
+        what (`str`): It is, at the beginning of a sentence.
+        **where: Of `from_pretrained`: `subfolder`, `variant`.
+
+    Raises:
+        ValueError: If it cannot be read, or its weights do not fit its own config in anything.
+    """
+    exact: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
+    try:
+        model, info = model_class.from_pretrained(folder, torch_dtype=torch.float32, **exact, **where)
+    except UNREADABLE as error:
+        raise ValueError(f"{what} cannot be loaded. {error}") from error
+    wrong = {kind: keys for kind, keys in info.items() if keys}
+    if wrong:
+        raise ValueError(f"{what} does not fit its own config: {wrong}.")
+    return model
+
+
 def meta_model(model_class: type[ModelMixin], folder: Path, **where: str) -> ModelMixin:
     """A model of diffusers without weights, on the meta device, from its config.
 

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin
 from torch import nn
 
 from ..hub.files import inside, read_json, to_bytes
 from ..hub.repository import Files, HubError
-from .autoencoder import autoencoder_folder, load_autoencoder, variant_of
+from .autoencoder import autoencoder_folder, variant_of
 from .card import read_card
-from .components import has_weights, meta_model, parts_left_out, without_parts
+from .components import has_weights, load_exactly, meta_model, parts_left_out, without_parts
 from .model_files import (
     card_files,
     check_has_weights,
@@ -189,13 +188,12 @@ class ModelReference:
 
     def _place(self, cache_dir: str | None) -> tuple[str, str | None]:
         """A folder or a Hub id, and its revision: a checkpoint in one file is made into a folder, once."""
-        if single_file_of(self.name_or_path) is None:
-            return self.name_or_path, self.revision
+        name, source = self.name_or_path, single_file_of(self.name_or_path)
+        if source is None:
+            return name, self.revision
         if self.variant is not None:
-            raise ValueError(
-                f"{self.name_or_path} is one file, which has no variants; leave --variant {self.variant} out."
-            )
-        return str(to_folder(self.name_or_path, self.single_file_config, self.revision, cache_dir)), None
+            raise ValueError(f"{name} is one file, which has no variants; leave --variant {self.variant} out.")
+        return str(to_folder(source, name, self.single_file_config, self.revision, cache_dir)), None
 
     def _locate(
         self, place: str, revision: str | None, choose: Callable[[list[str]], list[str]], cache_dir: str | None
@@ -331,10 +329,11 @@ class LocalModel:
         return read_card(self.card_folder or self.folder, self.name_or_path)
 
     def load_vae(self) -> nn.Module:
-        """The other autoencoder in float32; see `load_autoencoder`."""
+        """The other autoencoder in float32; see `load_exactly`."""
         if self.vae_folder is None or self.reference.vae is None:
             raise ValueError(f"No autoencoder takes the place of that of {self.name_or_path!r}.")
-        return load_autoencoder(self.vae_folder, self.reference.variant, self.reference.vae)
+        variant = variant_of(self.vae_folder, self.reference.variant)
+        return load_exactly(AutoencoderKL, self.vae_folder, f"The autoencoder {self.reference.vae}", variant=variant)
 
     def load_network(self, network_class: type[ModelMixin]) -> ModelMixin:
         """The model's denoiser in float32.
@@ -342,20 +341,8 @@ class LocalModel:
         Raises:
             ValueError: If it cannot be read, or its weights do not fit its own config in anything.
         """
-        try:
-            network, info = network_class.from_pretrained(
-                self.folder,
-                subfolder=self.network_name,
-                variant=self.reference.variant,
-                torch_dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except UNREADABLE as error:
-            raise ValueError(f"The {self._network} cannot be loaded. {error}") from error
-        wrong = {kind: keys for kind, keys in info.items() if keys}
-        if wrong:
-            raise ValueError(f"The {self._network} does not fit its own config: {wrong}.")
+        where = {"subfolder": self.network_name, "variant": self.reference.variant}
+        network = load_exactly(network_class, self.folder, f"The {self._network}", **where)
         self.fuse_lora(network)
         return owned(network, f"the {self._network}{self.with_lora}")
 

@@ -104,14 +104,6 @@ def single_file_of(name: str) -> SingleFile | None:
     return SingleFile(inside[2], inside[1]) if inside and ".." not in name else SingleFile(name)
 
 
-def file_named(name: str) -> SingleFile:
-    """The file that a name means; a `ValueError` if it means a folder or a repository."""
-    found = single_file_of(name)
-    if found is None:
-        raise ValueError(f"{name} is no file.")
-    return found
-
-
 def repo_of(name: str) -> str | None:
     """The repository on the Hub that a model's name means: its own, or that of a single file; `None` if it means none."""
     file = single_file_of(name)
@@ -120,11 +112,12 @@ def repo_of(name: str) -> str | None:
     return name if is_repo_id(name) else None
 
 
-def to_folder(name: str, config: str | None, revision: str | None, cache_dir: str | None) -> Path:
+def to_folder(source: SingleFile, name: str, config: str | None, revision: str | None, cache_dir: str | None) -> Path:
     """A checkpoint as a diffusers folder, made once: it is named by the file's and the config's content.
 
     Args:
-        name (`str`): Of a single file.
+        source (`SingleFile`): Where it lies.
+        name (`str`): What messages call it.
         config (`str`, *optional*): The folder or Hub id of a pipeline that says how the model is built; by default
             diffusers knows one on the Hub.
         revision (`str`, *optional*): Of a file on the Hub.
@@ -133,7 +126,7 @@ def to_folder(name: str, config: str | None, revision: str | None, cache_dir: st
     Raises:
         ValueError: If it is no checkpoint of a supported model, is pickled, or does not fit the config in anything.
     """
-    file = file_named(name).fetch(revision, cache_dir)
+    file = source.fetch(revision, cache_dir)
     shapes, dtypes = read_header(file, name)
     kind = kind_of(shapes, name)
     configs = _config_folder(config, shapes, cache_dir)

@@ -14,12 +14,11 @@ from ..hub.files import inside, parse_json
 from ..hub.repository import is_repo_id
 from .model_files import locate
 from .single_file import single_file_of
-from .weights import are_layers, metadata_of, read_weights
+from .weights import NO_PICKLES, PICKLES, are_layers, metadata_of, read_weights
 
 
 # The name by which diffusers saves one; it counts where several files are.
 _USUAL = "pytorch_lora_weights.safetensors"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _METADATA = "lora_adapter_metadata"  # of diffusers: the adapter's config, in the header
 
 # The two factors and the scale of a layer, as kohya's scripts, diffusers' older and its present layout, and peft end them.
@@ -124,16 +123,13 @@ def _the_one(names: list[str], lora: str) -> str:
             f"The LoRA {lora!r} holds {'several files' if at_root else 'none at its root, but'}: {shown}. Say which one is "
             f"meant, for example {lora.rstrip('/')}/{(at_root or found)[0]}."
         )
-    if any(name.endswith(_PICKLES) for name in names):
+    if any(name.endswith(PICKLES) for name in names):
         raise ValueError(_pickled(lora))
     raise ValueError(f"The LoRA {lora!r} cannot be read: there is no .safetensors file.")
 
 
 def _pickled(lora: str) -> str:
-    return (
-        f"The LoRA {lora!r} is no .safetensors file. Pickles can run code when they are read, and are not; find or make a "
-        "safetensors version of it."
-    )
+    return f"The LoRA {lora!r} is no .safetensors file. {NO_PICKLES}"
 
 
 def spellings(network: nn.Module) -> dict[str, str]:

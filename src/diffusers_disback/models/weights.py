@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from ..hub.files import FETCH, POINTER
 
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+NO_PICKLES = "Pickles can run code when they are read, and are not; find or make a safetensors version of it."
+
 HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
 """The half precisions, by their names in a file's header."""
 

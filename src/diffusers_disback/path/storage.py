@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..hub.files import inside
 from ..hub.repository import Files, HubError, Repository, write_files
@@ -10,23 +10,6 @@ from ..models.pipeline_folder import files_of
 
 
 logger = logging.getLogger(__name__)
-
-
-class Nodes(Protocol):
-    """The folders of nodes, each with its denoiser's folder and `node.json`."""
-
-    where: str
-    denoiser: str
-    downloaded: list[str]  # names, of what was not on this machine before
-
-    def fetch(self, node: dict[str, Any]) -> Path:
-        """Returns the folder of a node, after a download if need be."""
-
-    def copy(self, node: dict[str, Any], folder: Path) -> None:
-        """Writes a node's files into a new folder."""
-
-    def release(self, node: dict[str, Any]) -> None:
-        """Marks a node as not needed any more."""
 
 
 class FolderNodes:
@@ -44,9 +27,11 @@ class FolderNodes:
         self.downloaded: list[str] = []
 
     def fetch(self, node: dict[str, Any]) -> Path:
+        """Returns the folder of a node."""
         return inside(self.folder, node["name"], f"path.json of {self.where}")
 
     def copy(self, node: dict[str, Any], folder: Path) -> None:
+        """Writes a node's files into a new folder."""
         write_files(node_files(self.fetch(node), self.denoiser), folder)
 
     def release(self, node: dict[str, Any]) -> None:
@@ -99,6 +84,7 @@ class HubNodes:
         self._compare(nodes)
 
     def fetch(self, node: dict[str, Any]) -> Path:
+        """Returns the folder of a node, after a download if need be."""
         self._make_room(node)
         folder = self.repository.download(self._patterns, node["commit"], self.cache_dir)
         if node["name"] not in self._kept:
@@ -106,9 +92,11 @@ class HubNodes:
         return folder
 
     def copy(self, node: dict[str, Any], folder: Path) -> None:
+        """Writes a node's files into a new folder."""
         self.repository.download_to(folder, self._patterns, node["commit"])
 
     def release(self, node: dict[str, Any]) -> None:
+        """Marks a node as not needed any more."""
         self._released.append(node)
 
     @property
@@ -170,6 +158,10 @@ class HubNodes:
                     f"The branch {node['branch']} of {self.where} has moved from {node['commit'][:12]} to {head[:12]} "
                     "since the path was published. The published commit is used."
                 )
+
+
+Nodes = FolderNodes | HubNodes
+"""The folders of a path's nodes, each with its denoiser's folder and `node.json`."""
 
 
 def node_files(folder: Path, denoiser: str) -> Files:
