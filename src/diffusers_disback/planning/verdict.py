@@ -33,9 +33,9 @@ class Verdict:
         what = f"peak {self.peak / 1e9:.1f} GB of {self.device_memory / 1e9:g} GB on the device: "
         if self.fits:
             return what + f"fits, with {HEADROOM:.0%} kept free for what is not counted"
-        told = what + f"does not fit; {HEADROOM:.0%} are kept free for what is not counted"
+        text = what + f"does not fit; {HEADROOM:.0%} are kept free for what is not counted"
         peaks = "".join(f"\n  {flag}: {peak / 1e9:.1f} GB" for flag, peak in self.savings.items())
-        return told + (
+        return text + (
             f". The peak with one setting changed:{peaks}" if peaks else "; no setting that we know of helps"
         )
 
