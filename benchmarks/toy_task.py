@@ -77,9 +77,9 @@ REGIMES = {
     "low_sigma": Regime(asked=2.5, updates=600),
     "ring": Regime(dataset="ring", degradation_rate=5.0, reference=3),  # held out: docs/evidence.md
     # Rates by `python benchmarks/toy_task.py --tune`: docs/evidence.md, "Objectives, with and without a path".
-    "objective_dmd": Regime(),
-    "objective_sid": Regime(objective="sid"),
-    "objective_diff_instruct": Regime(objective="diff_instruct"),
+    "objective_dmd": Regime(fake_score_learning_rate=1e-3),
+    "objective_sid": Regime(objective="sid", generator_learning_rate=3e-4, fake_score_learning_rate=1e-3),
+    "objective_diff_instruct": Regime(objective="diff_instruct", fake_score_learning_rate=1e-3),
 }
 RATES = list(itertools.product((1e-4, 3e-4, 1e-3), (3e-4, 1e-3)))  # of generator and fake score, that are tuned over
 SMALL = Regime(
