@@ -13,6 +13,7 @@ from diffusers_disback.degradation import DegradationRecorder
 from diffusers_disback.families import family_of, network_name_of
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.models.weights import fingerprint
+from diffusers_disback.objectives import OBJECTIVES
 from diffusers_disback.path.path import DegradationPath
 from diffusers_disback.training.config import BacktrackingConfig, DegradationConfig, TrainingConfig
 from shapes.dataset import write_image_folder
@@ -75,6 +76,14 @@ def trainer(config, path, evaluate=None, images=None, **changes) -> Backtracking
     if config.has_discriminator and images is None:
         images = real_images(config, family)
     return BacktrackingTrainer(config, backtracking, family, generator, data, path, evaluate, images=images)
+
+
+def images_for(objective: str, folder: Path) -> dict[str, str]:
+    """The setting of an image folder, written here, for an objective that needs a discriminator."""
+    if not OBJECTIVES[objective]().needs_discriminator:
+        return {}
+    write_image_folder(folder, len(tiny.PROMPTS))
+    return {"train_data_dir": str(folder), "cache_dir": str(folder.with_name("cache"))}
 
 
 def real_images(config, family, **changes) -> RealImages:

@@ -18,7 +18,7 @@ from diffusers import (
 from peft import LoraConfig
 from safetensors.torch import save_file
 from script import student
-from stages import close, equal, weights
+from stages import close, equal, images_for, weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusers_disback import DisBackOneStepPipeline
@@ -117,7 +117,9 @@ def test_pictures_are_those_of_the_stock_pipeline(name, tmp_path):
 def test_every_teacher_is_distilled(run, tmp_path, name, prediction, objective):
     """Both stages by the script, without a flag that names a family; the result loads in its stock pipeline."""
     tiny.PIPELINES[name](prediction).save_pretrained(tmp_path / "teacher")
-    folder = run(pretrained_model_name_or_path=tmp_path / "teacher", objective=objective)
+    images = images_for(objective, tmp_path / "images")
+    prompts = {"prompts_file": None} if images else {}
+    folder = run(pretrained_model_name_or_path=tmp_path / "teacher", objective=objective, **images, **prompts)
     own, stock = DisBackOneStepPipeline.from_pretrained(folder), DiffusionPipeline.from_pretrained(folder)
     assert type(stock).__name__ in FAMILIES[name].pipeline_classes
     noise = torch.randn(1, 4, 8, 8)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from stages import close, equal, interrupted_at, record, recorder, trainer, training, weights
+from stages import close, equal, images_for, interrupted_at, record, recorder, trainer, training, weights
 
 from diffusers_disback.backtracking import BacktrackingTrainer
 from diffusers_disback.degradation import DegradationRecorder
@@ -152,7 +152,7 @@ def test_without_a_path_the_fake_score_starts_as_the_teacher(tmp_path):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_backtracking_moves_the_student_and_the_fake_score_and_nothing_else(tmp_path, path, objective):
-    stage = trainer(training(tmp_path, objective=objective), path)
+    stage = trainer(training(tmp_path, objective=objective, **images_for(objective, tmp_path / "images")), path)
     before = [weights(network) for network in (stage.student.unwrapped(), stage.fake_score.unwrapped())]
     teacher = weights(stage.family.network)
     student = stage.train()
