@@ -389,6 +389,7 @@ def baseline(tmp_path_factory, teacher_folder, prompts_file):
 
 def test_a_fall_of_the_mismatch_matters_where_it_falls(run):
     long = {"target_share": 1.0, "steps_per_target": 6, "max_train_steps": 12, "fake_score_learning_rate": 3e-2}
+    long |= {"conditioning_timestep": 399}
     hasty, patient = (student(run(f"{fall}", target_schedule=None, target_fall=fall, **long)) for fall in (1e-9, 1.0))
     assert not equal(hasty, patient)
 
