@@ -80,8 +80,16 @@ REGIMES = {
     "objective_dmd": Regime(fake_score_learning_rate=1e-3),
     "objective_sid": Regime(objective="sid", generator_learning_rate=3e-4, fake_score_learning_rate=1e-3),
     "objective_diff_instruct": Regime(objective="diff_instruct", fake_score_learning_rate=1e-3),
+    # The same, tuned again over more rates of the fake score, since the best had been the highest.
+    "tuned_dmd": Regime(generator_learning_rate=3e-4, fake_score_learning_rate=1e-2),
+    "tuned_sid": Regime(objective="sid", generator_learning_rate=3e-4, fake_score_learning_rate=1e-2),
+    "tuned_diff_instruct": Regime(
+        objective="diff_instruct", generator_learning_rate=3e-4, fake_score_learning_rate=3e-3
+    ),
 }
-RATES = list(itertools.product((1e-4, 3e-4, 1e-3), (3e-4, 1e-3)))  # of generator and fake score, that are tuned over
+RATES = list(
+    itertools.product((1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3, 1e-2))
+)  # of generator and fake score, that are tuned over
 SMALL = Regime(
     degradation_steps=8,
     num_path_nodes=3,
