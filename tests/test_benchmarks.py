@@ -83,9 +83,9 @@ def test_an_arm_is_run_once_goes_on_and_is_reported(tmp_path, capsys):
 def test_every_arm_of_the_toy_ends_on_the_teacher_and_counts_its_cost(arm):
     _, (one,) = toy_task.run("recorded", arm, [5], small=True)
     task = toy_task.SMALL
-    nodes = {"none": 0, "warm": 1, "warm_default": 1}.get(arm, task.num_path_nodes)
+    nodes = {"none": 0, "ramp": 0, "warm": 1, "warm_default": 1}.get(arm, task.num_path_nodes)
     assert len(one["switches"]) == max(nodes - 1, 0) and all(s < task.updates for s in one["switches"])
-    assert (one["stage_1"]["evaluations"] > 0) == (arm != "none")
+    assert (one["stage_1"]["evaluations"] > 0) == (nodes > 0)
     evaluations = one["curve"]["evaluations"]
     assert evaluations[0] == one["stage_1"]["evaluations"] and evaluations[-1] >= evaluations[0] + 8 * task.updates
     if toy_task.ARMS[arm].schedule in ("fixed", "geometric"):

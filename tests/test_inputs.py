@@ -40,7 +40,7 @@ def changed_teacher(part):
 def test_inputs_are_compared_by_content(tmp_path):
     settings = {"prompts_file": "prompts.txt"}
     inputs = made_from(tmp_path, start=tiny.unet(seed=3))
-    assert inputs.keys() == INPUTS.keys()
+    assert inputs.keys() == INPUTS.keys() - {"images"}, "those are a discriminator's"
     for stage in ("degradation", "backtracking"):
         RunFolder(tmp_path).claim(stage, settings, inputs)
     assert RunFolder(tmp_path).settings() == settings, "hashes are no settings"

@@ -396,3 +396,11 @@ def test_each_network_has_its_own_betas(tmp_path, teacher_folder):
         own = training(tmp_path, **common, **adapters, generator_adam_beta1=0.0, fake_score_adam_beta2=0.9)
         assert betas(trainer(own, None)) == {"generator": (0.0, 0.99), "fake_score": (0.8, 0.9)}
         assert betas(recorder(own, teacher_folder)) == {"fake_score": (0.8, 0.9)}
+
+
+def test_the_optimisers_have_the_other_settings_of_adamw(tmp_path):
+    stage = trainer(training(tmp_path, adam_weight_decay=0.5, adam_epsilon=1e-2, lr_warmup_steps=4), None)
+    for learner in stage.learners:
+        (group,) = learner.optimizer.param_groups
+        assert (group["weight_decay"], group["eps"]) == (0.5, 1e-2)
+        assert group["lr"] == 0 < group["initial_lr"], "the rate is warmed up"
