@@ -4,6 +4,7 @@
     python benchmarks/objectives.py --name sid_none --seeds 0 -- --objective sid --num_path_nodes 0
     python benchmarks/objectives.py --name f_distill --real_images 2000 -- --objective f_distill --objective_args divergence=jensen_shannon
     python benchmarks/objectives.py --report
+    python benchmarks/objectives.py --compare near_dmd low_dmd
 
 What follows `--` are flags of the training script, over those of `examples/text_to_image/shapes/quickstart.args`. Every seed is
 a line of `benchmarks/results/objectives/<name>.jsonl`, written as it ends; seeds that are there are not run again. Nothing but the
@@ -34,7 +35,6 @@ from diffusers_disback import (  # noqa: E402
     DegradationPath,
     DegradationRecorder,
     DisBackConfig,
-    ModelReference,
     PromptConditions,
     PromptFile,
     load_family,
@@ -57,7 +57,7 @@ INITIAL, TEACHER = (
 def run(config: DisBackConfig, evaluation: Any, widths: list[int] | None = None) -> dict[str, Any]:
     """The curve of stage 2 at each of `validation_steps`, stage 1's cost, and the seconds; of a student that starts from the
     teacher's copy, or from random weights as a UNet of other widths."""
-    family = load_family(ModelReference(config.pretrained_model_name_or_path).resolve())
+    family = load_family(str(config.pretrained_model_name_or_path))
     prompts = load_prompts(config) if config.has_discriminator else PromptFile(SHAPES / "prompts.txt")
     data = PromptConditions(prompts, family.encode)
     images = real_images(config, family, data, load_image_files(config, prompts), process_state())
@@ -115,6 +115,54 @@ def report(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def comparison(folder: Path, prefixes: list[str]) -> str:
+    """A Markdown table: the distance of each arm at the end, and how many times that of `none` is its own, seed by seed."""
+    lines = [
+        "| runs | arm | seeds | distance, median (range) | none / arm, by seed | median | above 1 | |",
+        "| --- " * 8 + "|",
+    ]
+    for prefix in prefixes:
+        found = {
+            arm: {row["seed"]: row["curve"][-1]["distance"] for row in rows(folder / f"{prefix}_{arm}.jsonl")}
+            for arm in ("none", "ramp", "warm", "path")
+        }
+        for arm, distances in found.items():
+            if not distances:
+                continue
+            seeds, values = sorted(distances.keys() & found["none"].keys()), list(distances.values())
+            ratios = [found["none"][seed] / distances[seed] for seed in seeds]
+            above = sum(ratio > 1 for ratio in ratios)
+            cells = [
+                prefix,
+                arm,
+                str(len(values)),
+                f"{median(values):.1f} ({min(values):.1f}-{max(values):.1f})",
+                *(
+                    ("", "", "", "")
+                    if arm == "none"
+                    else (
+                        " ".join(f"{ratio:.2f}" for ratio in ratios),
+                        f"{median(ratios):.2f}",
+                        f"{above} of {len(ratios)}",
+                        judgement(ratios),
+                    )
+                ),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def judgement(ratios: list[float]) -> str:
+    """By the rule of docs/evidence.md, for five seeds."""
+    if len(ratios) < 5:
+        return "fewer than 5 seeds"
+    if median(ratios) > 1.05 and sum(ratio > 1 for ratio in ratios) >= 4:
+        return "helps"
+    if median(ratios) < 1 / 1.05 and sum(ratio < 1 for ratio in ratios) >= 4:
+        return "hurts"
+    return "no difference shown"
+
+
 def main() -> None:
     place = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     flags = sys.argv[place + 1 :]
@@ -127,10 +175,14 @@ def main() -> None:
     )
     parser.add_argument("--student_widths", type=int, nargs=2, help="start from random weights, with these widths")
     parser.add_argument("--report", action="store_true", help="print the table of what is there")
+    parser.add_argument("--compare", nargs="+", help="print the arms of these runs side by side, such as near_dmd")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parsed = parser.parse_args(sys.argv[1:place])
     if parsed.report:
         print(report(parsed.output))
+        return
+    if parsed.compare:
+        print(comparison(parsed.output, parsed.compare))
         return
     set_threads()
     file = parsed.output / f"{parsed.name}.jsonl"

@@ -12,6 +12,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import convergence  # noqa: E402
+import objectives  # noqa: E402
 import toy_task  # noqa: E402
 import two_dimensions  # noqa: E402
 
@@ -126,3 +127,33 @@ def test_the_shapes_task_end_to_end(tmp_path):
         evaluations = one["curve"]["evaluations"]
         assert evaluations[0] == one["stage_1"]["evaluations"] and evaluations[-1] > evaluations[0]
         assert one["curve"]["target_to_teacher"][-1] == 0
+
+
+@pytest.mark.slow
+def test_objectives_are_run_once_and_compared(tmp_path, monkeypatch, capsys):
+    line = ["objectives.py", "--output", str(tmp_path), "--images", "100", "--seeds", "0", "--name"]
+    flags = ["--", "--max_train_steps", "2", "--validation_steps", "2", "--train_batch_size", "2"]
+    for arm, own in (
+        ("none", ["--num_path_nodes", "0"]),
+        ("warm", ["--num_path_nodes", "1", "--degradation_steps", "2"]),
+    ):
+        for _ in range(2):
+            monkeypatch.setattr("sys.argv", [*line, f"tiny_{arm}", *flags, *own, "--steps_per_target", "1"])
+            objectives.main()
+        assert len(objectives.rows(tmp_path / f"tiny_{arm}.jsonl")) == 1
+    monkeypatch.setattr("sys.argv", ["objectives.py", "--output", str(tmp_path), "--compare", "tiny"])
+    objectives.main()
+    assert "| tiny | warm | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ratios", "verdict"),
+    [
+        ([1.2, 1.1, 1.3, 1.06, 0.9], "helps"),
+        ([1.2, 1.1, 1.3, 0.8, 0.9], "no difference shown"),
+        ([0.9, 0.8, 0.7, 0.9, 1.2], "hurts"),
+        ([2.0] * 4, "fewer than 5 seeds"),
+    ],
+)
+def test_arms_are_told_apart_by_the_rule(ratios, verdict):
+    assert objectives.judgement(ratios) == verdict
