@@ -6,7 +6,8 @@
     python benchmarks/objectives.py --report
     python benchmarks/objectives.py --compare near_dmd low_dmd
 
-What follows `--` are flags of the training script, over those of `examples/text_to_image/shapes/quickstart.args`. Every seed is
+What follows `--` are flags of the training script, over those of `benchmarks/objectives.args`, which were the
+quickstart's when these runs began. Every seed is
 a line of `benchmarks/results/objectives/<name>.jsonl`, written as it ends; seeds that are there are not run again. Nothing but the
 student is sampled: the teacher's and the initial student's measures are those of the quickstart.
 """
@@ -47,6 +48,7 @@ from shapes.dataset import write_image_folder  # noqa: E402
 from shapes.evaluator import shapes_evaluation  # noqa: E402
 
 
+BASE = Path(__file__).with_suffix(".args")
 RESULTS = Path(__file__).parent / "results" / "objectives"
 INITIAL, TEACHER = (
     208.4,
@@ -192,7 +194,7 @@ def main() -> None:
         if any(row["seed"] == seed for row in rows(file)):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            given = read_flags(DisBackConfig, [*(SHAPES / "quickstart.args").read_text().split(), *flags])
+            given = read_flags(DisBackConfig, [*BASE.read_text().split(), *flags])
             if parsed.real_images:
                 write_image_folder(Path(folder) / "images", parsed.real_images, seed)
                 given |= {"train_data_dir": str(Path(folder) / "images"), "cache_dir": str(Path(folder) / "cache")}

@@ -37,7 +37,7 @@ from shapes.evaluator import NUM_PICTURES, shapes_evaluation, shapes_prompts  # 
 
 @dataclass(frozen=True)
 class Regime:
-    """A task and the settings that all arms share: those of `quickstart.args`, but for smaller batches and constant learning
+    """A task and the settings that all arms share: those of the quickstart of version 0.1, but for smaller batches and constant learning
     rates, of which the generator's is the best of three for the arm without a path (`python benchmarks/looks.py --shapes`).
 
     Args:

@@ -299,7 +299,7 @@ def test_the_command_line_overrides_a_file_and_that_the_embedded_default(tmp_pat
     file.write_text("train_batch_size: 3\nseed: 5\nobjective: sid\nobjective_args: {alpha: 1.2}\n")
     config = train_disback.parse(["--config", str(file), "--seed", "6", "--output_dir", str(tmp_path)])
     assert (config.train_batch_size, config.seed, config.objective_args) == (3, 6, {"alpha": 1.2})
-    assert config.max_train_steps == 600 and config.prompts_file.endswith("prompts.txt"), "of the quickstart"
+    assert config.max_train_steps == 1200 and config.prompts_file.endswith("prompts.txt"), "of the quickstart"
     file.write_text("pretrained_model_name_or_path: mine\n")
     assert train_disback.parse([f"--config={file}"]).max_train_steps == 20000
     file.write_text("dataset_name: captions\n")
