@@ -52,7 +52,14 @@ ORDER = {
     ],
     "training.settings": [{"fields"}, {"groups"}],
     "objectives": [{"base", "adversarial"}, {"score_identity", "variational"}, {"f_divergence"}, {"__init__"}],
-    "evaluation": [{"base", "report_format"}, {"distance", "drift", "plots"}, {"__init__"}, {"report"}, {"sweep"}],
+    "evaluation": [
+        {"base", "report_format", "preprocessing", "feature_distance"},
+        {"networks"},
+        {"distance", "distributions", "drift", "plots", "scores"},
+        {"__init__"},
+        {"report"},
+        {"sweep"},
+    ],
     "hub.publish": [{"export", "student"}, {"run"}, {"background", "results"}],
     "planning": [{"allocations"}, {"plan"}, {"verdict"}],
     "commands": [{"command_line"}, {"cli"}],
@@ -76,7 +83,7 @@ DOORS = {
         *("models/pipeline_folder.py", "models/single_file.py", "models/model_files.py"),
     },
     "datasets": {"data/captions.py", "session.py"},
-    "transformers": {"pipelines/one_step.py", "models/components.py", "planning/plan.py"},
+    "transformers": {"pipelines/one_step.py", "models/components.py", "planning/plan.py", "evaluation/networks.py"},
     "peft": {"models/weights.py", "models/adapters.py"},
     "bitsandbytes": {"training/optim.py"},
 }
@@ -196,6 +203,7 @@ NAMES_PARTS = {
     "hub/cards.py": "the words on Stable Diffusion",
     "hub/publish/run.py": "another autoencoder, as settings tell it",
     "hub/publish/export.py": "kohya's layout of a LoRA is of UNets",
+    "evaluation/networks.py": "a CLIP that scores images has a tokenizer",
     "commands/cli.py": "a LoRA is extracted from UNets",
     "training/settings/groups.py": "a setting is the autoencoder's",
 }

@@ -42,7 +42,7 @@ def test_what_a_resumed_run_may_change_is_listed_here():
             "compile",
         ),
         *("dataloader_num_workers", "report_to", "logging_dir", "logging_steps", "tracker_project_name"),
-        *("validation_prompts", "num_validation_images", "validation_steps", "evaluators"),
+        *("validation_prompts", "num_validation_images", "validation_steps", "evaluators", "evaluator_args"),
         *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"),
         *("degradation_path_revision", "path_disk_budget_gb"),
     }

@@ -104,7 +104,7 @@ class DisBackTrainer:
         # The training script's command is completed by a default of the teacher's; an own script is its author's.
         self._completes_command = not names_timestep and command is not None and self._command[:1] == [SCRIPT]
         check_settings(config)
-        check_evaluators(config.evaluators)
+        check_evaluators(config.evaluators, config.evaluator_args)
         if config.push_to_hub:
             repository_of(config)
         self.state = process_state()
@@ -224,7 +224,7 @@ class DisBackTrainer:
                 evaluation = Evaluation(repeated, batch_size=config.train_batch_size)
             else:
                 evaluation = self._make_evaluation()
-            evaluation.add(config.evaluators)
+            evaluation.add(config.evaluators, config.evaluator_args, self.state.device, config.cache_dir)
             size = self.teacher.resolution(config.resolution)
             self._report = Report(evaluation, wanted, self.teacher, config.guidance_scale, dtype=self.dtype, size=size)
         if self.conditions.is_encoded:

@@ -78,14 +78,26 @@ def read_image(file: Path, size: int) -> Tensor:
     Raises:
         ValueError: With the file's name, if it is no image that can be read.
     """
+    pixels = np.asarray(ImageOps.fit(_opened(file), (size, size), Image.Resampling.LANCZOS), np.float32)
+    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)
+
+
+def open_image(file: Path) -> Tensor:
+    """An image as it is, the right way up: RGB in 0..255, `[3, H, W]` uint8.
+
+    Raises:
+        ValueError: With the file's name, if it is no image that can be read.
+    """
+    return torch.from_numpy(np.array(_opened(file))).permute(2, 0, 1)
+
+
+def _opened(file: Path) -> Image.Image:
     try:
         with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+            return ImageOps.exif_transpose(opened).convert("RGB")
     # Pillow lets through what its decoders raise of damaged files.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"The image {file} cannot be read ({type(error).__name__}: {error}).") from error
-    pixels = np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS), np.float32)
-    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)
 
 
 def digest_of_images(files: Sequence[Path], folder: str | Path) -> str:

@@ -1,8 +1,9 @@
 """Measures of images. An evaluator sees images and prompts, never a trainer."""
 
+import inspect
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,26 +12,99 @@ from torch import Tensor
 
 from ..data.truncation import told_once
 from ..families import ModelFamily
-from .base import Evaluator, Metric
+from .base import Evaluator, FeatureEvaluator, Metric
 from .distance import FrechetDistance
+from .distributions import (
+    Diversity,
+    FrechetToImages,
+    FrechetToTeacher,
+    KernelToTeacher,
+    PatchFrechetToTeacher,
+    write_reference_statistics,
+)
 from .drift import DriftEvaluator
+from .networks import FeatureNetworks
+from .scores import ClipScore, HumanPreferenceScore, PickScore
 
 
 EVALUATORS: dict[str, type[Evaluator]] = {
-    "distance": FrechetDistance,
+    "clip_score": ClipScore,
+    "diversity": Diversity,
     "drift": DriftEvaluator,
+    "fid": FrechetToImages,
+    "fid_to_teacher": FrechetToTeacher,
+    "hps_v2": HumanPreferenceScore,
+    "kid_to_teacher": KernelToTeacher,
+    "patch_fid_to_teacher": PatchFrechetToTeacher,
+    "pick_score": PickScore,
 }
+_NETWORKS = "networks"
 
 
-def check_evaluators(names: Sequence[str]) -> None:
-    """Checks that names are in `EVALUATORS`, and that there is one.
+def check_evaluators(names: Sequence[str], arguments: Mapping[str, Any] = {}) -> None:
+    """Checks that names are in `EVALUATORS`, that there is one, and that they take the arguments. Nothing is loaded.
+
+    Args:
+        names (`Sequence[str]`): Of evaluators.
+        arguments (`Mapping[str, Any]`): Of their constructors, as of `--evaluator_args`.
 
     Raises:
-        ValueError: With those that are not, and all that are known.
+        ValueError: With the names that are not known, and all that are; or with what the evaluators take.
     """
     unknown = [name for name in names if name not in EVALUATORS]
     if unknown or not names:
         raise ValueError(f"--evaluators {' '.join(unknown)}: known evaluators are {', '.join(EVALUATORS)}.")
+    taken = {name: _parameters(name) for name in names}
+    of_all = {key for parameters in taken.values() for key in parameters}
+    if foreign := sorted(arguments.keys() - of_all):
+        own = "; ".join(f"{name} takes {', '.join(keys) or 'none'}" for name, keys in taken.items())
+        raise ValueError(f"--evaluator_args {foreign[0]}: no evaluator that was chosen takes it. {own}.")
+    for name, parameters in taken.items():
+        for key, parameter in parameters.items():
+            if key not in arguments:
+                if parameter.default is parameter.empty:
+                    raise ValueError(f"--evaluators {name} needs --evaluator_args {key}=...; it has no default.")
+                continue
+            kinds = set(get_args(parameter.annotation) or (parameter.annotation,))
+            kinds |= {int} if float in kinds else set()
+            if kinds & {bool, int, float, str} and type(arguments[key]) not in kinds:
+                raise ValueError(f"--evaluator_args {key}: {name} takes {parameter}, but not {arguments[key]!r}.")
+
+
+def make_evaluators(
+    names: Sequence[str],
+    arguments: Mapping[str, Any] = {},
+    device: torch.device | str = "cpu",
+    cache_dir: str | None = None,
+) -> list[Evaluator]:
+    """Makes evaluators, with their networks loaded; those that use the same share it.
+
+    Args:
+        names (`Sequence[str]`): In `EVALUATORS`.
+        arguments (`Mapping[str, Any]`): Each is given to those of them whose constructor takes it.
+        device (`torch.device` or `str`): Where features are computed.
+        cache_dir (`str`, *optional*): Where downloaded models are kept.
+
+    Raises:
+        ValueError: If a name is unknown, an argument is not taken by any of them or not of its type, or a network cannot be loaded.
+    """
+    check_evaluators(names, arguments)
+    networks = FeatureNetworks(device, cache_dir)
+    made = []
+    for name in names:
+        own = {key: arguments[key] for key in _parameters(name) if key in arguments}
+        shared = {_NETWORKS: networks} if _NETWORKS in inspect.signature(EVALUATORS[name]).parameters else {}
+        try:
+            made.append(EVALUATORS[name](**own, **shared))
+        except ValueError as error:
+            raise ValueError(f"--evaluators {name}: {error}") from error
+    return made
+
+
+def _parameters(name: str) -> dict[str, inspect.Parameter]:
+    """What the constructor of an evaluator takes of a user, by name."""
+    parameters = inspect.signature(EVALUATORS[name], eval_str=True).parameters
+    return {key: parameter for key, parameter in parameters.items() if key != _NETWORKS}
 
 
 class Evaluation:
@@ -69,14 +143,19 @@ class Evaluation:
         self._places: dict[str, int] = {}
         self._family: ModelFamily | None = None
 
-    def add(self, names: Sequence[str]) -> None:
-        """Adds evaluators of `EVALUATORS`.
+    def add(
+        self,
+        names: Sequence[str],
+        arguments: Mapping[str, Any] = {},
+        device: torch.device | str = "cpu",
+        cache_dir: str | None = None,
+    ) -> None:
+        """Adds evaluators of `EVALUATORS`: see `make_evaluators`.
 
         Raises:
-            ValueError: If a name is unknown.
+            ValueError: If one of them cannot be made.
         """
-        check_evaluators(names)
-        self.evaluators += [EVALUATORS[name]() for name in names]
+        self.evaluators += make_evaluators(names, arguments, device, cache_dir)
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -156,4 +235,15 @@ class Evaluation:
         return measures
 
 
-__all__ = ["EVALUATORS", "DriftEvaluator", "Evaluation", "Evaluator", "FrechetDistance", "Metric", "check_evaluators"]
+__all__ = [
+    "EVALUATORS",
+    "DriftEvaluator",
+    "Evaluation",
+    "Evaluator",
+    "FeatureEvaluator",
+    "FrechetDistance",
+    "Metric",
+    "check_evaluators",
+    "make_evaluators",
+    "write_reference_statistics",
+]

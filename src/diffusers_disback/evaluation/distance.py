@@ -1,15 +1,16 @@
-"""The Frechet distance between images and reference images, in the features of any network."""
+"""The Frechet distance between images and reference images, in the features of a module of yours."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .base import Evaluator, Metric
+from .base import FeatureEvaluator, Metric
 
 
-class FrechetDistance(Evaluator):
-    """torchmetrics' Frechet distance (FID, arXiv 1706.08500, with features of your choice) to reference images.
+class FrechetDistance(FeatureEvaluator):
+    """torchmetrics' Frechet distance (FID, arXiv 1706.08500, with features of your choice) to reference images. By name there
+    are `fid_to_teacher` and `fid`, in features of a network on the Hub.
 
     Args:
         features (`nn.Module` or `int`): RGB in 0..1, `[B, 3, H, W]` -> features, `[B, F]`; has `num_features`, F. Or how many
@@ -31,7 +32,9 @@ class FrechetDistance(Evaluator):
         self.batch_size = batch_size
         # Of a network torchmetrics asks for this attribute, which nn.Module does not declare.
         self.num_features: int = features if isinstance(features, int) else features.num_features  # type: ignore[assignment]
-        self.metric = FrechetInceptionDistance(features, reset_real_features=False, normalize=True)
+        whole = FrechetInceptionDistance(features, normalize=True)
+        self.network, self.takes_bytes = whole.inception, not whole.used_custom_model
+        self.metric = FrechetInceptionDistance(_Given(self.num_features), reset_real_features=False)
         self.has_reference = reference is not None
         if reference is not None:
             self._take(reference)
@@ -43,8 +46,18 @@ class FrechetDistance(Evaluator):
 
     def __call__(self, images: Tensor, prompts: Sequence[str] = ()) -> dict[str, float]:
         """`{"distance": ...}`; prompts are not looked at."""
+        return super().__call__(images, prompts)
+
+    @torch.no_grad()
+    def features(self, images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
+        """The network's, `[N, F]`; prompts are not looked at."""
+        device = next((parameter.device for parameter in self.network.parameters()), torch.device("cpu"))
+        return torch.cat([self._embed(part.to(device)).cpu() for part in images.split(self.batch_size)])
+
+    def measure(self, features: Tensor, groups: Tensor) -> dict[str, float]:
+        """`{"distance": ...}`; groups are not looked at."""
         self.metric.reset()
-        self._update(images, real=False)
+        self.metric.update(features, real=False)
         return {"distance": self.metric.compute().item()}
 
     def _take(self, reference: Tensor) -> None:
@@ -53,10 +66,16 @@ class FrechetDistance(Evaluator):
                 f"A Frechet distance in {self.num_features} features needs more reference images than that, but has "
                 f"{len(reference)}: raise --num_validation_images."
             )
-        self._update(reference, real=True)
+        self.metric.update(self.features(reference), real=True)
 
-    @torch.no_grad()
-    def _update(self, images: Tensor, real: bool) -> None:
-        for part in images.split(self.batch_size):
-            # With a custom network torchmetrics passes floats through as they are; 0..1 is what ours take.
-            self.metric.update(part.to(self.metric.device).float() / 255, real=real)
+    def _embed(self, images: Tensor) -> Tensor:
+        made: Tensor = self.network(images if self.takes_bytes else images.float() / 255)
+        return made
+
+
+class _Given(nn.Identity):
+    """Features that are there already."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features

@@ -293,8 +293,11 @@ class LoggingSettings(Settings):
     )
     evaluators: list[str] = free_setting(
         ["drift"],
-        "What samples are measured by, besides the shapes teacher's own classifier: names of EVALUATORS, such as drift and "
-        "distance.",
+        "What samples are measured by, besides the shapes teacher's own classifier: names of EVALUATORS, such as drift, "
+        "fid_to_teacher and clip_score. See docs/evaluation.md.",
+    )
+    evaluator_args: dict[str, Any] = free_setting(
+        {}, "Arguments of the evaluators, such as feature_model=facebook/dinov2-large; see docs/evaluation.md."
     )
     num_validation_images: int = free_setting(
         4,

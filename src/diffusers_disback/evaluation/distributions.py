@@ -1,0 +1,259 @@
+"""Measures of all images together, in the features of a network: how far they are from others, and from each other."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..hub.files import inside
+from .base import FeatureEvaluator, Metric
+from .feature_distance import FeatureStatistics, frechet_distance, kernel_distance, own_kernel_mean
+from .networks import FeatureNetwork, FeatureNetworks
+
+
+FEATURE_MODEL = "facebook/dinov2-base"
+"""Whose features are compared by default: DINOv2 (arXiv 2304.07193), of which arXiv 2306.04675 finds that distances in it agree
+with people more than those in Inception's. Apache-2.0."""
+
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class _InFeatures(FeatureEvaluator):
+    """An evaluator in the features of a network.
+
+    Args:
+        feature_model (`str`): The network: see `FeatureNetwork`.
+        networks (`FeatureNetworks`, *optional*): Where it is loaded, once for all who use it; by default for the CPU.
+    """
+
+    def __init__(self, feature_model: str = FEATURE_MODEL, networks: FeatureNetworks | None = None):
+        self.network: FeatureNetwork = (networks or FeatureNetworks()).load(feature_model)
+
+    def features(self, images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
+        """The network's, of whole images, `[N, F]`; prompts are not looked at."""
+        return self.network.image_features(images)
+
+
+class _ToTeacher(_InFeatures):
+    """A distance to the teacher's images of `prepare`."""
+
+    def prepare(self, teacher_images: Tensor, prompts: Sequence[str]) -> None:
+        """Takes the features of the teacher's images.
+
+        Raises:
+            ValueError: If there are fewer than two.
+        """
+        self._take(self.features(teacher_images, prompts))
+
+    @abstractmethod
+    def _take(self, reference: Tensor) -> None:
+        """Takes the reference's features, `[M, F]`."""
+
+
+class FrechetToTeacher(_ToTeacher):
+    """The Frechet distance (FID, arXiv 1706.08500, Eq. 6, in features of another network) to the teacher's images of the same
+    prompts.
+
+    Args:
+        feature_model, networks: The network; by default DINOv2.
+    """
+
+    def __init__(self, feature_model: str = FEATURE_MODEL, networks: FeatureNetworks | None = None):
+        super().__init__(feature_model, networks)
+        label = f"FID to the teacher ({self.network.label})"
+        self.metrics = {"fid_to_teacher": Metric(label, "fid", "lower")}
+
+    def measure(self, features: Tensor, groups: Tensor) -> dict[str, float]:
+        """`{"fid_to_teacher": ...}`; groups are not looked at.
+
+        Raises:
+            ValueError: If there are fewer than two images.
+        """
+        (name,) = self.metrics
+        return {name: frechet_distance(FeatureStatistics.of_features(features), self.reference)}
+
+    def _take(self, reference: Tensor) -> None:
+        self.reference = FeatureStatistics.of_features(reference)
+
+
+class PatchFrechetToTeacher(FrechetToTeacher):
+    """The same between the middle of the images at full resolution, as large as the network takes it (SDXL-Lightning, arXiv
+    2402.13929, and DMD2, arXiv 2405.14867, compare crops of 299 pixels with Inception): it sees texture that resizing hides.
+    See `ImagePreprocessing.patch` for images that are not larger than that.
+
+    Args:
+        feature_model, networks: The network; by default DINOv2.
+    """
+
+    def __init__(self, feature_model: str = FEATURE_MODEL, networks: FeatureNetworks | None = None):
+        super().__init__(feature_model, networks)
+        label = f"patch FID to the teacher ({self.network.label})"
+        self.metrics = {"patch_fid_to_teacher": Metric(label, "patch_fid", "lower")}
+
+    def features(self, images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
+        """The network's, of the middle of images, `[N, F]`; prompts are not looked at."""
+        return self.network.patch_features(images)
+
+
+class KernelToTeacher(_ToTeacher):
+    """The kernel distance (KID, arXiv 1801.01401, in features of another network) to the teacher's images of the same prompts:
+    unlike the Frechet distance its expectation does not depend on the number of images.
+
+    Args:
+        feature_model, networks: The network; by default DINOv2.
+    """
+
+    def __init__(self, feature_model: str = FEATURE_MODEL, networks: FeatureNetworks | None = None):
+        super().__init__(feature_model, networks)
+        self.metrics = {"kid_to_teacher": Metric(f"KID to the teacher ({self.network.label})", "kid", "lower")}
+
+    def measure(self, features: Tensor, groups: Tensor) -> dict[str, float]:
+        """`{"kid_to_teacher": ...}`; groups are not looked at.
+
+        Raises:
+            ValueError: If there are fewer than two images.
+        """
+        _check_two(features)
+        return {"kid_to_teacher": kernel_distance(features.double(), self.reference, self.reference_mean)}
+
+    def _take(self, reference: Tensor) -> None:
+        _check_two(reference)
+        self.reference = reference.double()
+        self.reference_mean = own_kernel_mean(self.reference)
+
+
+class FrechetToImages(FrechetToTeacher):
+    """The Frechet distance to real images.
+
+    Args:
+        reference_images (`str`): A folder of images, of which those in folders inside count, too; or a file of statistics that
+            `write_reference_statistics` wrote, of the same network.
+        feature_model, networks: The network; by default DINOv2.
+
+    Attributes:
+        reference (`FeatureStatistics`): Also says of how many images.
+
+    Raises:
+        ValueError: If there are fewer than two images, one cannot be read or lies elsewhere, or the statistics are of another
+            network.
+    """
+
+    def __init__(
+        self, reference_images: str, feature_model: str = FEATURE_MODEL, networks: FeatureNetworks | None = None
+    ):
+        super().__init__(feature_model, networks)
+        self.reference = reference_statistics(reference_images, self.network)
+        label = f"FID to {self.reference.num_images} real images ({self.network.label})"
+        self.metrics = {"fid": Metric(label, "fid", "lower")}
+
+    def prepare(self, teacher_images: Tensor, prompts: Sequence[str]) -> None:
+        """The teacher's images are not looked at."""
+
+
+class Diversity(_InFeatures):
+    """1 - cosine of the features of two images of one prompt, averaged over the prompt's pairs, and over the prompts with two
+    images or more. 0 if a prompt is always drawn alike.
+
+    Args:
+        feature_model, networks: The network; by default DINOv2.
+    """
+
+    def __init__(self, feature_model: str = FEATURE_MODEL, networks: FeatureNetworks | None = None):
+        super().__init__(feature_model, networks)
+        self.metrics = {"diversity": Metric(f"diversity ({self.network.label})", "diversity", "higher")}
+
+    def prepare(self, teacher_images: Tensor, prompts: Sequence[str]) -> None:
+        """Sees that there are prompts with two images.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if len(set(prompts)) == len(prompts):
+            raise ValueError(
+                "diversity compares images of one prompt, but no prompt has two: raise --num_validation_images to 2 or more."
+            )
+
+    def features(self, images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
+        """The network's, of length 1, `[N, F]`; prompts are not looked at."""
+        return normalize(self.network.image_features(images), dim=1)
+
+    def measure(self, features: Tensor, groups: Tensor) -> dict[str, float]:
+        """`{"diversity": ...}`.
+
+        Raises:
+            ValueError: If no prompt has two images.
+        """
+        _, rows, counts = groups.unique(return_inverse=True, return_counts=True)
+        sums = torch.zeros(len(counts), features.shape[1], dtype=torch.float64).index_add_(0, rows, features.double())
+        several = counts > 1
+        if not several.any():
+            raise ValueError("No prompt has two images: their diversity is not defined.")
+        squares = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, rows, features.double().square().sum(1))
+        # The sum over pairs i != j of x_i . x_j is |sum of x|^2 less the sum of |x|^2.
+        cosines = (sums.square().sum(1) - squares)[several] / (counts * (counts - 1))[several]
+        return {"diversity": (1 - cosines).mean().item()}
+
+
+def reference_statistics(reference_images: str | Path, network: FeatureNetwork) -> FeatureStatistics:
+    """Statistics of real images: of a folder of images, or as a `.safetensors` file holds them.
+
+    Raises:
+        ValueError: As of `FrechetToImages`.
+    """
+    place = Path(reference_images)
+    if place.is_dir():
+        return FeatureStatistics.of_features(network.features_of_files(_image_files(place)))
+    if place.suffix != ".safetensors" or not place.is_file():
+        raise ValueError(
+            f"reference_images {str(reference_images)!r} is no folder of images, and no .safetensors file of statistics."
+        )
+    statistics = FeatureStatistics.read(place, network.metadata())
+    if len(statistics.mean) != network.num_features:
+        raise ValueError(f"{place} is of {len(statistics.mean)} features; {network.what} has {network.num_features}.")
+    return statistics
+
+
+def write_reference_statistics(
+    images: str | Path,
+    file: str | Path,
+    feature_model: str = FEATURE_MODEL,
+    device: torch.device | str = "cpu",
+    cache_dir: str | None = None,
+) -> FeatureStatistics:
+    """Writes the statistics of a folder of images, for `fid`: `mean` [F] and `covariance` [F, F] in float64, the number of images,
+    and which network's features they are of.
+
+    Args:
+        images (`str` or `Path`): A folder of images.
+        file (`str` or `Path`): `.safetensors`, to write.
+        feature_model, device, cache_dir: As of `FeatureNetwork`.
+
+    Raises:
+        ValueError: If there are fewer than two images, or one cannot be read or lies elsewhere.
+    """
+    if Path(file).suffix != ".safetensors":
+        raise ValueError(f"Statistics are written as a .safetensors file, but {str(file)!r} is none.")
+    network = FeatureNetwork(feature_model, device=device, cache_dir=cache_dir)
+    statistics = FeatureStatistics.of_features(network.features_of_files(_image_files(Path(images))))
+    statistics.save(file, network.metadata())
+    return statistics
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """The images in a folder and in those inside, sorted by name.
+
+    Raises:
+        ValueError: If there are fewer than two, or one is a link that leads out.
+    """
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.suffix.lower() in _IMAGES)
+    if len(names) < 2:
+        raise ValueError(f"{folder} holds {len(names)} images ({' '.join(_IMAGES)}); two at least are needed.")
+    return [inside(folder, name, f"the folder {folder}") for name in names]
+
+
+def _check_two(features: Tensor) -> None:
+    if len(features) < 2:
+        raise ValueError(f"A distance between distributions needs two images at least, but has {len(features)}.")
