@@ -200,7 +200,9 @@ def test_a_measure_is_drawn_on_its_own_panel(tasted, tmp_path, monkeypatch):
 
 
 def test_evaluators_that_do_not_fit_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"--evaluators taste: known evaluators are clip_score, diversity, drift, fid, "):
+    with pytest.raises(
+        ValueError, match=r"--evaluators taste: known evaluators are clip_score, diversity, drift, fid, "
+    ):
         check_evaluators(["drift", "taste"])
     with pytest.raises(ValueError, match="known evaluators are"):
         check_evaluators([])

@@ -535,7 +535,9 @@ def test_validation_as_asked(run):
 
 
 def test_evaluators_are_chosen_by_name(run, monkeypatch):
-    with pytest.raises(ValueError, match="--evaluators charm: known evaluators are clip_score, diversity, drift, fid, "):
+    with pytest.raises(
+        ValueError, match="--evaluators charm: known evaluators are clip_score, diversity, drift, fid, "
+    ):
         run("unknown", evaluators=["drift", "charm"], pretrained_model_name_or_path="nowhere")
 
     class Charm(Evaluator):

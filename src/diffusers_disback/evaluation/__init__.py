@@ -104,7 +104,8 @@ def make_evaluators(
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
     """What the constructor of an evaluator takes of a user, by name."""
     parameters = inspect.signature(EVALUATORS[name], eval_str=True).parameters
-    return {key: parameter for key, parameter in parameters.items() if key != _NETWORKS}
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {key: one for key, one in parameters.items() if key != _NETWORKS and one.kind not in variable}
 
 
 class Evaluation:

@@ -139,6 +139,10 @@ class FeatureNetwork:
             raise ValueError(f"{self.what} is a {self.model_type}, which has no text encoder; a clip is needed.")
         from transformers import CLIPTokenizer
 
+        there = {file.name for file in self._processor_folder.iterdir()}
+        if "tokenizer.json" not in there and not {"vocab.json", "merges.txt"} <= there:
+            # of which transformers would make one without words
+            raise ValueError(f"{self.what} has no tokenizer.json, and no vocab.json with merges.txt.")
         try:
             tokenizer = CLIPTokenizer.from_pretrained(self._processor_folder, local_files_only=True)
         except UNREADABLE as error:

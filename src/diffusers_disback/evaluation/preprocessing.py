@@ -19,8 +19,7 @@ _LARGEST = 4096
 class ImagePreprocessing:
     """What transformers' image processors of CLIP, SigLIP and DINOv2 do, on tensors and without torchvision.
 
-    Resizing differs from Pillow's, which rounds to whole numbers between the two directions, by one level of 255 for few
-    pixels.
+    Resizing differs from Pillow's, whose weights are rounded, by one level of 255 in few pixels.
 
     Args:
         shortest_edge (`int`, *optional*): The shorter side that images are resized to.
@@ -118,10 +117,15 @@ class ImagePreprocessing:
 
     def _resized(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """Images in another size, in whole numbers of 0..255, as Pillow has them."""
-        if size == tuple(images.shape[-2:]):
-            return images.float()
-        resized = interpolate(images.float(), size, mode=self.mode, align_corners=False, antialias=True)
-        return resized.round().clamp(0, 255)
+        values = images.float()
+        for each in (
+            (images.shape[-2], size[1]),
+            size,
+        ):  # one direction after the other, rounded in between as Pillow does
+            if each != tuple(values.shape[-2:]):
+                values = interpolate(values, each, mode=self.mode, align_corners=False, antialias=True)
+                values = values.round().clamp(0, 255)
+        return values
 
     def _normalised(self, values: Tensor) -> Tensor:
         mean, std = (torch.tensor(each, device=values.device)[:, None, None] for each in (self.mean, self.std))
