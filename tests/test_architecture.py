@@ -203,6 +203,7 @@ NAMES_PARTS = {
     "hub/cards.py": "the words on Stable Diffusion",
     "hub/publish/run.py": "another autoencoder, as settings tell it",
     "hub/publish/export.py": "kohya's layout of a LoRA is of UNets",
+    "evaluation/networks.py": "a CLIP that scores images has a tokenizer",
     "commands/cli.py": "a LoRA is extracted from UNets",
     "training/settings/groups.py": "a setting is the autoencoder's",
 }

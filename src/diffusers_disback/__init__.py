@@ -30,6 +30,7 @@ _MODULE_OF_NAME = {
     "Evaluation": "evaluation",
     "Evaluator": "evaluation",
     "FAMILIES": "families",
+    "FeatureEvaluator": "evaluation",
     "FrechetDistance": "evaluation.distance",
     "HubError": "hub.repository",
     "LocalModel": "models.reference",

@@ -15,8 +15,8 @@ from .networks import FeatureNetwork, FeatureNetworks
 
 
 FEATURE_MODEL = "facebook/dinov2-base"
-"""Whose features are compared by default: DINOv2 (arXiv 2304.07193), of which arXiv 2306.04675 finds that distances in it agree
-with people more than those in Inception's. Apache-2.0."""
+"""Whose features are compared by default: DINOv2 (arXiv 2304.07193), which arXiv 2306.04675 recommends for measures of generative
+models in place of Inception. Apache-2.0."""
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -80,9 +80,9 @@ class FrechetToTeacher(_ToTeacher):
 
 
 class PatchFrechetToTeacher(FrechetToTeacher):
-    """The same between the middle of the images at full resolution, as large as the network takes it (SDXL-Lightning, arXiv
-    2402.13929, and DMD2, arXiv 2405.14867, compare crops of 299 pixels with Inception): it sees texture that resizing hides.
-    See `ImagePreprocessing.patch` for images that are not larger than that.
+    """The same between patches of the images at full resolution, as in SDXL-Lightning (arXiv 2402.13929) and DMD2 (arXiv
+    2405.14867): it sees texture that resizing hides. A patch is the middle of the image, as large as the network takes it;
+    see `ImagePreprocessing.patch` for images that are not larger than that.
 
     Args:
         feature_model, networks: The network; by default DINOv2.

@@ -1,12 +1,13 @@
 """Distances between two sets of features: Frechet's, and the kernel distance. All in float64."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..hub.files import written_whole
+from ..hub.files import printable, written_whole
 from ..models.weights import mapped_weights, metadata_of, save_weights
 
 
@@ -73,8 +74,8 @@ class FeatureStatistics:
         other = [key for key in metadata if key != "feature_model" and said[key] != metadata[key]]
         if other:
             raise ValueError(
-                f"{file} is of features of {said['feature_model']}, and not of {metadata['feature_model']} as it is here: the "
-                f"{' and the '.join(other)} differ. Pass the same feature_model, or write it anew."
+                f"{file} is of features of {printable(said['feature_model'])}, and not of {metadata['feature_model']} as it "
+                f"is here: the {' and the '.join(other)} differ. Pass the same feature_model, or write it anew."
             )
         tensors = mapped_weights(file)
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
@@ -92,17 +93,18 @@ class FeatureStatistics:
             raise ValueError(
                 f"{file} holds a covariance that is none: it is not symmetric, or has negative variances."
             )
-        if not (said[_NUM_IMAGES].isascii() and said[_NUM_IMAGES].isdigit() and 2 <= int(said[_NUM_IMAGES]) < 2**53):
-            raise ValueError(f"{file} says that it is of {said[_NUM_IMAGES]!r} images.")
-        return cls(mean, values.clamp_min(0).sqrt()[:, None] * vectors.T, int(said[_NUM_IMAGES]))
+        count = said[_NUM_IMAGES]
+        if not re.fullmatch("[0-9]{1,15}", count) or int(count) < 2:
+            raise ValueError(f"{file} says that it is of {count[:20]!r} images.")
+        return cls(mean, values.clamp_min(0).sqrt()[:, None] * vectors.T, int(count))
 
 
 def frechet_distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)): the squared Frechet distance of two Gaussians (arXiv 1706.08500, Eq. 6).
 
-    The last trace is the sum of the singular values of R1 R2^T, where C = R^T R. So no root is taken of numbers that are zero
-    but for rounding, as there are many if there are fewer images than features: those of the product C1 C2 alone, which
-    torchmetrics takes, are off by 1e-7 of the distance then, and take a hundred times as long.
+    The trace of the root is the sum of the singular values of R1 R2^T, where C = R^T R. torchmetrics takes the roots of the
+    eigenvalues of C1 C2 in its place, which is slower, and less exact where there are fewer images than features: most of
+    these eigenvalues are zero but for rounding, and their roots are not.
     """
     cross = torch.linalg.svdvals(one.root @ other.root.T).sum()
     traces = one.root.square().sum() + other.root.square().sum()

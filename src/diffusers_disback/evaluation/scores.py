@@ -49,7 +49,8 @@ class _TextImageScore(FeatureEvaluator):
 
 
 class ClipScore(_TextImageScore):
-    """100 max(cos, 0), averaged over the images (CLIPScore, arXiv 2104.08718, Eq. 1, with torchmetrics' 100 in place of 2.5).
+    """100 max(cos, 0), averaged over the images (CLIPScore, arXiv 2104.08718, with 100 in place of its 2.5, as torchmetrics has
+    it).
 
     Args:
         clip_model (`str`): A CLIP; by default OpenAI's ViT-L/14.
@@ -66,7 +67,7 @@ class ClipScore(_TextImageScore):
 
 
 class PickScore(_TextImageScore):
-    """exp(logit scale) cos, averaged over the images (PickScore, arXiv 2305.01569, Eq. 1).
+    """exp(logit scale) cos, averaged over the images (PickScore, arXiv 2305.01569).
 
     Args:
         pick_model (`str`): A CLIP that was trained on preferences.
