@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusers_disback import Evaluation, Evaluator, FrechetDistance, Metric
+from diffusers_disback import Evaluation, FeatureEvaluator, FrechetDistance, Metric
 
 from .classifier import ATTRIBUTES, ShapesClassifier
 from .dataset import SCENE_OF_CAPTION, SCENES, pixels
@@ -24,11 +24,11 @@ def is_shapes_teacher(name_or_path: str) -> bool:
     return (Path(name_or_path) / MARKER).is_file()
 
 
-class ShapesEvaluator(Evaluator):
+class ShapesEvaluator(FeatureEvaluator):
     """`distance` (Frechet, in the classifier's features, to fresh real images), and an accuracy per attribute.
 
     Args:
-        classifier (`ShapesClassifier`): Float32.
+        classifier (`ShapesClassifier`, *optional*): Float32; by default the shipped one.
         num_reference (`int`): Real images.
     """
 
@@ -37,23 +37,27 @@ class ShapesEvaluator(Evaluator):
         **{f"{name}_accuracy": Metric(f"{name} accuracy", "accuracy", "higher") for name in ATTRIBUTES},
     }
 
-    def __init__(self, classifier: ShapesClassifier, num_reference: int = NUM_PICTURES):
-        self.classifier = classifier
-        self.frechet = FrechetDistance(classifier, torch.from_numpy(pixels(num_reference, REFERENCE_SEED)[0]))
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        return {**self.frechet(images), **self.accuracies(images, prompts)}
+    def __init__(self, classifier: ShapesClassifier | None = None, num_reference: int = NUM_PICTURES):
+        self.classifier = load_classifier() if classifier is None else classifier
+        self.frechet = FrechetDistance(self.classifier, torch.from_numpy(pixels(num_reference, REFERENCE_SEED)[0]))
 
     @torch.no_grad()
-    def accuracies(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-        """The share of images in which the classifier sees what the caption says, by attribute."""
+    def features(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The classifier's features, and for each attribute whether it sees what the caption says, 1 or 0: `[N, 64 + 3]`."""
         logits = [self.classifier.classify(part.float() / 255) for part in images.split(100)]
-        accuracies = {}
+        right = []
         for name, words in ATTRIBUTES.items():
             seen = torch.cat([part[name] for part in logits]).argmax(1)
             said = torch.tensor([words.index(getattr(SCENE_OF_CAPTION[prompt], name)) for prompt in prompts])
-            accuracies[f"{name}_accuracy"] = (seen == said).float().mean().item()
-        return accuracies
+            right.append(seen == said)
+        return torch.cat([self.frechet.features(images), torch.stack(right, 1).float()], 1)
+
+    def measure(self, features: Tensor, groups: Tensor) -> dict[str, float]:
+        """The distance, and the share of images in which the classifier sees what the caption says, by attribute."""
+        of_classifier, right = features.split([self.classifier.num_features, len(ATTRIBUTES)], 1)
+        shares = right.mean(0).tolist()
+        accuracies = {f"{name}_accuracy": share for name, share in zip(ATTRIBUTES, shares, strict=True)}
+        return {**self.frechet.measure(of_classifier, groups), **accuracies}
 
 
 def load_classifier(folder: Path = HERE / "classifier") -> ShapesClassifier:

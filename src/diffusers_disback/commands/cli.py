@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..hub.files import printable
 from .command_line import THEIRS, number, read_flags, run
+from .evaluate import add_flags, evaluate
 
 
 if TYPE_CHECKING:
@@ -333,6 +334,8 @@ def parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("--output", default="timesteps.png", help="the image; the table goes beside it, as JSON")
 
+    add_flags(command(commands, "evaluate", evaluate, cache))
+
     halving = command(commands, "half", half)
     halving.add_argument("folder", help="a student's, as training wrote it")
     lora = command(commands, "extract-lora", extract_lora, cache, version, form)
@@ -371,6 +374,7 @@ def execute(arguments: list[str]) -> int | None:
         parsed.flags = parsed_not
     elif parsed_not:
         parser().error(f"unrecognized arguments: {' '.join(parsed_not)}")
+    parsed.arguments = arguments
     return parsed.function(parsed)
 
 

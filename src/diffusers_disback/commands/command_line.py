@@ -169,7 +169,7 @@ def add_flag(parser: Any, one: Field) -> None:
     elif get_origin(kind) is list:
         how = {"type": str, "nargs": "+"}
     elif get_origin(kind) is dict:
-        how = {"action": _Arguments, "nargs": "+", "metavar": "name=value"}
+        how = {"action": NamedValues, "nargs": "+", "metavar": "name=value"}
     elif get_origin(kind) is Literal:
         how = {"type": str}
     if choices and len(choices) < 5:
@@ -180,7 +180,7 @@ def add_flag(parser: Any, one: Field) -> None:
     parser.add_argument(*flags, help=text.replace("%", "%%"), **how)
 
 
-class _Arguments(argparse.Action):
+class NamedValues(argparse.Action):
     """Collects arguments of the form `name=value`."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:

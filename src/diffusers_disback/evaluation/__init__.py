@@ -1,18 +1,17 @@
 """Measures of images. An evaluator sees images and prompts, never a trainer."""
 
 import inspect
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..data.truncation import told_once
 from ..families import ModelFamily
-from .base import Evaluator, FeatureEvaluator, Metric
+from .base import Evaluator, FeatureEvaluator, Metric, check_measures
 from .distance import FrechetDistance
 from .distributions import (
     Diversity,
@@ -24,6 +23,7 @@ from .distributions import (
 )
 from .drift import DriftEvaluator
 from .networks import FeatureNetworks
+from .sampling import Sampled, sample_batches
 from .scores import ClipScore, HumanPreferenceScore, PickScore
 
 
@@ -41,20 +41,23 @@ EVALUATORS: dict[str, type[Evaluator]] = {
 _NETWORKS = "networks"
 
 
-def check_evaluators(names: Sequence[str], arguments: Mapping[str, Any] = {}) -> None:
+def check_evaluators(
+    names: Sequence[str], arguments: Mapping[str, Any] = {}, known: Mapping[str, type[Evaluator]] = EVALUATORS
+) -> None:
     """Checks that names are in `EVALUATORS`, that there is one, and that they take the arguments. Nothing is loaded.
 
     Args:
         names (`Sequence[str]`): Of evaluators.
         arguments (`Mapping[str, Any]`): Of their constructors, as of `--evaluator_args`.
+        known (`Mapping`): Evaluators by name.
 
     Raises:
         ValueError: With the names that are not known, and all that are; or with what the evaluators take.
     """
-    unknown = [name for name in names if name not in EVALUATORS]
+    unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(f"--evaluators {' '.join(unknown)}: known evaluators are {', '.join(EVALUATORS)}.")
-    taken = {name: _parameters(name) for name in names}
+    taken = {name: _parameters(known[name]) for name in names}
     of_all = {key for parameters in taken.values() for key in parameters}
     if foreign := sorted(arguments.keys() - of_all):
         own = "; ".join(f"{name} takes {', '.join(keys) or 'none'}" for name, keys in taken.items())
@@ -76,34 +79,37 @@ def make_evaluators(
     arguments: Mapping[str, Any] = {},
     device: torch.device | str = "cpu",
     cache_dir: str | None = None,
+    known: Mapping[str, type[Evaluator]] = EVALUATORS,
 ) -> list[Evaluator]:
     """Makes evaluators, with their networks loaded; those that use the same share it.
 
     Args:
-        names (`Sequence[str]`): In `EVALUATORS`.
+        names (`Sequence[str]`): In `known`.
         arguments (`Mapping[str, Any]`): Each is given to those of them whose constructor takes it.
         device (`torch.device` or `str`): Where features are computed.
         cache_dir (`str`, *optional*): Where downloaded models are kept.
+        known (`Mapping`): Evaluators by name.
 
     Raises:
         ValueError: If a name is unknown, an argument is not taken by any of them or not of its type, or a network cannot be loaded.
     """
-    check_evaluators(names, arguments)
+    check_evaluators(names, arguments, known)
     networks = FeatureNetworks(device, cache_dir)
     made = []
     for name in names:
-        own = {key: arguments[key] for key in _parameters(name) if key in arguments}
-        shared = {_NETWORKS: networks} if _NETWORKS in inspect.signature(EVALUATORS[name]).parameters else {}
+        kind = known[name]
+        own = {key: arguments[key] for key in _parameters(kind) if key in arguments}
+        shared = {_NETWORKS: networks} if _NETWORKS in inspect.signature(kind).parameters else {}
         try:
-            made.append(EVALUATORS[name](**own, **shared))
+            made.append(kind(**own, **shared))
         except ValueError as error:
             raise ValueError(f"--evaluators {name}: {error}") from error
     return made
 
 
-def _parameters(name: str) -> dict[str, inspect.Parameter]:
+def _parameters(kind: type[Evaluator]) -> dict[str, inspect.Parameter]:
     """What the constructor of an evaluator takes of a user, by name."""
-    parameters = inspect.signature(EVALUATORS[name], eval_str=True).parameters
+    parameters = inspect.signature(kind, eval_str=True).parameters
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {key: one for key, one in parameters.items() if key != _NETWORKS and one.kind not in variable}
 
@@ -196,27 +202,40 @@ class Evaluation:
         rows = [self._places[prompt] for prompt in prompts]
         return {name: tensor[rows].to(device) for name, tensor in self._encoded.items()}
 
-    @told_once()
-    def sample(self, family: ModelFamily, pipeline: DiffusionPipeline, **arguments: Any) -> tuple[Tensor, float]:
+    def sample(
+        self, family: ModelFamily, pipeline: DiffusionPipeline, state: PartialState | None = None, **arguments: Any
+    ) -> tuple[Tensor, float]:
         """Images, `[N, 3, H, W]` uint8 on the CPU, and the seconds that one took.
 
         Args:
             family (`ModelFamily`): The teacher.
             pipeline (`DiffusionPipeline`): Its `sampler`, or a student's `one_step`.
+            state (`PartialState`, *optional*): This process among those that share the batches; the main one has the images
+                then. By default this process samples all.
             arguments: Of the family's `sample`, such as `num_inference_steps`.
         """
+        sampled = self.timed_sample(family, pipeline, state, **arguments)
+        return sampled.images, sampled.mean_seconds
+
+    @told_once()
+    def timed_sample(
+        self,
+        family: ModelFamily,
+        pipeline: DiffusionPipeline,
+        state: PartialState | None = None,
+        warm_up: bool = False,
+        **arguments: Any,
+    ) -> Sampled:
+        """As `sample`, with the seconds of each batch; with `warm_up`, the first one is sampled once before."""
         if self._family is not family or not set(self.prompts) <= self._places.keys():
             self.encode(family)
-        generator = torch.Generator().manual_seed(self.seed)
-        images, started = [], time.monotonic()
-        for first in range(0, len(self.prompts), self.batch_size):
-            prompts = self.prompts[first : first + self.batch_size]
-            shape = (len(prompts), *family.latent_shape(self.size))
-            # The same noise in any precision.
-            noise = randn_tensor(shape, generator=generator, device=pipeline.device, dtype=torch.float32)
-            drawn = family.sample(pipeline, self._given(prompts, pipeline.device), noise, **arguments)
-            images.append((drawn.float().clamp(0, 1) * 255).round().to("cpu", torch.uint8))
-        return torch.cat(images), (time.monotonic() - started) / len(self.prompts)
+        device = pipeline.device
+
+        def sample(prompts: list[str], noise: Tensor) -> Tensor:
+            return family.sample(pipeline, self._given(prompts, device), noise, **arguments)
+
+        shape = family.latent_shape(self.size)
+        return sample_batches(self.prompts, self.batch_size, self.seed, shape, sample, device, state, warm_up)
 
     def measure(self, images: Tensor) -> dict[str, float]:
         """All evaluators' measures of what `sample` gave.
@@ -227,11 +246,7 @@ class Evaluation:
         measures: dict[str, float] = {}
         for evaluator in self.evaluators:
             values = evaluator(images, self.prompts)
-            if values.keys() != evaluator.metrics.keys():
-                raise ValueError(
-                    f"{type(evaluator).__name__} measures {', '.join(values)}, but its metrics are "
-                    f"{', '.join(evaluator.metrics)}."
-                )
+            check_measures(evaluator, values)
             measures |= values
         return measures
 

@@ -37,9 +37,11 @@ class Evaluator(Protocol):
 
     Attributes:
         metrics (`dict[str, Metric]`): All that it measures, by name.
+        compares_with_teacher (`bool`): Whether it measures nothing before `prepare` gave it the teacher's images.
     """
 
     metrics: dict[str, Metric]
+    compares_with_teacher: bool = False
 
     def prepare(self, teacher_images: Tensor, prompts: Sequence[str]) -> None:
         """Takes what the run has of the teacher; by default nothing is needed.
@@ -83,9 +85,31 @@ class FeatureEvaluator(Evaluator, ABC):
             `dict[str, float]`: A number for each of `metrics`.
         """
 
+    def compare_with(self, features: Tensor) -> None:
+        """Takes the features of what images are compared with. Called if it `compares_with_teacher`, also for intervals, on a
+        copy: it assigns attributes, and changes none in place.
+
+        Args:
+            features (`Tensor`): Of the teacher's images of the same prompts, in their order, `[N, ...]`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what it takes of the teacher.")
+
+    def prepare(self, teacher_images: Tensor, prompts: Sequence[str]) -> None:
+        """As of `Evaluator`: features of the teacher's images go to `compare_with`, if it `compares_with_teacher`."""
+        if self.compares_with_teacher:
+            self.compare_with(self.features(teacher_images, prompts))
+
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         """As of `Evaluator`."""
         return self.measure(self.features(images, prompts), groups_of(prompts))
+
+
+def check_measures(evaluator: Evaluator, measures: dict[str, float]) -> None:
+    """Raises a `ValueError` unless an evaluator has measured what it says that it measures."""
+    if measures.keys() != evaluator.metrics.keys():
+        raise ValueError(
+            f"{type(evaluator).__name__} measures {', '.join(measures)}, but its metrics are {', '.join(evaluator.metrics)}."
+        )
 
 
 def groups_of(prompts: Sequence[str]) -> Tensor:

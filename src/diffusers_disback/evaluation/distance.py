@@ -34,15 +34,21 @@ class FrechetDistance(FeatureEvaluator):
         self.num_features: int = features if isinstance(features, int) else features.num_features  # type: ignore[assignment]
         whole = FrechetInceptionDistance(features, normalize=True)
         self.network, self.takes_bytes = whole.inception, not whole.used_custom_model
-        self.metric = FrechetInceptionDistance(_Given(self.num_features), reset_real_features=False)
-        self.has_reference = reference is not None
+        self.compares_with_teacher = reference is None
         if reference is not None:
-            self._take(reference)
+            self.compare_with(self.features(reference))
 
-    def prepare(self, teacher_images: Tensor, prompts: Sequence[str]) -> None:
-        """Takes the teacher's images as the reference, unless there is one."""
-        if not self.has_reference:
-            self._take(teacher_images)
+    def compare_with(self, features: Tensor) -> None:
+        """Takes the features of the reference images."""
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        if len(features) <= self.num_features:
+            raise ValueError(
+                f"A Frechet distance in {self.num_features} features needs more reference images than that, but has "
+                f"{len(features)}: raise --num_validation_images."
+            )
+        self.metric = FrechetInceptionDistance(_Given(self.num_features), reset_real_features=False)
+        self.metric.update(features, real=True)
 
     def __call__(self, images: Tensor, prompts: Sequence[str] = ()) -> dict[str, float]:
         """`{"distance": ...}`; prompts are not looked at."""
@@ -59,14 +65,6 @@ class FrechetDistance(FeatureEvaluator):
         self.metric.reset()
         self.metric.update(features, real=False)
         return {"distance": self.metric.compute().item()}
-
-    def _take(self, reference: Tensor) -> None:
-        if len(reference) <= self.num_features:
-            raise ValueError(
-                f"A Frechet distance in {self.num_features} features needs more reference images than that, but has "
-                f"{len(reference)}: raise --num_validation_images."
-            )
-        self.metric.update(self.features(reference), real=True)
 
     def _embed(self, images: Tensor) -> Tensor:
         made: Tensor = self.network(images if self.takes_bytes else images.float() / 255)

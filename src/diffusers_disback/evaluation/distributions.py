@@ -40,17 +40,15 @@ class _InFeatures(FeatureEvaluator):
 class _ToTeacher(_InFeatures):
     """A distance to the teacher's images of `prepare`."""
 
-    def prepare(self, teacher_images: Tensor, prompts: Sequence[str]) -> None:
-        """Takes the features of the teacher's images.
+    compares_with_teacher = True
+
+    @abstractmethod
+    def compare_with(self, features: Tensor) -> None:
+        """Takes the features of the teacher's images, `[N, F]`.
 
         Raises:
             ValueError: If there are fewer than two.
         """
-        self._take(self.features(teacher_images, prompts))
-
-    @abstractmethod
-    def _take(self, reference: Tensor) -> None:
-        """Takes the reference's features, `[M, F]`."""
 
 
 class FrechetToTeacher(_ToTeacher):
@@ -75,8 +73,9 @@ class FrechetToTeacher(_ToTeacher):
         (name,) = self.metrics
         return {name: frechet_distance(FeatureStatistics.of_features(features), self.reference)}
 
-    def _take(self, reference: Tensor) -> None:
-        self.reference = FeatureStatistics.of_features(reference)
+    def compare_with(self, features: Tensor) -> None:
+        """Takes the mean and the covariance of the features of the teacher's images."""
+        self.reference = FeatureStatistics.of_features(features)
 
 
 class PatchFrechetToTeacher(FrechetToTeacher):
@@ -119,9 +118,10 @@ class KernelToTeacher(_ToTeacher):
         _check_two(features)
         return {"kid_to_teacher": kernel_distance(features.double(), self.reference, self.reference_mean)}
 
-    def _take(self, reference: Tensor) -> None:
-        _check_two(reference)
-        self.reference = reference.double()
+    def compare_with(self, features: Tensor) -> None:
+        """Takes the features of the teacher's images."""
+        _check_two(features)
+        self.reference = features.double()
         self.reference_mean = own_kernel_mean(self.reference)
 
 
@@ -141,6 +141,8 @@ class FrechetToImages(FrechetToTeacher):
             network.
     """
 
+    compares_with_teacher = False
+
     def __init__(
         self, reference_images: str, feature_model: str = FEATURE_MODEL, networks: FeatureNetworks | None = None
     ):
@@ -148,9 +150,6 @@ class FrechetToImages(FrechetToTeacher):
         self.reference = reference_statistics(reference_images, self.network)
         label = f"FID to {self.reference.num_images} real images ({self.network.label})"
         self.metrics = {"fid": Metric(label, "fid", "lower")}
-
-    def prepare(self, teacher_images: Tensor, prompts: Sequence[str]) -> None:
-        """The teacher's images are not looked at."""
 
 
 class Diversity(_InFeatures):

@@ -22,9 +22,15 @@ class DriftEvaluator(FeatureEvaluator):
         "drift_saturation": Metric("drift saturation", "drift", "zero"),
     }
 
+    compares_with_teacher = True
+
     def prepare(self, teacher_images: Tensor, prompts: Sequence[str] = ()) -> None:
-        """Takes the statistics of the teacher's images; prompts are not looked at."""
-        self.mean, self.std, self.saturation = _statistics(self.features(teacher_images))
+        """As of `Evaluator`; prompts are not looked at."""
+        super().prepare(teacher_images, prompts)
+
+    def compare_with(self, features: Tensor) -> None:
+        """Takes the statistics of the teacher's images."""
+        self.mean, self.std, self.saturation = _statistics(features)
 
     def __call__(self, images: Tensor, prompts: Sequence[str] = ()) -> dict[str, float]:
         """As of `Evaluator`; prompts are not looked at."""

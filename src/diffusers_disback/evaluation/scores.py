@@ -30,9 +30,6 @@ class _TextImageScore(FeatureEvaluator):
         self.network: FeatureNetwork = (networks or FeatureNetworks()).load(model, processor)
         self.network.check_takes_text()
 
-    def prepare(self, teacher_images: Tensor, prompts: Sequence[str]) -> None:
-        """Nothing of the teacher is needed."""
-
     def features(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """The score of each image, `[N]`."""
         cosines = cosine_similarity(self.network.image_features(images), self.network.text_features(prompts))

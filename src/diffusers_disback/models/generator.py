@@ -58,6 +58,13 @@ def one_step_scheduler(scheduler: SchedulerMixin, timestep: int) -> DDIMSchedule
     )
 
 
+def is_one_step_scheduler(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler is one that `one_step_scheduler` makes: its model is a student."""
+    config = scheduler.config
+    ends = config.get("timestep_spacing") == "trailing" and config.get("set_alpha_to_one") is True
+    return ends and config.get("trained_betas") is not None
+
+
 def many_step_scheduler(scheduler: SchedulerMixin) -> DDIMScheduler:
     """A deterministic sampler of many steps. Samples may lie beyond [-1, 1], so it does not clip, whatever the config says.
 

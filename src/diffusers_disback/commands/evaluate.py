@@ -1,0 +1,138 @@
+"""`diffusers-disback evaluate`: models side by side."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..hub.markdown import shell
+from .command_line import NamedValues, number
+
+
+if TYPE_CHECKING:
+    from ..evaluation.entries import ImageFolder, PipelineEntry
+
+
+def evaluate(parsed: argparse.Namespace) -> None:
+    """Compares models on the same prompts and the same noise: a table with intervals, and images side by side. A MODEL is a
+    student, any text-to-image pipeline of diffusers (MODEL@STEPS,guidance=SCALE), or a folder of images."""
+    import torch
+    from diffusers.utils.logging import disable_progress_bar
+
+    from ..evaluation import Evaluation, check_evaluators, make_evaluators
+    from ..evaluation.compare import Comparison, is_main
+    from ..evaluation.entries import Entry, HowSampled
+    from ..evaluation.named import known_evaluators
+    from ..training.processes import process_state
+
+    disable_progress_bar()
+    entries = [Entry.parse(text) for text in dict.fromkeys([*filter(None, [parsed.reference]), *parsed.models])]
+    if len(set(parsed.models)) < len(parsed.models):
+        raise ValueError("A model is given twice; each is measured once.")
+    known = known_evaluators(parsed.evaluators)
+    check_evaluators(parsed.evaluators, parsed.evaluator_args, known)
+    needing = [name for name in parsed.evaluators if known[name].compares_with_teacher]
+    if parsed.reference is None and needing:
+        raise ValueError(
+            f"--evaluators {' '.join(needing)} compare with a teacher: name it, as --reference TEACHER@25."
+        )
+    state = process_state()
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[parsed.mixed_precision]
+    if dtype == torch.float16 and state.device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs a GPU; leave it out, or take bf16.")
+    with state.main_process_first():  # which downloads
+        models = [entry.find(parsed.cache_dir) for entry in entries]
+    evaluation = Evaluation(prompts_of(parsed, models), parsed.seed, parsed.batch_size)
+    if is_main(state):
+        evaluation.evaluators += make_evaluators(
+            parsed.evaluators, parsed.evaluator_args, state.device, parsed.cache_dir, known
+        )
+    how = HowSampled(
+        state.device, dtype, parsed.num_inference_steps, parsed.guidance_scale, parsed.resolution, state=state
+    )
+    comparison = Comparison(evaluation, how, parsed.resamples)
+    for index, model in enumerate(models, 1):
+        if is_main(state):
+            print(f"{model.entry.text}: {len(evaluation.prompts)} images ({index} of {len(models)})", file=sys.stderr)
+        comparison.add(model, is_reference=model.entry.text == parsed.reference)
+    if is_main(state):
+        command = shell(["diffusers-disback", *parsed.arguments])
+        given = {"evaluators": parsed.evaluators, "evaluator_args": parsed.evaluator_args}
+        given |= {"prompts_file": parsed.prompts_file, "num_images_per_prompt": parsed.num_images_per_prompt}
+        comparison.write(Path(parsed.output), command, **given)
+        print(f"{comparison.table()}\n\nsee {parsed.output}/evaluation.md, evaluation.json and evaluation.png")
+    state.destroy_process_group()
+
+
+def prompts_of(parsed: argparse.Namespace, models: "list[PipelineEntry | ImageFolder]") -> list[str]:
+    """The prompt of each image: those of the file, or else the texts of the first folder of images that tells them.
+
+    Raises:
+        ValueError: If there are none, or a folder of images does not fit them.
+    """
+    from ..data.prompts import PromptFile
+    from ..evaluation.entries import ImageFolder
+
+    folders = [model for model in models if isinstance(model, ImageFolder)]
+    texts = next((folder.texts for folder in folders if folder.texts), None)
+    repeats = parsed.num_images_per_prompt
+    if parsed.prompts_file is not None:
+        chosen = list(PromptFile(parsed.prompts_file, parsed.num_prompts))
+        prompts = [prompt for prompt in chosen for _ in range(repeats)]
+    elif texts and repeats == 1 and parsed.num_prompts is None:
+        prompts = texts
+    else:
+        raise ValueError(
+            "There are no prompts: name a file with one a line by --prompts_file. Only without --num_prompts and "
+            "--num_images_per_prompt can they be those of a folder of images, whose metadata.jsonl says the text of each."
+        )
+    for folder in folders:
+        folder.check(prompts, repeats)
+    return prompts
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `evaluate`."""
+    positive = number(True, minimum=1)
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="a student, or a pipeline as MODEL@STEPS or MODEL@STEPS,guidance=4 (also revision=, variant=, lora=, vae=, "
+        "prediction_type=, single_file_config=, scheduler=own|ddim|lcm): a folder or a model on the Hub; or a folder of images",
+    )
+    parser.add_argument("--reference", metavar="MODEL", help="the teacher with whose images others are compared")
+    parser.add_argument("--prompts_file", help="a text file with one prompt a line")
+    parser.add_argument("--num_prompts", type=positive, help="of the file, from the top; by default all")
+    parser.add_argument("--num_images_per_prompt", type=positive, default=1)
+    parser.add_argument(
+        "--evaluators", nargs="+", default=["drift"], help="by name, or as module:Class of your own (default: drift)"
+    )
+    parser.add_argument(
+        "--evaluator_args", action=NamedValues, nargs="+", default={}, metavar="name=value", help="what they take"
+    )
+    parser.add_argument(
+        "--num_inference_steps",
+        type=number(True, minimum=1, maximum=1000),
+        default=25,
+        help="of pipelines in many steps (DDIM) without @STEPS (default: 25)",
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        type=number(False, minimum=0),
+        default=7.5,
+        help="of pipelines in many steps without guidance= (default: 7.5)",
+    )
+    parser.add_argument(
+        "--resolution", type=number(True, minimum=8, maximum=16384), help="side of all images in pixels"
+    )
+    parser.add_argument("--seed", type=number(True, minimum=0, maximum=2**32 - 1), default=0, help="of the noise")
+    parser.add_argument("--batch_size", type=positive, default=8, help="images sampled at once (default: 8)")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="of denoisers")
+    parser.add_argument(
+        "--resamples",
+        type=number(True, minimum=0, maximum=100_000),
+        default=200,
+        help="of the prompts, for the intervals; 0: none (default: 200)",
+    )
+    parser.add_argument("--output", default="evaluation", help="the folder to write into (default: evaluation)")
