@@ -105,7 +105,7 @@ class Entry:
             return ImageFolder(self)
         name = self.reference.name_or_path
         try:
-            return PipelineEntry(self, self.reference.resolve(cache_dir, _network_name))
+            return PipelineEntry(self, self.reference.resolve(_network_name, cache_dir))
         except HubError as error:
             raise ValueError(
                 f"The model {name!r} cannot be loaded: it is neither a folder with a diffusers pipeline in safetensors, nor "

@@ -47,7 +47,7 @@ class OtherPipeline:
                 f"{model.reference.variant}): it has to be a whole diffusers pipeline in safetensors. {error}"
             ) from error
         model.fuse_lora(self.denoiser)
-        self.pipeline.scheduler = model.scheduler_as_said(self.pipeline.scheduler)
+        self.pipeline.scheduler = model.overridden_scheduler(self.pipeline.scheduler)
         if model.reference.vae is not None:
             self.pipeline.vae = model.load_vae().to(dtype)
         if "safety_checker" in self.pipeline.components:
