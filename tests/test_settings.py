@@ -43,6 +43,7 @@ def test_what_a_resumed_run_may_change_is_listed_here():
         ),
         *("dataloader_num_workers", "report_to", "logging_dir", "logging_steps", "tracker_project_name"),
         *("validation_prompts", "num_validation_images", "validation_steps", "evaluators", "evaluator_args"),
+        *("evaluation_prompts_file", "num_evaluation_prompts"),
         *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"),
         *("degradation_path_revision", "path_disk_budget_gb"),
     }

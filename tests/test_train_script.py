@@ -38,6 +38,8 @@ def test_what_a_run_leaves(run, capsys):
         assert {"drift_mean", "drift_std", "drift_saturation", "seconds_per_image"} <= report[name].keys()
     assert report["teacher"]["drift_mean"] == 0 < report["student"]["drift_mean"]
     assert [row["step"] for row in report["curve"]] == [0, 2, 4]
+    assert json.loads((folder / "status.json").read_text())["step"] == 4 and not (folder / "best").exists()
+    assert not report.keys() & {"best_model", "early_stopping"} and not list(folder.glob("checkpoints/*/*/best"))
     assert report["seed"] == 0 and report["versions"]["torch"] == torch.__version__
     assert len(capsys.readouterr().out.strip().splitlines()) == 6
     pipe = DisBackOneStepPipeline.from_pretrained(folder)
@@ -592,7 +594,7 @@ def test_every_flag_has_a_test():
 
     files = [
         Path(__file__).with_name(f"test_{name}.py")
-        for name in ("train_script", "upload", "families", "adapters", "single_file", "discriminator")
+        for name in ("train_script", "upload", "families", "adapters", "single_file", "discriminator", "validation")
     ]
     tested = {"pretrained_model_name_or_path", "output_dir"}  # of every run
     for function in (statement for file in files for statement in ast.parse(file.read_text()).body):

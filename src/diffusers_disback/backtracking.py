@@ -24,6 +24,7 @@ from .training.probe import MismatchProbe, ProbeBatch, compare, mean, mismatches
 from .training.results import BacktrackingResult
 from .training.scores import scores_of
 from .training.stage import Stage
+from .training.validation import Validation
 
 
 class BacktrackingTrainer(Stage):
@@ -41,6 +42,7 @@ class BacktrackingTrainer(Stage):
             main process.
         initial_measures (`dict`, *optional*): What it gave of the initial generator: the curve's first row.
         images (`RealImages`, *optional*): That a discriminator learns from; needed if the settings ask for one.
+        validation (`Validation`, *optional*): What follows from `evaluate`, on the main process.
     """
 
     name = "backtracking"
@@ -59,6 +61,7 @@ class BacktrackingTrainer(Stage):
         initial_measures: dict[str, float] | None = None,
         inputs: dict[str, str] | None = None,
         images: RealImages | None = None,
+        validation: Validation | None = None,
     ):
         self.config = config
         self.backtracking = backtracking
@@ -66,6 +69,7 @@ class BacktrackingTrainer(Stage):
         self.fake_score_guidance = backtracking.training_guidance_of_fake_score
         self.evaluate = evaluate
         self.validates = evaluate is not None
+        self.validation = validation
         self.schedule = target_schedule(backtracking, 0 if path is None else len(path))
         self.measures: list[Measure] = []
         updates = backtracking.max_train_steps * backtracking.fake_score_updates
@@ -82,7 +86,6 @@ class BacktrackingTrainer(Stage):
         super().__init__(config, backtracking, family, data, learners, **counts, inputs=inputs)
         self.generator = OneStepGenerator(self.student.score_model(family), self.config.conditioning_timestep)
         self.scores.add_target()
-        self.target_node: int | None = None
         self.probe = MismatchProbe(config, family, data, self.accelerator.device)
         self.waits: list[dict[str, float]] = []  # for nodes, at each switch
         if initial_measures is not None:
@@ -94,6 +97,8 @@ class BacktrackingTrainer(Stage):
         """Runs stage 2, whole or resumed. Returns the student's network, averaged if an average is kept; an adapter is fused
         into a copy of what it was trained on, and stays in `student.lora`."""
         self.run()  # for each step: train_step
+        if self.validation is not None:
+            self.validation.choose(self.student, self.curve)
         student = self.student.publish()
         if self.scores.shared is not None:
             self.scores.shared.release()
@@ -218,7 +223,9 @@ class BacktrackingTrainer(Stage):
         measures = [asdict(measure) for measure in self.measures]
         switches = self.schedule.switches(self.measures)  # those to come as they will be at the latest
         found = (self.summary(), self.curve, switches, self.waits, measures, self.rate_changes)
-        return BacktrackingResult(*found, self.accelerator.mixed_precision, self.student.lora)
+        given = (self.curve, self.steps, self.backtracking.max_train_steps)
+        outcome = {} if self.validation is None else self.validation.outcome(*given)
+        return BacktrackingResult(*found, self.accelerator.mixed_precision, self.student.lora, outcome)
 
     # Checkpoints ---------------------------------------------------------------------------------------------------
 

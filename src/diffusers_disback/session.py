@@ -12,9 +12,11 @@ from torch import nn
 
 from .backtracking import BacktrackingTrainer
 from .data.captions import given_prompts
+from .data.prompts import PromptFile
 from .degradation import DegradationRecorder
 from .evaluation import Evaluation, check_evaluators
 from .evaluation.report import Report, inference_copy, summary
+from .evaluation.teacher_images import TeacherImages
 from .families import ModelFamily, load_family
 from .hub.files import write_text
 from .hub.publish.background import RunUpload, repository_of
@@ -29,6 +31,7 @@ from .training.defaults import as_begun, with_defaults
 from .training.inputs import (
     check_inputs,
     condition_source,
+    evaluation_prompts,
     load_image_files,
     load_prompts,
     real_images,
@@ -40,6 +43,7 @@ from .training.processes import process_state
 from .training.results import BacktrackingResult
 from .training.run_folder import in_use
 from .training.settings_file import SETTINGS, write_settings
+from .training.validation import Validation, check_metric
 
 
 if TYPE_CHECKING:
@@ -48,6 +52,8 @@ if TYPE_CHECKING:
 
 SCRIPT = "examples/text_to_image/train_disback.py"
 PROMPTS = "prompts.txt"
+# What the teacher's images depend on, of a run's inputs.
+_OF_THE_TEACHER = ("teacher", "text_encoders", "scheduler", "autoencoder")
 
 
 class DisBackTrainer:
@@ -93,6 +99,11 @@ class DisBackTrainer:
         sources = [name for name in ("prompts_file", "dataset_name", "train_data_dir") if getattr(config, name)]
         if train_dataset is not None and sources:
             raise ValueError(f"Prompts come from one place, but train_dataset and {sources[0]} are given.")
+        own_prompts = [name for name in ("evaluation_prompts_file", "num_evaluation_prompts") if getattr(config, name)]
+        if evaluation is not None and own_prompts:
+            raise ValueError(
+                f"--{own_prompts[0]} is of no use: this evaluation brings its own prompts, as that of the shapes teacher does."
+            )
         names_timestep = config.conditioning_timestep is not None
         self.args = config = as_begun(config)
         self.folder = Path(config.output_dir)
@@ -183,6 +194,7 @@ class DisBackTrainer:
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         prompts = load_prompts(config) if self._prompts is None else self._prompts
         files = load_image_files(config, prompts)
+        evaluation = self._evaluation()
         self.teacher: ModelFamily = load_family(config.teacher, config.cache_dir).to(state.device)
         self.args = config = with_defaults(config, self.teacher)
         if self._completes_command:
@@ -207,30 +219,53 @@ class DisBackTrainer:
         self.images = real_images(config, self.teacher, self.conditions, files, state)
         if config.push_to_hub and state.is_main_process:
             self._upload = RunUpload(config, self.teacher.model)
-        self._measure_first()
+        self._measure_first(evaluation)
         if state.is_main_process:
             write_settings(self.folder / SETTINGS, config)
             if self._prompts is not None:  # so that the training script can repeat the run
                 write_text(self.folder / PROMPTS, "".join(f"{prompt}\n" for prompt in self._prompts))
 
-    def _measure_first(self) -> None:
+    def _evaluation(self) -> Evaluation | None:
+        """The evaluation, on the main process, before anything takes long: a metric that is not measured is refused here. Its
+        prompts are those of a file, or are not known yet."""
+        if not self.state.is_main_process:
+            return None
+        config, file = self.args, self.args.evaluation_prompts_file
+        if self._make_evaluation is None:
+            evaluation = Evaluation([] if file is None else list(PromptFile(file)), batch_size=config.train_batch_size)
+        else:
+            evaluation = self._make_evaluation()
+        evaluation.add(config.evaluators, config.evaluator_args, self.state.device, config.cache_dir)
+        check_metric(config, evaluation.metrics)
+        evaluation.show_progress = True
+        return evaluation
+
+    def _measure_first(self, evaluation: Evaluation | None) -> None:
         """Measures the teacher and the initial student, on the main process. Encoders leave memory when all is encoded."""
         config = self.args
         self.initial_measures: dict[str, float] | None = None
-        if self.state.is_main_process:
+        self._validation: Validation | None = None
+        if evaluation is not None:
             wanted = validation_prompts(config, self.conditions.captions)
             if self._make_evaluation is None:
-                repeated = [caption for caption in wanted for _ in range(config.num_validation_images)]
-                evaluation = Evaluation(repeated, batch_size=config.train_batch_size)
-            else:
-                evaluation = self._make_evaluation()
-            evaluation.add(config.evaluators, config.evaluator_args, self.state.device, config.cache_dir)
-            size = self.teacher.resolution(config.resolution)
-            self._report = Report(evaluation, wanted, self.teacher, config.guidance_scale, dtype=self.dtype, size=size)
+                given = (self.conditions.captions, wanted, evaluation.prompts or None)
+                evaluation.prompts = evaluation_prompts(config, *given)
+            self._report = Report(
+                evaluation,
+                wanted,
+                self.teacher,
+                config.guidance_scale,
+                dtype=self.dtype,
+                size=self.teacher.resolution(config.resolution),
+                teacher_images=TeacherImages(
+                    self.folder / "evaluation", {name: self.inputs.get(name) for name in _OF_THE_TEACHER}
+                ),
+            )
         if self.conditions.is_encoded:
             self.teacher.release_encoders()
         if self._report is not None:
             self._report.add_teacher()
+            self._validation = Validation(config, self.teacher, self._report.metrics, self._report.measures["teacher"])
             with inference_copy(self.generator, self.state.device, self.dtype) as network:
                 self.initial_measures = self._measure(network, "initial")
         self.teacher.offload_to_cpu()
@@ -256,17 +291,20 @@ class DisBackTrainer:
             return
         common = (self.teacher, self.generator, self.conditions, self.path)
         measured = (self._measure, self.initial_measures)
-        trainer = BacktrackingTrainer(self.args, self.args, *common, *measured, self.inputs, self.images)
+        given = (*common, *measured, self.inputs, self.images, self._validation)
+        trainer = BacktrackingTrainer(self.args, self.args, *given)
         self._student = trainer.train()
         self.result = trainer.result()
         trainer.release()
 
     def _save_student(self, student: nn.Module) -> None:
-        """Writes the student's pipeline. What was trained as an adapter is measured again, now that it is fused."""
+        """Writes the student's pipeline. What is not what was measured last is measured again: the best student, and what was
+        trained as an adapter, now that it is fused."""
         deployed = self.teacher.one_step(student, self.args.conditioning_timestep)
         lora = None if self.result is None else self.result.lora
         save_student(deployed, self.teacher.local_model, self.folder, lora)
-        if lora is not None:
+        best = {} if self.result is None else self.result.outcome.get("best_model", {})
+        if lora is not None or best.get("is_student"):
             with inference_copy(student, self.state.device, self.dtype) as network:
                 self._measure(network)
         self._student = None

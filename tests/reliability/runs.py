@@ -47,7 +47,7 @@ MODES: dict[str, dict[str, Any]] = {"full": {}, "adapter": {"lora_rank": 2}}
 # memory, a path's random id, and where they were written.
 _OWN = {"seconds", "seconds_per_image", "peak_memory_mb", "waits", "id"}
 _OWN |= {"output_dir", "resume_from_checkpoint", "command"}
-_ASIDE = {"checkpoints", "settings", "logs"}
+_ASIDE = {"checkpoints", "settings", "logs", "evaluation"}
 
 
 class Runs:

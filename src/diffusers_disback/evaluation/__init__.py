@@ -1,6 +1,7 @@
 """Measures of images. An evaluator sees images and prompts, never a trainer."""
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -8,6 +9,7 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..data.truncation import told_once
 from ..families import ModelFamily
@@ -127,6 +129,7 @@ class Evaluation:
     Attributes:
         evaluators (`list[Evaluator]`): What measures the images; `add` adds registered ones.
         size (`int`, *optional*): The images' side in pixels; by default the pipeline's own.
+        show_progress (`bool`): Show a bar where sampling or measuring takes longer than seconds.
         references (`dict`): Measures to set beside those of pipelines, by name, such as the `floor` of a distance.
     """
 
@@ -146,6 +149,7 @@ class Evaluation:
         self.evaluators: list[Evaluator] = []
         self.references: dict[str, dict[str, float]] = {}
         self.size: int | None = None
+        self.show_progress = False
         self._encoded: dict[str, Tensor] = {}  # what a family samples from, a row for each distinct prompt
         self._places: dict[str, int] = {}
         self._family: ModelFamily | None = None
@@ -178,10 +182,22 @@ class Evaluation:
             metrics |= evaluator.metrics
         return metrics
 
-    def prepare(self, teacher_images: Tensor) -> None:
-        """Gives all evaluators the teacher's images of the prompts."""
+    @property
+    def compares_distributions(self) -> bool:
+        """Whether any evaluator's reference are other images of the teacher than those that are measured."""
+        return any(map(_compares_distributions, self.evaluators))
+
+    def prepare(self, teacher_images: Tensor, reference: Tensor | None = None) -> None:
+        """Gives all evaluators the teacher's images of the prompts.
+
+        Args:
+            teacher_images (`Tensor`): Those that the teacher is measured by, `[N, 3, H, W]` uint8.
+            reference (`Tensor`, *optional*): Others of the same prompts, for evaluators with `compares_distributions`: compared
+                with its own images the teacher would be perfect.
+        """
         for evaluator in self.evaluators:
-            evaluator.prepare(teacher_images, self.prompts)
+            own = teacher_images if reference is None or not _compares_distributions(evaluator) else reference
+            evaluator.prepare(own, self.prompts)
 
     @told_once()
     def encode(self, family: ModelFamily) -> None:
@@ -203,7 +219,12 @@ class Evaluation:
         return {name: tensor[rows].to(device) for name, tensor in self._encoded.items()}
 
     def sample(
-        self, family: ModelFamily, pipeline: DiffusionPipeline, state: PartialState | None = None, **arguments: Any
+        self,
+        family: ModelFamily,
+        pipeline: DiffusionPipeline,
+        state: PartialState | None = None,
+        seed: int | None = None,
+        **arguments: Any,
     ) -> tuple[Tensor, float]:
         """Images, `[N, 3, H, W]` uint8 on the CPU, and the seconds that one took.
 
@@ -212,9 +233,10 @@ class Evaluation:
             pipeline (`DiffusionPipeline`): Its `sampler`, or a student's `one_step`.
             state (`PartialState`, *optional*): This process among those that share the batches; the main one has the images
                 then. By default this process samples all.
+            seed (`int`, *optional*): Of the noise; by default the evaluation's.
             arguments: Of the family's `sample`, such as `num_inference_steps`.
         """
-        sampled = self.timed_sample(family, pipeline, state, **arguments)
+        sampled = self.timed_sample(family, pipeline, state, seed=seed, **arguments)
         return sampled.images, sampled.mean_seconds
 
     @told_once()
@@ -224,6 +246,7 @@ class Evaluation:
         pipeline: DiffusionPipeline,
         state: PartialState | None = None,
         warm_up: bool = False,
+        seed: int | None = None,
         **arguments: Any,
     ) -> Sampled:
         """As `sample`, with the seconds of each batch; with `warm_up`, the first one is sampled once before."""
@@ -235,7 +258,18 @@ class Evaluation:
             return family.sample(pipeline, self._given(prompts, device), noise, **arguments)
 
         shape = family.latent_shape(self.size)
-        return sample_batches(self.prompts, self.batch_size, self.seed, shape, sample, device, state, warm_up)
+        with self._bar("sampling", len(self.prompts), "image") as bar:
+            return sample_batches(
+                self.prompts,
+                self.batch_size,
+                self.seed if seed is None else seed,
+                shape,
+                sample,
+                device,
+                state,
+                warm_up,
+                bar.update,
+            )
 
     def measure(self, images: Tensor) -> dict[str, float]:
         """All evaluators' measures of what `sample` gave.
@@ -244,11 +278,24 @@ class Evaluation:
             ValueError: If an evaluator does not return what it says that it measures.
         """
         measures: dict[str, float] = {}
+        bar = self._bar("measuring", len(self.evaluators), "evaluator")
         for evaluator in self.evaluators:
             values = evaluator(images, self.prompts)
             check_measures(evaluator, values)
             measures |= values
+            bar.update()
+        bar.close()
         return measures
+
+    def _bar(self, what: str, total: int, unit: str) -> tqdm:
+        """A progress bar that is gone when all is done, and not seen at all if that is at once."""
+        hidden = not self.show_progress
+        return tqdm(total=total, desc=what, unit=unit, leave=False, delay=2, disable=hidden, file=sys.stderr)
+
+
+def _compares_distributions(evaluator: Evaluator) -> bool:
+    # Evaluators are known by what they do, and need not be of our class.
+    return bool(getattr(evaluator, "compares_distributions", False))
 
 
 __all__ = [

@@ -38,10 +38,13 @@ class Evaluator(Protocol):
     Attributes:
         metrics (`dict[str, Metric]`): All that it measures, by name.
         compares_with_teacher (`bool`): Whether it measures nothing before `prepare` gave it the teacher's images.
+        compares_distributions (`bool`): Whether it does so without pairing images. The teacher's images that it is given are then
+            others than those that the teacher itself is measured by, whose distance would be 0 otherwise.
     """
 
     metrics: dict[str, Metric]
     compares_with_teacher: bool = False
+    compares_distributions: bool = False
 
     def prepare(self, teacher_images: Tensor, prompts: Sequence[str]) -> None:
         """Takes what the run has of the teacher; by default nothing is needed.

@@ -1,6 +1,7 @@
 """Several models side by side: the same prompts, the same noise, the same measures, and how certain these are."""
 
 import gc
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..hub.files import write_json, write_text
 from ..hub.markdown import fenced, text
 from . import Evaluation
-from .base import FeatureEvaluator, check_measures, groups_of
+from .base import Evaluator, FeatureEvaluator, check_measures, groups_of
 from .bootstrap import confidence_intervals
 from .entries import HowSampled, ImageFolder, PipelineEntry
 from .plots import image_grid
@@ -63,6 +64,7 @@ class Comparison:
         self.rows: dict[str, Row] = {}
         self.reference: str | None = None
         self._size: tuple[int, int] | None = None
+        self._has_others = False
         self._references: dict[int, Tensor] = {}  # features of the teacher's images, by the number of the evaluator
 
     def add(self, model: PipelineEntry | ImageFolder, is_reference: bool = False) -> None:
@@ -76,6 +78,11 @@ class Comparison:
             ValueError: If it cannot be sampled, or its images are of another size than those before.
         """
         sampled = model.sample(self.evaluation, self.how)
+        others = sampled
+        if is_reference and self.evaluation.compares_distributions and isinstance(model, PipelineEntry):
+            other = copy(self.evaluation)
+            other.seed += 1
+            others = model.sample(other, self.how)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -91,11 +98,24 @@ class Comparison:
         self._size = (height, width)
         if is_reference:
             self.reference = name
-            self.evaluation.prepare(images)
+            self._prepare(images, others.images)
         measures, intervals = self._measure(images, is_reference)
         seconds = sampled.median_seconds if sampled.seconds else None
         shown = [images[self.evaluation.prompts.index(prompt)] for prompt in self.prompts]
         self.rows[name] = Row(measures, intervals, seconds, model.settings, shown)
+
+    def _prepare(self, images: Tensor, others: Tensor) -> None:
+        """Gives evaluators the teacher's images: those that it is measured by, or others of the same prompts."""
+        self.evaluation.prepare(images, others)
+        self._has_others = others is not images
+        for number, evaluator in enumerate(self.evaluation.evaluators):
+            if isinstance(evaluator, FeatureEvaluator) and evaluator.compares_with_teacher:
+                own = others if evaluator.compares_distributions else images
+                self._references[number] = evaluator.features(own, self.evaluation.prompts)
+
+    def _is_own_reference(self, evaluator: Evaluator) -> bool:
+        """Whether the teacher's images are compared with themselves."""
+        return evaluator.compares_with_teacher and not (evaluator.compares_distributions and self._has_others)
 
     def _measure(self, images: Tensor, is_reference: bool) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
         """All evaluators' measures of images, `[N, 3, H, W]` uint8, and the intervals of those that give features."""
@@ -108,9 +128,7 @@ class Comparison:
             else:
                 features = evaluator.features(images, prompts)
                 values = evaluator.measure(features, self.groups)
-                if is_reference and evaluator.compares_with_teacher:
-                    self._references[number] = features
-                elif resamples:
+                if resamples and not (is_reference and self._is_own_reference(evaluator)):
                     intervals |= confidence_intervals(
                         evaluator,
                         features,
@@ -210,7 +228,7 @@ class Comparison:
 
     def _is_ranked(self, name: str, metric: str) -> bool:
         owner = next(one for one in self.evaluation.evaluators if metric in one.metrics)
-        return name != self.reference or not owner.compares_with_teacher
+        return name != self.reference or not self._is_own_reference(owner)
 
     def _is_level(self, best: Row, other: Row, metric: str) -> bool:
         """Whether two models cannot be told apart: by their intervals, or where there are none by their values."""

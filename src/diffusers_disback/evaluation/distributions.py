@@ -41,6 +41,7 @@ class _ToTeacher(_InFeatures):
     """A distance to the teacher's images of `prepare`."""
 
     compares_with_teacher = True
+    compares_distributions = True
 
     @abstractmethod
     def compare_with(self, features: Tensor) -> None:
@@ -142,6 +143,7 @@ class FrechetToImages(FrechetToTeacher):
     """
 
     compares_with_teacher = False
+    compares_distributions = False
 
     def __init__(
         self, reference_images: str, feature_model: str = FEATURE_MODEL, networks: FeatureNetworks | None = None

@@ -21,6 +21,7 @@ from ..path.path import DegradationPath
 from . import Evaluation
 from .plots import convergence_plot, image_grid
 from .report_format import REPORT, read_report
+from .teacher_images import TeacherImages
 
 
 TEACHER_STEPS = 25
@@ -61,6 +62,7 @@ class Report:
         teacher_steps (`int`, *optional*): Steps of the teacher's sampler (DDIM); by default 25.
         dtype (`torch.dtype`): In which denoisers draw.
         size (`int`, *optional*): The images' side in pixels; by default that which the teacher was made for.
+        teacher_images (`TeacherImages`, *optional*): Where the teacher's images are kept for a run that is resumed.
 
     Raises:
         ValueError: If two evaluators measure under one name.
@@ -75,15 +77,18 @@ class Report:
         teacher_steps: int | None = None,
         dtype: torch.dtype = torch.float32,
         size: int | None = None,
+        teacher_images: TeacherImages | None = None,
     ):
         self.evaluation, self.metrics = evaluation, evaluation.metrics
         self.dtype = dtype
         self.gallery = Evaluation(wanted, evaluation.seed, evaluation.batch_size)
+        self.gallery.show_progress = evaluation.show_progress
+        self.teacher_images = teacher_images
         self.guidance_scale = guidance_scale
         self.teacher_steps = teacher_steps or TEACHER_STEPS
         for prompts in (evaluation, self.gallery):
             prompts.encode(family)
-            prompts.size = size
+            prompts.size = family.resolution(size)
         self.family = family
         self.teacher = family.sampler()
         family.release_encoders(self.teacher)  # they are not asked again, and may leave memory
@@ -91,18 +96,54 @@ class Report:
         self.shown: dict[str, Tensor] = {}
 
     def add_teacher(self) -> None:
-        """Measures the teacher in many steps, and gives these images to the evaluators. Its denoiser is on the device just
-        for that."""
+        """Measures the teacher in many steps, and gives these images to the evaluators; those that compare with the teacher get
+        others, from the next seed. Its denoiser is on the device just for that."""
         arguments = {"num_inference_steps": self.teacher_steps, "guidance_scale": self.guidance_scale}
+        seed = self.evaluation.seed
+        wanted = [(self.evaluation, seed), (self.gallery, seed)]
+        if self.evaluation.compares_distributions:
+            wanted.append((self.evaluation, seed + 1))
+        found = [self._kept_images(evaluation, seed, arguments) for evaluation, seed in wanted]
+        sampled: list[tuple[Tensor, float]] = []
+        with self._teacher_on_device(needed=None in found):
+            for (evaluation, seed), kept in zip(wanted, found, strict=True):
+                sampled.append(kept or self._teachers_images(evaluation, seed, arguments))
+        (images, seconds), (shown, _), *others = sampled
+        self.evaluation.prepare(images, *(reference for reference, _ in others))
+        self._keep("teacher", images, seconds, shown)
+        self.measures["teacher"] |= arguments
+
+    @contextmanager
+    def _teacher_on_device(self, needed: bool) -> Iterator[None]:
+        """Keeps the teacher's denoiser on the device while it samples, if it has to."""
+        if not needed:
+            yield
+            return
         own = self.family.network
         with inference_copy(own, self.family.device, self.dtype) as network:
             self.teacher.register_modules(**{self.family.network_name: network})
-            images, seconds = self.evaluation.sample(self.family, self.teacher, **arguments)
-            shown, _ = self.gallery.sample(self.family, self.teacher, **arguments)
+            yield
         self.teacher.register_modules(**{self.family.network_name: own})
-        self.evaluation.prepare(images)
-        self._keep("teacher", images, seconds, shown)
-        self.measures["teacher"] |= arguments
+
+    def _kept_images(
+        self, evaluation: Evaluation, seed: int, arguments: dict[str, Any]
+    ) -> tuple[Tensor, float] | None:
+        """What the teacher drew when the run was begun; `None` if that is not kept."""
+        if self.teacher_images is None:
+            return None
+        return self.teacher_images.read(evaluation, **self._sampler(seed, arguments))
+
+    def _teachers_images(self, evaluation: Evaluation, seed: int, arguments: dict[str, Any]) -> tuple[Tensor, float]:
+        """Samples the teacher, and keeps that."""
+        images, seconds = evaluation.sample(self.family, self.teacher, seed, **arguments)
+        if self.teacher_images is not None:
+            self.teacher_images.write(images, seconds, evaluation, **self._sampler(seed, arguments))
+        return images, seconds
+
+    def _sampler(self, seed: int, arguments: dict[str, Any]) -> dict[str, Any]:
+        """All that the teacher's images depend on, besides prompts and weights."""
+        name = type(self.teacher.scheduler).__name__
+        return {**arguments, "scheduler": name, "seed": seed, "dtype": str(self.dtype)}
 
     def add_student(self, name: str, pipeline: DiffusionPipeline) -> dict[str, float]:
         """Measures a one-step pipeline under a name (`initial`, `student`); its safety checker is taken off."""
@@ -209,7 +250,7 @@ def sample_nodes(
             elif index:
                 path.load(index, network)
             if index or drawn is None:
-                arguments = {"num_inference_steps": num_inference_steps, "guidance_scale": scale}
+                arguments: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": scale}
                 images, _ = evaluation.sample(family, teacher, **arguments)
             else:
                 images = drawn

@@ -29,6 +29,9 @@ def check_report(report: dict[str, Any], what: str) -> None:
         ValueError: With the first that is missing or wrong.
     """
     check_fields(report, {"files?": _are_counts, "component?": is_component, "stages?": dict, "settings?": dict}, what)
+    for name, fields in _OF_AN_OUTCOME.items():
+        if name in report:
+            check_fields(report[name] if isinstance(report[name], dict) else {}, fields, f"{what}, {name},")
     has_student = "student" in report
     if has_student:
         check_fields(report, _OF_A_STUDENT, what)
@@ -76,6 +79,10 @@ _OF_AN_EVALUATION: Kinds = {
     "metrics?": dict,
 }
 _OF_A_METRIC: Kinds = {"label": str, "panel": str, "direction": lambda value: value in ("higher", "lower", "zero")}
+_OF_AN_OUTCOME: dict[str, Kinds] = {
+    "best_model": {"step": is_count, "metric": str, "value": is_number, "is_student": bool},
+    "early_stopping": {"step": is_count, "max_steps": is_count, "metric": str, "patience": is_count},
+}
 _OF_SETTINGS: Kinds = {
     **{"pretrained_model_name_or_path": str, "output_dir": str, "conditioning_timestep": is_count},
     **dict.fromkeys(("revision", "variant", "generator_model_name_or_path", "teacher_lora"), str | None),

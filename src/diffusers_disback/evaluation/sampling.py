@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -47,6 +48,7 @@ def sample_batches(
     device: torch.device,
     state: PartialState | None = None,
     warm_up: bool = False,
+    done: Callable[[int], Any] | None = None,
 ) -> Sampled:
     """Samples an image of each prompt. All noise comes from one generator, batch after batch, so that it is the same for all
     models of one shape. What a sampler draws besides (stochastic ones do) is seeded for each batch, by its number.
@@ -63,6 +65,7 @@ def sample_batches(
         device (`torch.device`): Of the noise.
         state (`PartialState`, *optional*): This process among those that share the batches; by default it samples all.
         warm_up (`bool`): Whether the first batch is sampled once before, which is not timed.
+        done (`Callable`, *optional*): Is told how many images more there are, such as the `update` of a progress bar.
     """
     processes, rank = (1, 0) if state is None else (state.num_processes, state.process_index)
     generator = torch.Generator().manual_seed(seed)
@@ -86,6 +89,8 @@ def sample_batches(
         parts, times = _gathered(part, seconds, len(batches), state) if processes > 1 else ([part], [seconds])
         sampled.seconds.extend(times)
         sampled.sizes.extend(map(len, batches))
+        if done is not None:
+            done(sum(map(len, batches)))
         if rank == 0:
             images += [part[: len(batch)] for part, batch in zip(parts, batches, strict=True)]
     return Sampled(torch.cat(images), sampled.seconds, sampled.sizes) if images else sampled

@@ -1,6 +1,7 @@
 """Which timestep to ask a student at: the teacher, asked once at each of a range."""
 
 from pathlib import Path
+from typing import Any
 
 from ..families import ModelFamily
 from . import Evaluation
@@ -33,7 +34,7 @@ def timestep_sweep(
     Raises:
         ValueError: If a timestep is outside the schedule, or has no signal and the network predicts the noise.
     """
-    arguments = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    arguments: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     reference, _ = evaluation.sample(family, family.sampler(), **arguments)
     drift = DriftEvaluator()
     drift.prepare(reference, evaluation.prompts)

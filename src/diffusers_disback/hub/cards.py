@@ -122,7 +122,7 @@ def _student_card(report: dict[str, Any], title: str, repo: str, path_image: boo
         ["one-step", "distillation", "disback"],
         title,
         results,
-        report={"path": None, **report},
+        report={"path": None, "best_model": None, "early_stopping": None, **report},
         repo=repo,
         path_image=path_image,
         lora_fits=usage.takes_lora and is_plain and bool(report.get("lora")),

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
+LORA = "lora"
+"""The folder of a student's LoRA, in that of its pipeline."""
+
 Lora = tuple[dict[str, Tensor], "LoraConfig"]
 """An adapter off its network: its weights in peft's own names, and its config."""
 

@@ -1,6 +1,7 @@
 """What tells a whole checkpoint from a damaged one: the size and the hash of each of its files, written down last."""
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,18 @@ def seal(folder: Path, state: dict[str, Any]) -> None:
         state (`dict`): The content of `stage.json`.
     """
     write_json(folder / STATE, {**state, _SEALED: True})
+    write_json(folder / SEAL, {"format_version": 1, "files": files_of(folder)})
+
+
+def files_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """The size and hash of every file of a folder, all of which are on the disk then."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     with ThreadPoolExecutor(_READERS) as readers:
         hashes = list(readers.map(_stored, files))
-    recorded = {
+    return {
         file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": sha256}
         for file, sha256 in zip(files, hashes, strict=True)
     }
-    write_json(folder / SEAL, {"format_version": 1, "files": recorded})
 
 
 def is_sealed(folder: Path) -> bool:
@@ -45,31 +50,52 @@ def damage(folder: Path, sizes_only: bool = False) -> str | None:
         folder (`Path`): Of the checkpoint.
         sizes_only (`bool`): Do not read the files.
     """
-    try:
-        if not is_sealed(folder):
+    if not is_sealed(folder):
+        try:
             if not (folder / STATE).is_file():
                 return f"{STATE} is missing"
             return f"{SEAL} is missing" if _SEALED in read_json(folder / STATE, STATE) else None
+        except ValueError as error:
+            return f"{SEAL} was changed ({error})"
+
+    def told() -> Any:
         files = read_json(folder / SEAL, SEAL).get("files")
-        if not isinstance(files, dict) or STATE not in files:
-            return f"{SEAL} does not say what belongs to it"
-        expected = {inside(folder, name, SEAL): recorded for name, recorded in files.items()}
-        for file, recorded in expected.items():
+        return files if isinstance(files, dict) and STATE in files else None
+
+    return damage_of(folder, told, SEAL, sizes_only)
+
+
+def damage_of(folder: Path, told: Callable[[], Any], where: str, sizes_only: bool = False) -> str | None:
+    """What is wrong with a folder whose files were written down by `files_of`, in words that name the file; `None` if it is
+    whole.
+
+    Args:
+        folder (`Path`): Of the files.
+        told (`Callable`): Reads what was written down.
+        where (`str`): The name of the file in which that was.
+        sizes_only (`bool`): Do not read the files.
+    """
+    try:
+        files = told()
+        if not isinstance(files, dict):
+            return f"{where} does not say what belongs to it"
+        expected = {inside(folder, name, where): file for name, file in files.items()}
+        for file, known in expected.items():
             if not file.is_file():
                 return f"{file.relative_to(folder)} is missing"
             size = file.stat().st_size
-            if size != recorded["size"]:
-                return f"{file.relative_to(folder)} has {size} bytes in place of {recorded['size']}"
+            if size != known["size"]:
+                return f"{file.relative_to(folder)} has {size} bytes in place of {known['size']}"
         if sizes_only:
             return None
         with ThreadPoolExecutor(_READERS) as readers:
-            for (file, recorded), sha256 in zip(expected.items(), readers.map(sha256_of, expected), strict=True):
-                if sha256 != recorded["sha256"]:
+            for (file, known), sha256 in zip(expected.items(), readers.map(sha256_of, expected), strict=True):
+                if sha256 != known["sha256"]:
                     return f"{file.relative_to(folder)} was changed (its SHA-256 differs)"
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
     except (ValueError, TypeError, KeyError) as error:
-        return f"{SEAL} was changed ({error})"
+        return f"{where} was changed ({error})"
     return None
 
 

@@ -68,12 +68,25 @@ class TrainingConfig(
                     raise ValueError(
                         f"--{name} is for a path on the Hub, but --degradation_path is {self.degradation_path!r}."
                     )
+        self._check_best_model()
         if self.hub_model_id is not None and not self.push_to_hub:
             raise ValueError("--hub_model_id says where to, but nothing is pushed without --push_to_hub.")
         if self.hub_token is not None and self.report_to not in ("none", "tensorboard"):
             raise ValueError(
                 f"--hub_token together with --report_to {self.report_to} is refused: such trackers upload the command "
                 "line, and the token in it. Log in with `hf auth login` instead."
+            )
+
+    def _check_best_model(self) -> None:
+        if self.metric_for_best_model is None:
+            given = [name for name in ("load_best_model_at_end", "early_stopping_patience") if getattr(self, name)]
+            if given:
+                raise ValueError(
+                    f"--{given[0]} needs to know what is best: pass --metric_for_best_model, a metric of the evaluators."
+                )
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ValueError(
+                "--early_stopping_threshold is for --early_stopping_patience: pass both, or leave it out."
             )
 
     def _check_discriminator(self) -> None:

@@ -171,7 +171,7 @@ def condition_source(
 
 def _check_no_prompts(config: DisBackConfig, teacher: ModelFamily) -> None:
     """Raises a `ValueError` if the settings name prompts, which the teacher does not take."""
-    names = ("prompts_file", "dataset_name", "train_data_dir", "validation_prompts")
+    names = ("prompts_file", "dataset_name", "train_data_dir", "validation_prompts", "evaluation_prompts_file")
     given = [f"--{name}" for name in names if getattr(config, name)]
     if config.has_discriminator:
         given.remove("--train_data_dir")  # whose images are meant
@@ -179,6 +179,25 @@ def _check_no_prompts(config: DisBackConfig, teacher: ModelFamily) -> None:
         raise ValueError(
             f"The teacher is a {type(teacher.pipeline).__name__}, which takes no prompts; leave {' and '.join(given)} out."
         )
+
+
+def evaluation_prompts(
+    config: DisBackConfig, prompts: Sequence[str], shown: Sequence[str], file: Sequence[str] | None = None
+) -> list[str]:
+    """What evaluators measure, a prompt for each image: those of a file or some of the run's, if that is asked for, or else
+    those that are shown, several times each.
+
+    Args:
+        config (`DisBackConfig`): The settings.
+        prompts (`Sequence[str]`): All of the run's.
+        shown (`Sequence[str]`): Of `validation_prompts`.
+        file (`Sequence[str]`, *optional*): The lines of `--evaluation_prompts_file`.
+    """
+    if file is None and config.num_evaluation_prompts is None:
+        return [prompt for prompt in shown for _ in range(config.num_validation_images)]
+    every = prompts if file is None else file
+    number = config.num_evaluation_prompts or len(every)
+    return [every[place * len(every) // number] for place in range(number)]
 
 
 def validation_prompts(config: DisBackConfig, prompts: Sequence[str]) -> list[str]:

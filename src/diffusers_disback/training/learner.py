@@ -17,9 +17,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ..families import ModelFamily
 from ..hub.files import write_json
-from ..models.adapters import Lora, SharedNetwork, fused
+from ..models.adapters import LORA, Lora, SharedNetwork, fused, save_lora
 from ..models.score_model import ScoreModel
-from ..models.weights import read_weights, save_weights
+from ..models.weights import fill, mapped_weights, read_weights, save_weights
 from .config import TrainingConfig
 from .networks import SHARDED, accelerator_of, in_precision, tuned
 from .optim import optimizer_of
@@ -205,6 +205,24 @@ class Learner:
             self.ema.copy_to(self.parameters())
         return self.unwrapped()
 
+    def save_deployed(self, folder: Path, component: str) -> None:
+        """Writes the network as a student's is written, in `deployed`.
+
+        Args:
+            folder (`Path`): Of the pipeline.
+            component (`str`): The denoiser's name in it, and its folder.
+        """
+        network: Any = self.unwrapped()  # a diffusers model
+        network.save_pretrained(folder / component)
+
+    def load_deployed(self, folder: Path, component: str) -> None:
+        """Reads what `save_deployed` wrote, to be published. Nothing is trained afterwards."""
+        weights = {
+            k: v for file in (folder / component).glob("*.safetensors") for k, v in mapped_weights(file).items()
+        }
+        fill(self.unwrapped(), weights, str(folder / component))
+        self.ema = None
+
     def place_optimizer(self, device: torch.device | str) -> None:
         """Moves the optimiser's state, which is of no use while another network is trained."""
         for state in self.optimizer.state.values():
@@ -342,6 +360,16 @@ class AdapterLearner(Learner):
         self.lora = weights, self.shared.config(self.adapter)
         self.shared.release()
         return fused(self.original, *self.lora)
+
+    def save_deployed(self, folder: Path, component: str) -> None:
+        """Writes the adapter as a student's LoRA is written."""
+        save_lora(self.shared.weights(self.adapter), self.shared.config(self.adapter), folder / LORA, component)
+
+    def load_deployed(self, folder: Path, component: str) -> None:
+        (file,) = (folder / LORA).glob("*.safetensors")
+        weights = {key.removeprefix(f"{component}."): tensor for key, tensor in read_weights(file).items()}
+        self.shared.fill(self.adapter, weights, str(file))
+        self.ema = None
 
     def release(self) -> None:
         self.optimizer, self.lr_schedule = self.accelerator.free_memory(self.optimizer, self.lr_schedule)

@@ -1,6 +1,6 @@
 """What a stage found out, as report and card read it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..models.adapters import Lora
@@ -19,6 +19,7 @@ class BacktrackingResult:
         rate_changes (`list[dict]`): Learning rates with which it was resumed, if they were others.
         mixed_precision (`str`): Of the run.
         lora (`Lora`, *optional*): The adapter that was trained, and its config.
+        outcome (`dict`): Of `Validation`: the best student, and an early end.
     """
 
     cost: dict[str, float]
@@ -29,6 +30,7 @@ class BacktrackingResult:
     rate_changes: list[dict[str, Any]]
     mixed_precision: str
     lora: Lora | None = None
+    outcome: dict[str, Any] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
         """What `report.json` holds of it."""
@@ -39,4 +41,4 @@ class BacktrackingResult:
             content["lora"] = {"rank": config.r, "alpha": config.lora_alpha, "folder": "lora"}
         if self.rate_changes:
             content["rate_changes"] = self.rate_changes
-        return content
+        return content | self.outcome

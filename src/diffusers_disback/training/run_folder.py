@@ -179,7 +179,7 @@ class RunFolder:
         """Removes what runs that were cut off have left of checkpoints. On the main process."""
         folder = self.stage_folder(stage)
         for left in [f for f in folder.iterdir() if _LEFTOVER.fullmatch(f.name)] if folder.is_dir() else []:
-            _remove(left)
+            remove(left)
 
     def finish_checkpoint(self, stage: str, step: int, state: dict[str, Any], limit: int | None) -> None:
         """Makes a written draft a checkpoint, and forgets the oldest ones beyond the limit. On the main process.
@@ -210,10 +210,10 @@ class RunFolder:
     def _discard(self, folder: Path) -> None:
         """Removes a checkpoint: first its name, so that one that is half removed is none."""
         discarded = folder.with_name(f"discarded-{_step_of(folder):06d}")
-        _remove(discarded)
+        remove(discarded)
         if folder.exists():
             os.replace(folder, discarded)
-            _remove(discarded)
+            remove(discarded)
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -221,7 +221,7 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Removes a folder, if it is there; of a link to one, the link."""
     if folder.is_symlink():
         folder.unlink()

@@ -30,6 +30,7 @@ from .processes import decided_by_main, peak_memory_mb
 from .run_folder import RunFolder
 from .settings.fields import Settings, values
 from .signals import SignalHandler, signal_handler
+from .validation import Validation, measured_by
 
 
 class Stage(ABC):
@@ -100,6 +101,7 @@ class Stage(ABC):
         self._totals: dict[str, Tensor] = {}
         self._counted = 0
         self._signals: Tensor | None = None
+        self._validated: int | None = None
 
     # What a stage is ---------------------------------------------------------------------------------------------
 
@@ -108,6 +110,9 @@ class Stage(ABC):
     fake_score_guidance = 1.0  # in its own loss
     discriminator: DiscriminatorLearner | None = None
     images: RealImages | None = None  # that it learns from
+    student: Learner  # of stage 2
+    target_node: int | None = None
+    validation: Validation | None = None  # on the main process, of a stage that validates
 
     @abstractmethod
     def train_step(self, step: int, batches: list[list[Batch]]) -> dict[str, Tensor]:
@@ -124,7 +129,7 @@ class Stage(ABC):
 
     def identity(self) -> dict[str, Any]:
         """What, besides the settings, has to be the same for a checkpoint to be resumed."""
-        return {"num_processes": self.accelerator.num_processes}
+        return {"num_processes": self.accelerator.num_processes, **measured_by(self.config)}
 
     def state(self) -> dict[str, Any]:
         """What a stage adds to a checkpoint's `stage.json`."""
@@ -202,6 +207,8 @@ class Stage(ABC):
             if resumes:
                 self.folder.claim(self.name, self.settings, self.inputs)
             self.folder.clear_drafts(self.name)
+            if self.validation is not None:
+                self.validation.begin(self.checkpoint)
         tracked = {k: v for k, v in self.settings.items() if isinstance(v, (int, float, str, bool))}
         self.accelerator.init_trackers(self.config.tracker_project_name, tracked)
         if self.accelerator.device.type == "cuda":
@@ -222,7 +229,7 @@ class Stage(ABC):
         finally:
             bar.close()
         self.check_finite()
-        if self.validates:
+        if self.validates and self._validated != self.steps:
             self._validate(self.steps)
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -247,8 +254,9 @@ class Stage(ABC):
             bar.update()
             if done % self.config.logging_steps == 0 or done == self.steps:
                 self._log(done, bar)
-            saves = done % self.config.checkpointing_steps == 0 or done == self.steps
             validates = self.validates and done % self.config.validation_steps == 0 and done < self.steps
+            saves = done % self.config.checkpointing_steps == 0 or done == self.steps
+            saves = saves or (validates and self.target_node == 0 and self._stops(more=1))
             if saves or validates:
                 self.seconds += time.monotonic() - started
                 if saves:
@@ -340,7 +348,20 @@ class Stage(ABC):
             measures = self.validate(done)
             self.curve.append({"step": done, "seconds": round(self.seconds, 2), **measures})
             self.accelerator.log({f"{self.name}/{k}": v for k, v in measures.items()}, step=done)
+            if self.validation is not None:
+                given = (self.name, self.curve, self.student, self.steps, self.notify)
+                self.accelerator.log(self.validation.judge(*given), step=done)
+        self._validated = done
         self.accelerator.wait_for_everyone()
+        if done < self.steps and self._stops():
+            self.notify(f"ends at step {done}: {self.config.metric_for_best_model} has not improved for long enough")
+            self.steps = done
+
+    def _stops(self, more: int = 0) -> bool:
+        """Whether training ends early, on every process; or would, after `more` validations that do not improve the metric."""
+        if self.config.early_stopping_patience is None:
+            return False
+        return self.agreed([self.validation is not None and self.validation.stops(self.curve, more)])[0]
 
     def _save(self, done: int) -> None:
         self.check_finite()
@@ -353,6 +374,8 @@ class Stage(ABC):
             with writing(draft):
                 for learner in self.learners:
                     learner.save(draft)
+                if self.validation is not None:
+                    self.validation.add_to(draft)
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 state = {"step": done, "identity": self.identity(), **self.summary(), "curve": self.curve}

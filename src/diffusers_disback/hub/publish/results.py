@@ -24,7 +24,7 @@ from ..files import write_json, written_whole
 from ..published import REPORT, published, published_command
 from ..repository import HubError
 from .run import write_model_card
-from .student import missing_results, results
+from .student import has_ended, missing_results, results
 
 
 def is_finished(config: DisBackConfig) -> bool:
@@ -41,9 +41,10 @@ def is_finished(config: DisBackConfig) -> bool:
         done = "degradation" in stages and _nodes_are_there(config.path_folder)
         remakes = done and (config.path_folder / MANIFEST).exists()
     else:
-        done = stages.get("backtracking", {}).get("steps") == config.max_train_steps
+        done = has_ended(report, config.max_train_steps)
         checkpoints = RunFolder(folder).checkpoints("backtracking")
-        remakes = bool(checkpoints) and checkpoints[-1].name == f"checkpoint-{config.max_train_steps:06d}"
+        last = stages["backtracking"]["steps"] if done else config.max_train_steps
+        remakes = bool(checkpoints) and checkpoints[-1].name == f"checkpoint-{last:06d}"
     missing = missing_results(folder, report) if done else []
     if not missing:
         return done

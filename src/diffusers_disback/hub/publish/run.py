@@ -16,6 +16,7 @@ from ...path.sharing import check_is_ours, check_teacher_may_be_shared
 from ...training.config import that_count, without_rates
 from ...training.run_folder import RunFolder
 from ...training.settings_file import SETTINGS
+from ...training.validation import STATUS
 from ..cards import student_card
 from ..files import inside, read_text, to_bytes, write_text
 from ..markdown import python
@@ -26,7 +27,7 @@ from .student import IMAGES, LORA, check_student_is_whole
 
 # What a run's folder holds and no push sends: the path's own folders, which are read from its branches, and what says what
 # a run on this machine did.
-_OWN = ("path", "settings", SETTINGS, "prompts.txt", "checkpoints", "logs", "conditions")
+_OWN = ("path", "settings", SETTINGS, "prompts.txt", "checkpoints", "logs", "conditions", "best", "evaluation", STATUS)
 
 
 def write_model_card(folder: Path, report: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ...models.adapters import Lora, save_lora
+from ...models.adapters import LORA, Lora, save_lora
 from ...models.card import CARD
 from ...models.components import check_whole
 from ...models.pipeline_folder import INDEX, WITHOUT_A_ROLE, components_of, read_index
@@ -22,7 +22,6 @@ from ..repository import Files, write_files
 
 
 logger = logging.getLogger(__name__)
-LORA = "lora"
 IMAGES = ("samples.png", "convergence.png", "path.png")
 _DRAFT = "student.draft"
 
@@ -124,6 +123,13 @@ def results(folder: Path) -> dict[str, int]:
     return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files if file.is_file()}
 
 
+def has_ended(report: dict[str, Any], max_train_steps: int) -> bool:
+    """Whether a report is of a student of all the steps that are asked for, or of one whose training ended early."""
+    done = report.get("stages", {}).get("backtracking", {}).get("steps")
+    stopped = "early_stopping" in report and report["early_stopping"]["step"] == done
+    return done == max_train_steps or (stopped and done <= max_train_steps)
+
+
 def missing_results(folder: Path, report: dict[str, Any]) -> list[str]:
     """What of a run's results is not there, or not whole, by its report. Texts and images may have been changed since."""
     basics = [INDEX, CARD, f"{component_of(report)}/config.json"] if "student" in report else []
@@ -152,8 +158,8 @@ def check_student_is_whole(folder: Path, report: dict[str, Any]) -> None:
     )
     has_path = (folder / "path" / MANIFEST).is_file()
     remedy += f"; or push the path alone: diffusers-disback push {folder / 'path'}." if has_path else "."
-    done = report.get("stages", {}).get("backtracking", {}).get("steps")
-    if "student" not in report or done != settings.get("max_train_steps", done):
+    steps = settings.get("max_train_steps")
+    if "student" not in report or (steps is not None and not has_ended(report, steps)):
         raise ValueError(f"{folder} holds no finished student: its run was cut off. {remedy}")
     missing = missing_results(folder, report)
     without = [name for name in missing if name in IMAGES]

@@ -307,3 +307,30 @@ class LoggingSettings(Settings):
     validation_steps: int = free_setting(
         500, "Measure and draw the student every so many generator updates.", minimum=1
     )
+    evaluation_prompts_file: str | None = free_setting(
+        None,
+        "A text file with one prompt a line: what evaluators measure, an image each; by default the validation prompts, "
+        "--num_validation_images each.",
+    )
+    num_evaluation_prompts: int | None = free_setting(
+        None,
+        "Measure so many images, of prompts evenly spaced over --evaluation_prompts_file, or over the run's own. Where there are "
+        "fewer prompts, each has several.",
+        minimum=1,
+    )
+    metric_for_best_model: str | None = setting(
+        None,
+        "Keep the best student by this metric of the chosen evaluators in best/, beside the last. Which direction is better "
+        "is the metric's own.",
+    )
+    load_best_model_at_end: bool = setting(
+        False, "Save the best student in place of the last; see --metric_for_best_model."
+    )
+    early_stopping_patience: int | None = setting(
+        None,
+        "End stage 2 when --metric_for_best_model has not improved at so many validations in a row with the teacher as the target.",
+        minimum=1,
+    )
+    early_stopping_threshold: float = setting(
+        0.0, "What is an improvement for --early_stopping_patience: by more than this.", minimum=0
+    )
