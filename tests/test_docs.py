@@ -90,6 +90,17 @@ def test_the_table_of_teachers_is_that_of_its_report():
         assert f"| {name} | {' | '.join(cells)} |" in page and factor >= 2
 
 
+def test_the_table_of_a_comparison_is_that_of_its_report():
+    page = (ROOT / "docs" / "evaluate.md").read_text()
+    report = json.loads((ROOT / "docs" / "evaluate_report.json").read_text())
+    for name, model in report["models"].items():
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| {name} "))
+        for metric, value in model["measures"].items():
+            assert f"{value:.4g}" in row.replace("*", ""), metric
+        for low, high in model["intervals"].values():
+            assert f"± {(high - low) / 2:.2g} " in row
+
+
 @pytest.mark.slow
 def test_the_toy_finds_its_way_back(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["disback_2d.py", "--output", str(tmp_path / "toy.png")])
