@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from ..data.truncation import told_once
 from ..families import ModelFamily
-from .base import Evaluator, FeatureEvaluator, Metric, check_measures
+from .base import Evaluator, FeatureEvaluator, Metric, check_measures, groups_of
+from .bootstrap import confidence_intervals
 from .distance import FrechetDistance
 from .distributions import (
     Diversity,
@@ -129,6 +130,7 @@ class Evaluation:
     Attributes:
         evaluators (`list[Evaluator]`): What measures the images; `add` adds registered ones.
         size (`int`, *optional*): The images' side in pixels; by default the pipeline's own.
+        features (`dict[int, Tensor]`): Of the images that were measured last, by the number of the evaluator.
         show_progress (`bool`): Show a bar where sampling or measuring takes longer than seconds.
         references (`dict`): Measures to set beside those of pipelines, by name, such as the `floor` of a distance.
     """
@@ -150,6 +152,9 @@ class Evaluation:
         self.references: dict[str, dict[str, float]] = {}
         self.size: int | None = None
         self.show_progress = False
+        self.features: dict[int, Tensor] = {}
+        self._references: dict[int, Tensor] = {}  # features of the teacher's images, by the number of the evaluator
+        self._has_others = False
         self._encoded: dict[str, Tensor] = {}  # what a family samples from, a row for each distinct prompt
         self._places: dict[str, int] = {}
         self._family: ModelFamily | None = None
@@ -195,9 +200,12 @@ class Evaluation:
             reference (`Tensor`, *optional*): Others of the same prompts, for evaluators with `compares_distributions`: compared
                 with its own images the teacher would be perfect.
         """
-        for evaluator in self.evaluators:
+        self._has_others = reference is not None and reference is not teacher_images
+        for number, evaluator in enumerate(self.evaluators):
             own = teacher_images if reference is None or not _compares_distributions(evaluator) else reference
             evaluator.prepare(own, self.prompts)
+            if isinstance(evaluator, FeatureEvaluator) and evaluator.compares_with_teacher:
+                self._references[number] = evaluator.features(own, self.prompts)
 
     @told_once()
     def encode(self, family: ModelFamily) -> None:
@@ -278,14 +286,46 @@ class Evaluation:
             ValueError: If an evaluator does not return what it says that it measures.
         """
         measures: dict[str, float] = {}
+        groups, self.features = groups_of(self.prompts), {}
         bar = self._bar("measuring", len(self.evaluators), "evaluator")
-        for evaluator in self.evaluators:
-            values = evaluator(images, self.prompts)
+        for number, evaluator in enumerate(self.evaluators):
+            if isinstance(evaluator, FeatureEvaluator):
+                self.features[number] = evaluator.features(images, self.prompts)
+                values = evaluator.measure(self.features[number], groups)
+            else:
+                values = evaluator(images, self.prompts)
             check_measures(evaluator, values)
             measures |= values
             bar.update()
         bar.close()
         return measures
+
+    def intervals(
+        self, features: Mapping[int, Tensor], resamples: int, of_teacher: bool = False, level: float = 0.95
+    ) -> dict[str, tuple[float, float]]:
+        """Confidence intervals of measures, of evaluators that are `FeatureEvaluator`s; none for a single prompt.
+
+        Args:
+            features (`Mapping[int, Tensor]`): What `self.features` was after `measure`.
+            resamples (`int`): Of the prompts; none with 0.
+            of_teacher (`bool`): Whether it is the teacher that was measured: compared with itself it has no interval.
+            level (`float`): The share of intervals that contain the true value.
+        """
+        found: dict[str, tuple[float, float]] = {}
+        groups = groups_of(self.prompts)
+        if not resamples or not len(groups) or groups.max() == 0:
+            return found
+        for number, own in features.items():
+            evaluator = self.evaluators[number]
+            assert isinstance(evaluator, FeatureEvaluator)
+            if not (of_teacher and self.is_own_reference(evaluator)):
+                reference = self._references.get(number)
+                found |= confidence_intervals(evaluator, own, groups, resamples, level=level, reference=reference)
+        return found
+
+    def is_own_reference(self, evaluator: Evaluator) -> bool:
+        """Whether the teacher is compared with the very images that it is measured by."""
+        return evaluator.compares_with_teacher and not (_compares_distributions(evaluator) and self._has_others)
 
     def _bar(self, what: str, total: int, unit: str) -> tqdm:
         """A progress bar that is gone when all is done, and not seen at all if that is at once."""

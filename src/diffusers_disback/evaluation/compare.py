@@ -13,8 +13,6 @@ from torch import Tensor
 from ..hub.files import write_json, write_text
 from ..hub.markdown import fenced, text
 from . import Evaluation
-from .base import Evaluator, FeatureEvaluator, check_measures, groups_of
-from .bootstrap import confidence_intervals
 from .entries import HowSampled, ImageFolder, PipelineEntry
 from .plots import image_grid
 from .report import versions
@@ -59,13 +57,10 @@ class Comparison:
     def __init__(self, evaluation: Evaluation, how: HowSampled, resamples: int = 200):
         self.evaluation, self.how, self.resamples = evaluation, how, resamples
         self.metrics = evaluation.metrics
-        self.groups = groups_of(evaluation.prompts)
         self.prompts = list(dict.fromkeys(evaluation.prompts))[:ROWS]
         self.rows: dict[str, Row] = {}
         self.reference: str | None = None
         self._size: tuple[int, int] | None = None
-        self._has_others = False
-        self._references: dict[int, Tensor] = {}  # features of the teacher's images, by the number of the evaluator
 
     def add(self, model: PipelineEntry | ImageFolder, is_reference: bool = False) -> None:
         """Samples a model and measures it.
@@ -98,48 +93,12 @@ class Comparison:
         self._size = (height, width)
         if is_reference:
             self.reference = name
-            self._prepare(images, others.images)
-        measures, intervals = self._measure(images, is_reference)
+            self.evaluation.prepare(images, others.images)
+        measures = self.evaluation.measure(images)
+        intervals = self.evaluation.intervals(self.evaluation.features, self.resamples, is_reference, LEVEL)
         seconds = sampled.median_seconds if sampled.seconds else None
         shown = [images[self.evaluation.prompts.index(prompt)] for prompt in self.prompts]
         self.rows[name] = Row(measures, intervals, seconds, model.settings, shown)
-
-    def _prepare(self, images: Tensor, others: Tensor) -> None:
-        """Gives evaluators the teacher's images: those that it is measured by, or others of the same prompts."""
-        self.evaluation.prepare(images, others)
-        self._has_others = others is not images
-        for number, evaluator in enumerate(self.evaluation.evaluators):
-            if isinstance(evaluator, FeatureEvaluator) and evaluator.compares_with_teacher:
-                own = others if evaluator.compares_distributions else images
-                self._references[number] = evaluator.features(own, self.evaluation.prompts)
-
-    def _is_own_reference(self, evaluator: Evaluator) -> bool:
-        """Whether the teacher's images are compared with themselves."""
-        return evaluator.compares_with_teacher and not (evaluator.compares_distributions and self._has_others)
-
-    def _measure(self, images: Tensor, is_reference: bool) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-        """All evaluators' measures of images, `[N, 3, H, W]` uint8, and the intervals of those that give features."""
-        measures: dict[str, float] = {}
-        intervals: dict[str, tuple[float, float]] = {}
-        prompts, resamples = self.evaluation.prompts, self.resamples if self.groups.max() > 0 else 0
-        for number, evaluator in enumerate(self.evaluation.evaluators):
-            if not isinstance(evaluator, FeatureEvaluator):
-                values = evaluator(images, prompts)
-            else:
-                features = evaluator.features(images, prompts)
-                values = evaluator.measure(features, self.groups)
-                if resamples and not (is_reference and self._is_own_reference(evaluator)):
-                    intervals |= confidence_intervals(
-                        evaluator,
-                        features,
-                        self.groups,
-                        resamples,
-                        level=LEVEL,
-                        reference=self._references.get(number),
-                    )
-            check_measures(evaluator, values)
-            measures |= values
-        return measures, intervals
 
     def best(self, metric: str) -> str | None:
         """The model that is best by a metric; `None` if another's interval overlaps its own, or there is no other. The teacher
@@ -228,7 +187,7 @@ class Comparison:
 
     def _is_ranked(self, name: str, metric: str) -> bool:
         owner = next(one for one in self.evaluation.evaluators if metric in one.metrics)
-        return name != self.reference or not self._is_own_reference(owner)
+        return name != self.reference or not self.evaluation.is_own_reference(owner)
 
     def _is_level(self, best: Row, other: Row, metric: str) -> bool:
         """Whether two models cannot be told apart: by their intervals, or where there are none by their values."""

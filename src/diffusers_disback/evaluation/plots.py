@@ -3,7 +3,7 @@
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from .base import Metric
 
 
 LABEL = 110  # characters of a caption that are shown beside its images; the card and the report have all of it
+BETTER = {"higher": "higher is better", "lower": "lower is better", "zero": "nearer to 0 is better"}
 _MISSING = re.compile(r"Glyph .* missing from")
 WIDEST = 200  # inches that an image takes at most; matplotlib refuses 2^16 dots
 
@@ -83,9 +84,11 @@ def convergence_plot(
     levels: dict[str, dict[str, float]],
     metrics: dict[str, Metric],
     file: Path,
+    intervals: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    last: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
-    """Writes the measures over generator updates, on the panels that their metrics name. A panel of which lower is better is
-    logarithmic, if it can be.
+    """Writes the measures over generator updates, on the panels that their metrics name, each with the direction that is better.
+    A panel of which lower is better is logarithmic, if it can be.
 
     Args:
         curve (`list[dict]`): Rows with `step` and measures.
@@ -93,6 +96,9 @@ def convergence_plot(
         levels (`dict[str, dict[str, float]]`): Horizontal lines: label -> measures, as of the teacher.
         metrics (`dict[str, Metric]`): Which measures are drawn.
         file (`Path`): PNG.
+        intervals (`dict[str, dict[str, Sequence[float]]]`, *optional*): Bands around the lines: label -> measure -> lower and
+            upper end.
+        last (`dict[str, Sequence[float]]`, *optional*): The interval of the curve's last row: measure -> lower and upper end.
     """
     plt = pyplot()
     rows = {
@@ -116,10 +122,15 @@ def convergence_plot(
                         alpha=0.7,
                         label=f"{label}: {metrics[name].label}",
                     )
+                if band := (intervals or {}).get(label, {}).get(name):
+                    axis.axhspan(*band, color=f"C{colour}", alpha=0.12, lw=0)
+            if steps and (band := (last or {}).get(name)):
+                axis.plot([steps[-1]] * 2, band, "-", lw=3, alpha=0.5, color=f"C{colour}", solid_capstyle="butt")
         for number, step in enumerate(switches):
             axis.axvline(step, color="0.6", lw=1, label="target switch" if number == 0 else None)
         if all(metrics[name].direction == "lower" and row[name] > 0 for name in panel for row in rows[name]):
             axis.set_yscale("log")
+        axis.set_ylabel(", ".join(dict.fromkeys(BETTER[metrics[name].direction] for name in panel)), fontsize=8)
         axis.legend(fontsize=7, loc="best")
     axes[-1, 0].set_xlabel("generator updates")
     figure.tight_layout()

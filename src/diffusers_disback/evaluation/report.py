@@ -25,6 +25,7 @@ from .teacher_images import TeacherImages
 
 
 TEACHER_STEPS = 25
+RESAMPLES = 50  # of the prompts, for the intervals of teacher, initial student and student
 
 
 @contextmanager
@@ -94,6 +95,8 @@ class Report:
         family.release_encoders(self.teacher)  # they are not asked again, and may leave memory
         self.measures: dict[str, dict[str, float]] = dict(evaluation.references)
         self.shown: dict[str, Tensor] = {}
+        self._features: dict[str, dict[int, Tensor]] = {}
+        self._intervals: dict[str, dict[str, list[float]]] = {}
 
     def add_teacher(self) -> None:
         """Measures the teacher in many steps, and gives these images to the evaluators; those that compare with the teacher get
@@ -163,8 +166,10 @@ class Report:
         image_grid(rows, [titles[name] for name in columns], file)
 
     def write_convergence(self, curve: list[dict[str, float]], switches: list[int], file: Path) -> None:
-        """The measures over generator updates, with the teacher's as levels."""
-        convergence_plot(curve, switches, {"teacher": self.measures["teacher"]}, self.metrics, file)
+        """The measures over generator updates, with the teacher's as levels, and the intervals of these and of the student."""
+        found = self.intervals()
+        levels, intervals = {"teacher": self.measures["teacher"]}, {"teacher": found.get("teacher", {})}
+        convergence_plot(curve, switches, levels, self.metrics, file, intervals, found.get("student"))
 
     def write_path(self, path: DegradationPath, scales: list[float], file: Path) -> None:
         """What each node of the path draws, from the teacher to the last node, and the initial student at the end.
@@ -190,6 +195,7 @@ class Report:
         }
         content = {**self.measures, "evaluation": evaluation, "example_prompt": self.gallery.prompts[0], **others}
         if "student" in self.measures:
+            content["intervals"] = self.intervals()
             content["behind"] = {name: self._behind(name) for name in ("teacher", "initial") if name in self.measures}
         return content
 
@@ -206,7 +212,18 @@ class Report:
         measures = {key: round(value, 6) for key, value in self.evaluation.measure(images).items()}
         self.measures[name] = {**measures, "seconds_per_image": round(seconds, 6)}
         self.shown[name] = shown
+        self._features[name] = self.evaluation.features
+        self._intervals.pop(name, None)
         return measures
+
+    def intervals(self) -> dict[str, dict[str, list[float]]]:
+        """95 % intervals of what was measured last of teacher, initial student and student, by name; see
+        `Evaluation.intervals`."""
+        for name, features in self._features.items():
+            if name not in self._intervals:
+                found = self.evaluation.intervals(features, RESAMPLES, name == "teacher")
+                self._intervals[name] = {key: [round(end, 6) for end in ends] for key, ends in found.items()}
+        return self._intervals
 
 
 def sample_nodes(

@@ -65,10 +65,19 @@ def _are_names(value: Any) -> bool:
     )
 
 
+def _are_intervals(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(named, dict)
+        and all(isinstance(ends, list) and all(map(is_number, ends)) for ends in named.values())
+        for named in value.values()
+    )
+
+
 _OF_A_STUDENT: Kinds = {
     **dict.fromkeys(("evaluation", "settings", "teacher_card", "teacher", "stages", "machine", "versions"), dict),
     **dict.fromkeys(("example_prompt", "pipeline_class", "command"), str),
     **{"resolution": is_count, "seed": is_number, "path": dict | None},
+    "intervals?": _are_intervals,
     "behind?": _are_names,  # reports of earlier versions have neither this nor metrics
 }
 _OF_AN_EVALUATION: Kinds = {
