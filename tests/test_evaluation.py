@@ -194,6 +194,8 @@ def test_a_measure_is_drawn_on_its_own_panel(tasted, tmp_path, monkeypatch):
         "drift saturation",
         "target switch",
     ]
+    assert [axis.get_ylabel() for axis in (drift, taste)] == ["nearer to 0 is better", "lower is better"]
+    assert len(drift.collections) == 3 and not taste.collections, "the student's intervals, of those that have them"
     assert (tmp_path / "x.png").stat().st_size > 1000
     convergence_plot([{"step": 0, "other": 1.0}], [0], {}, report.metrics, tmp_path / "none.png")
     assert len(figures[1].axes) == 1, "nothing of it was measured"
@@ -211,7 +213,7 @@ def test_evaluators_that_do_not_fit_are_refused(monkeypatch):
     evaluation.add(["drift"])
     with pytest.raises(ValueError, match="Two evaluators measure drift_mean, drift_saturation, drift_std"):
         _ = evaluation.metrics
-    monkeypatch.setattr(DriftEvaluator, "__call__", lambda *_: {"other": 1.0})
+    monkeypatch.setattr(DriftEvaluator, "measure", lambda *_: {"other": 1.0})
     with pytest.raises(ValueError, match="DriftEvaluator measures other, but its metrics are drift_mean, "):
         evaluation.measure(images(0, count=1))
 

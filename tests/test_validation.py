@@ -476,7 +476,7 @@ def sampled(monkeypatch):
     def spy(self, family, pipeline, seed=None, **arguments):
         if arguments:
             calls.append((len(self.prompts), seed))
-        return sample(self, family, pipeline, seed, **arguments)
+        return sample(self, family, pipeline, seed=seed, **arguments)
 
     monkeypatch.setattr(Evaluation, "sample", spy)
     return calls

@@ -74,7 +74,7 @@ class Comparison:
         """
         sampled = model.sample(self.evaluation, self.how)
         others = sampled
-        if is_reference and self.evaluation.compares_distributions and isinstance(model, PipelineEntry):
+        if is_reference and self.evaluation.compares_distributions and not isinstance(model, ImageFolder):
             other = copy(self.evaluation)
             other.seed += 1
             others = model.sample(other, self.how)

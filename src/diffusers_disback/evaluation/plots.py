@@ -125,7 +125,7 @@ def convergence_plot(
                 if band := (intervals or {}).get(label, {}).get(name):
                     axis.axhspan(*band, color=f"C{colour}", alpha=0.12, lw=0)
             if steps and (band := (last or {}).get(name)):
-                axis.plot([steps[-1]] * 2, band, "-", lw=3, alpha=0.5, color=f"C{colour}", solid_capstyle="butt")
+                axis.vlines(steps[-1], *band, lw=3, alpha=0.5, color=f"C{colour}")
         for number, step in enumerate(switches):
             axis.axvline(step, color="0.6", lw=1, label="target switch" if number == 0 else None)
         if all(metrics[name].direction == "lower" and row[name] > 0 for name in panel for row in rows[name]):

@@ -138,7 +138,7 @@ class Report:
 
     def _teachers_images(self, evaluation: Evaluation, seed: int, arguments: dict[str, Any]) -> tuple[Tensor, float]:
         """Samples the teacher, and keeps that."""
-        images, seconds = evaluation.sample(self.family, self.teacher, seed, **arguments)
+        images, seconds = evaluation.sample(self.family, self.teacher, seed=seed, **arguments)
         if self.teacher_images is not None:
             self.teacher_images.write(images, seconds, evaluation, **self._sampler(seed, arguments))
         return images, seconds
