@@ -368,7 +368,7 @@ class Brightness(Evaluator):
     """A measure of images alone."""
 
     metrics = {"brightness": Metric("brightness", "brightness", "lower")}
-    compares_with_teacher = True
+    compares_distributions = True
     references: list[torch.Tensor] = []
 
     def prepare(self, teacher_images, prompts):
