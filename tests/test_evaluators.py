@@ -630,3 +630,29 @@ def test_an_evaluation_measures_by_name(arguments):
     measures = evaluation.measure(images(1))
     assert measures.keys() == evaluation.metrics.keys() == {"fid_to_teacher", "diversity", "clip_score"}
     assert evaluation.metrics["clip_score"].label == "CLIP score (clip)"
+
+
+def test_a_run_measures_by_name_and_keeps_the_best(run, arguments):
+    """All that a user's own teacher is measured by, from flags to the report's intervals and the card's index."""
+    names = ["kid_to_teacher", "diversity", "clip_score"]
+    given = [f"{key}={arguments[key]}" for key in ("feature_model", "clip_model")]
+    folder = run(
+        evaluators=names,
+        evaluator_args=given,
+        num_validation_images=3,
+        metric_for_best_model="kid_to_teacher",
+        load_best_model_at_end=True,
+    )
+    report = json.loads((folder / "report.json").read_text())
+    assert all(
+        report[who][name] == pytest.approx(report[who][name]) for who in ("teacher", "student") for name in names
+    )
+    assert report["teacher"]["kid_to_teacher"] != 0, "the teacher is compared with other images of its own"
+    assert report["intervals"]["student"].keys() == report["intervals"]["teacher"].keys() == set(names)
+    assert report["best_model"]["is_student"] and report["best_model"]["metric"] == "kid_to_teacher"
+    assert (folder / "best" / "best.json").is_file() and (folder / "status.json").is_file()
+    card = (folder / "README.md").read_text()
+    assert all(
+        f"name: {label}" in card
+        for label in ("KID to the teacher (dinov2)", "diversity (dinov2)", "CLIP score (clip)")
+    )

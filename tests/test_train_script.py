@@ -594,7 +594,16 @@ def test_every_flag_has_a_test():
 
     files = [
         Path(__file__).with_name(f"test_{name}.py")
-        for name in ("train_script", "upload", "families", "adapters", "single_file", "discriminator", "validation")
+        for name in (
+            "train_script",
+            "upload",
+            "families",
+            "adapters",
+            "single_file",
+            "discriminator",
+            "validation",
+            "evaluators",
+        )
     ]
     tested = {"pretrained_model_name_or_path", "output_dir"}  # of every run
     for function in (statement for file in files for statement in ast.parse(file.read_text()).body):
