@@ -17,6 +17,8 @@ NEEDED = {  # beside another
     "path_disk_budget_gb": {"degradation_path": "user/repo"},
     "degradation_steps": {"num_path_nodes": 1},
     "max_noise": {"min_noise": 0.0},
+    "early_stopping_patience": {"metric_for_best_model": "drift_mean"},
+    "early_stopping_threshold": {"metric_for_best_model": "drift_mean", "early_stopping_patience": 1},
 }
 
 
