@@ -246,6 +246,7 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(tmp_path, path):
     assert close(*results, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing(tmp_path, path):
     expected = weights(trainer(adapted(tmp_path / "plain"), path, max_train_steps=5).train())
     config = adapted(tmp_path / "measured", validation_steps=1)
@@ -580,7 +581,9 @@ def test_nodes_that_are_more_than_a_plain_lora_are_refused(tmp_path, path):
 # The result ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, alpha", [("stable_diffusion", None), ("stable_diffusion_xl", 2.0)])
+@pytest.mark.parametrize(
+    "name, alpha", [pytest.param("stable_diffusion", None, marks=pytest.mark.slow), ("stable_diffusion_xl", 2.0)]
+)
 def test_the_lora_loads_in_the_stock_pipeline(run, tmp_path, name, alpha):
     """Convolutions and attention alike, tensor by tensor; the images are those of the fused student."""
     teacher = tmp_path / "teacher"

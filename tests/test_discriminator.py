@@ -32,6 +32,7 @@ from shapes.dataset import write_image_folder
 
 
 MODES = {"full": {}, "adapters": {"lora_rank": 4}}
+COSTLY = ["full", pytest.param("adapters", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +183,7 @@ def test_stage_2_trains_head_and_student_and_logs_what_it_does(tmp_path, teacher
     assert torch.equal(rows[0], stage.images.table[draw.rows]), "an image has the condition of its row"
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", COSTLY)
 def test_resumed_equals_unbroken(mode, tmp_path, teacher_folder, images):
     """Weights of all three and their optimisers' states, bit for bit."""
     config = {"discriminator_learning_rate": 3e-3, "checkpointing_steps": 3, **MODES[mode]}
@@ -308,7 +309,7 @@ TERM = {"adversarial_weight": 0.05, "discriminator_weight": 0.5, "discriminator_
 F_DISTILL = {"objective": "f_distill", "objective_args": "divergence=jensen_shannon", "min_noise": 0.1}
 
 
-@pytest.mark.parametrize("changes", [TERM, F_DISTILL], ids=["dmd", "f_distill"])
+@pytest.mark.parametrize("changes", [TERM, pytest.param(F_DISTILL, marks=pytest.mark.slow)], ids=["dmd", "f_distill"])
 def test_the_script_trains_with_a_discriminator(changes, tmp_path, teacher_folder, images):
     """And changed images are seen when a run is resumed."""
     train_disback.main(lines(tmp_path / "run", teacher_folder, images, **changes))
@@ -370,7 +371,7 @@ def test_one_loss_of_two_networks_is_not_scaled_twice(tmp_path, images, monkeypa
 # The planner ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", COSTLY)
 def test_what_is_planned_is_what_a_run_allocates(mode, tmp_path, teacher_folder, images):
     place = {"pretrained_model_name_or_path": str(teacher_folder), "resolution": 64}
     config = with_discriminator(tmp_path, images, **place, **MODES[mode], discriminator_weight=1.0)

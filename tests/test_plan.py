@@ -142,7 +142,7 @@ def test_activations_are_what_a_pass_allocates(name, adapted, checkpoints):
     assert memory.gradients == size(*(each.grad for each in real.parameters() if each.grad is not None))
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "objective, guidance",
     [(ThroughScores, 1.0), (OBJECTIVES["dmd"], 1.0), (OBJECTIVES["sid"], 2.0), (OBJECTIVES["dmd"], 2.0)],

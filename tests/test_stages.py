@@ -250,7 +250,7 @@ def test_measuring_changes_nothing(tmp_path, path):
     assert again.curve[-1] == {**rows[-1], "seconds": again.curve[-1]["seconds"]}, "resumed at its end"
 
 
-@pytest.mark.parametrize("use_ema", [False, True])
+@pytest.mark.parametrize("use_ema", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_stage_2_resumed_equals_stage_2_unbroken(tmp_path, path, use_ema):
     """The break falls into the second target's turn."""
     arguments = {"use_ema": use_ema, "max_train_steps": 8, "steps_per_target": 2}

@@ -388,6 +388,7 @@ def baseline(tmp_path_factory, teacher_folder, prompts_file):
     return student(folder / "run")
 
 
+@pytest.mark.slow
 def test_a_fall_of_the_mismatch_matters_where_it_falls(run):
     long = {"target_share": 1.0, "steps_per_target": 6, "max_train_steps": 12, "fake_score_learning_rate": 3e-2}
     long |= {"conditioning_timestep": 399}
@@ -395,10 +396,12 @@ def test_a_fall_of_the_mismatch_matters_where_it_falls(run):
     assert not equal(hasty, patient)
 
 
+@pytest.mark.slow
 def test_an_average_differs_by_its_decay(run):
     assert not equal(student(run("a", use_ema=True)), student(run("b", use_ema=True, ema_decay=0.1)))
 
 
+@pytest.mark.slow
 def test_dropped_prompts_matter_where_a_node_is_guided(run):
     three = {"num_path_nodes": 3, "max_train_steps": 6, "degradation_steps": 12}
     dropped, kept = run("a", **three, proportion_empty_prompts=0.5), run("b", **three, proportion_empty_prompts=0.0)
@@ -582,7 +585,7 @@ def test_without_a_teacher_it_is_the_embedded_one(tmp_path):
     assert Path(training.pretrained_model_name_or_path).resolve() == SCRIPT.parent / "shapes" / "teacher"
     assert Path(training.prompts_file).resolve() == SCRIPT.parent / "shapes" / "prompts.txt"
     assert not Path(training.pretrained_model_name_or_path).is_absolute(), "a card should not name a machine's folders"
-    assert training.train_batch_size == 32 and training.max_train_steps == 999, "the command line has the last word"
+    assert training.train_batch_size == 16 and training.max_train_steps == 999, "the command line has the last word"
     own = train_disback.parse(["--pretrained_model_name_or_path", "mine"])
     assert own.pretrained_model_name_or_path == "mine" and own.train_batch_size == 1 and own.prompts_file is None
 
