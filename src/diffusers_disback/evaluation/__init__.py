@@ -153,7 +153,6 @@ class Evaluation:
         self.size: int | None = None
         self.show_progress = False
         self.features: dict[int, Tensor] = {}
-        self._references: dict[int, Tensor] = {}  # features of the teacher's images, by the number of the evaluator
         self._has_others = False
         self._encoded: dict[str, Tensor] = {}  # what a family samples from, a row for each distinct prompt
         self._places: dict[str, int] = {}
@@ -201,11 +200,9 @@ class Evaluation:
                 with its own images the teacher would be perfect.
         """
         self._has_others = reference is not None and reference is not teacher_images
-        for number, evaluator in enumerate(self.evaluators):
+        for evaluator in self.evaluators:
             own = teacher_images if reference is None or not _compares_distributions(evaluator) else reference
             evaluator.prepare(own, self.prompts)
-            if isinstance(evaluator, FeatureEvaluator) and evaluator.compares_with_teacher:
-                self._references[number] = evaluator.features(own, self.prompts)
 
     @told_once()
     def encode(self, family: ModelFamily) -> None:
@@ -319,7 +316,7 @@ class Evaluation:
             evaluator = self.evaluators[number]
             assert isinstance(evaluator, FeatureEvaluator)
             if not (of_teacher and self.is_own_reference(evaluator)):
-                reference = self._references.get(number)
+                reference = evaluator.teacher_features
                 found |= confidence_intervals(evaluator, own, groups, resamples, level=level, reference=reference)
         return found
 

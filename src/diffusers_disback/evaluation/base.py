@@ -69,7 +69,13 @@ class Evaluator(Protocol):
 
 class FeatureEvaluator(Evaluator, ABC):
     """An evaluator in two steps: features of each image by itself, then numbers from all of them. The first is the costly one;
-    the second is repeated to estimate how certain the numbers are (`confidence_intervals`)."""
+    the second is repeated to estimate how certain the numbers are (`confidence_intervals`).
+
+    Attributes:
+        teacher_features (`Tensor`, *optional*): Of the teacher's images, after `prepare`, if it `compares_with_teacher`.
+    """
+
+    teacher_features: Tensor | None = None
 
     @abstractmethod
     def features(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -100,7 +106,8 @@ class FeatureEvaluator(Evaluator, ABC):
     def prepare(self, teacher_images: Tensor, prompts: Sequence[str]) -> None:
         """As of `Evaluator`: features of the teacher's images go to `compare_with`, if it `compares_with_teacher`."""
         if self.compares_with_teacher:
-            self.compare_with(self.features(teacher_images, prompts))
+            self.teacher_features = self.features(teacher_images, prompts)
+            self.compare_with(self.teacher_features)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         """As of `Evaluator`."""
