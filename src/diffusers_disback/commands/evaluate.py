@@ -23,6 +23,7 @@ def evaluate(parsed: argparse.Namespace) -> None:
     from ..evaluation.compare import Comparison, is_main
     from ..evaluation.entries import Entry, HowSampled
     from ..evaluation.named import known_evaluators
+    from ..training.networks import PRECISIONS
     from ..training.processes import process_state
 
     disable_progress_bar()
@@ -37,7 +38,7 @@ def evaluate(parsed: argparse.Namespace) -> None:
             f"--evaluators {' '.join(needing)} compare with a teacher: name it, as --reference TEACHER@25."
         )
     state = process_state()
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[parsed.mixed_precision]
+    dtype = PRECISIONS[parsed.mixed_precision]
     if dtype == torch.float16 and state.device.type == "cpu":
         raise ValueError("--mixed_precision fp16 needs a GPU; leave it out, or take bf16.")
     with state.main_process_first():  # which downloads

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,15 +23,27 @@ _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class _InFeatures(FeatureEvaluator):
-    """An evaluator in the features of a network.
+    """An evaluator of one metric, in the features of a network.
 
     Args:
         feature_model (`str`): The network: see `FeatureNetwork`.
         networks (`FeatureNetworks`, *optional*): Where it is loaded, once for all who use it; by default for the CPU.
+
+    Attributes:
+        name, title, panel, direction (`str`): Of the metric, whose label says the network, too; see `Metric`.
     """
+
+    name: str
+    title: str
+    panel: str
+    direction: Literal["higher", "lower"] = "lower"
 
     def __init__(self, feature_model: str = FEATURE_MODEL, networks: FeatureNetworks | None = None):
         self.network: FeatureNetwork = (networks or FeatureNetworks()).load(feature_model)
+        self.metrics = self._metrics(self.title)
+
+    def _metrics(self, title: str) -> dict[str, Metric]:
+        return {self.name: Metric(f"{title} ({self.network.label})", self.panel, self.direction)}
 
     def features(self, images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
         """The network's, of whole images, `[N, F]`; prompts are not looked at."""
@@ -60,10 +73,7 @@ class FrechetToTeacher(_ToTeacher):
         feature_model, networks: The network; by default DINOv2.
     """
 
-    def __init__(self, feature_model: str = FEATURE_MODEL, networks: FeatureNetworks | None = None):
-        super().__init__(feature_model, networks)
-        label = f"FID to the teacher ({self.network.label})"
-        self.metrics = {"fid_to_teacher": Metric(label, "fid", "lower")}
+    name, title, panel = "fid_to_teacher", "FID to the teacher", "fid"
 
     def measure(self, features: Tensor, groups: Tensor) -> dict[str, float]:
         """`{"fid_to_teacher": ...}`; groups are not looked at.
@@ -71,8 +81,7 @@ class FrechetToTeacher(_ToTeacher):
         Raises:
             ValueError: If there are fewer than two images.
         """
-        (name,) = self.metrics
-        return {name: frechet_distance(FeatureStatistics.of_features(features), self.reference)}
+        return {self.name: frechet_distance(FeatureStatistics.of_features(features), self.reference)}
 
     def compare_with(self, features: Tensor) -> None:
         """Takes the mean and the covariance of the features of the teacher's images."""
@@ -88,10 +97,7 @@ class PatchFrechetToTeacher(FrechetToTeacher):
         feature_model, networks: The network; by default DINOv2.
     """
 
-    def __init__(self, feature_model: str = FEATURE_MODEL, networks: FeatureNetworks | None = None):
-        super().__init__(feature_model, networks)
-        label = f"patch FID to the teacher ({self.network.label})"
-        self.metrics = {"patch_fid_to_teacher": Metric(label, "patch_fid", "lower")}
+    name, title, panel = "patch_fid_to_teacher", "patch FID to the teacher", "patch_fid"
 
     def features(self, images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
         """The network's, of the middle of images, `[N, F]`; prompts are not looked at."""
@@ -106,9 +112,7 @@ class KernelToTeacher(_ToTeacher):
         feature_model, networks: The network; by default DINOv2.
     """
 
-    def __init__(self, feature_model: str = FEATURE_MODEL, networks: FeatureNetworks | None = None):
-        super().__init__(feature_model, networks)
-        self.metrics = {"kid_to_teacher": Metric(f"KID to the teacher ({self.network.label})", "kid", "lower")}
+    name, title, panel = "kid_to_teacher", "KID to the teacher", "kid"
 
     def measure(self, features: Tensor, groups: Tensor) -> dict[str, float]:
         """`{"kid_to_teacher": ...}`; groups are not looked at.
@@ -142,6 +146,7 @@ class FrechetToImages(FrechetToTeacher):
             network.
     """
 
+    name = "fid"
     compares_with_teacher = False
     compares_distributions = False
 
@@ -150,8 +155,7 @@ class FrechetToImages(FrechetToTeacher):
     ):
         super().__init__(feature_model, networks)
         self.reference = reference_statistics(reference_images, self.network)
-        label = f"FID to {self.reference.num_images} real images ({self.network.label})"
-        self.metrics = {"fid": Metric(label, "fid", "lower")}
+        self.metrics = self._metrics(f"FID to {self.reference.num_images} real images")
 
 
 class Diversity(_InFeatures):
@@ -162,9 +166,8 @@ class Diversity(_InFeatures):
         feature_model, networks: The network; by default DINOv2.
     """
 
-    def __init__(self, feature_model: str = FEATURE_MODEL, networks: FeatureNetworks | None = None):
-        super().__init__(feature_model, networks)
-        self.metrics = {"diversity": Metric(f"diversity ({self.network.label})", "diversity", "higher")}
+    name = title = panel = "diversity"
+    direction = "higher"
 
     def prepare(self, teacher_images: Tensor, prompts: Sequence[str]) -> None:
         """Sees that there are prompts with two images.

@@ -14,7 +14,7 @@ from ..data.images import open_image
 from ..hub.files import inside, printable, read_json
 from ..models.model_files import locate
 from ..models.pipeline_folder import UNREADABLE, check_component, of_variants
-from ..models.weights import fingerprint, owned
+from ..models.weights import PICKLES, fingerprint, owned
 from .preprocessing import ImagePreprocessing
 
 
@@ -29,7 +29,7 @@ _CLASSES = {
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER = re.compile(r"(tokenizer|vocab|tokenizer_config|special_tokens_map|added_tokens)\.json|merges\.txt")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+_UNREAD = (*PICKLES, ".msgpack", ".h5")
 
 
 class FeatureNetwork:
@@ -245,7 +245,7 @@ def _needed(names: list[str], weights: bool, processor: bool, what: str) -> list
             raise ValueError(f"{what} has no config.json: it is no model of transformers.")
         found = of_variants([file for file in own if file.name.startswith("model")])
         if None not in found:
-            pickled = [file.name for file in own if file.suffix in _PICKLES]
+            pickled = [file.name for file in own if file.suffix in _UNREAD]
             hint = (
                 f" There are pickled ones ({pickled[0]}), which can run code when they are read, and are not."
                 if pickled

@@ -20,10 +20,10 @@ from ..models.reference import LocalModel, model_class, title_of
 from ..models.score_model import ScoreModel
 from ..objectives import OBJECTIVES
 from ..training.config import BacktrackingConfig, TrainingConfig
+from ..training.networks import PRECISIONS
 from .allocations import PassMemory, checkpointed, pass_memory, size
 
 
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZED = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # bytes of a linear layer's weight, with its share of the scales
 ROLES = "fake_score", "generator"  # stage 1 trains the first
 ENCODES = f"exact; in CPU memory, if there are {CAPACITY:,} images or fewer"

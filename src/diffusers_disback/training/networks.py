@@ -15,6 +15,7 @@ from ..models.score_model import ScoreModel
 from .config import TrainingConfig
 
 
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
@@ -62,7 +63,7 @@ def _check_trains_by_one_loss(accelerator: Accelerator) -> None:
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:
     """The precision that networks compute in."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    return PRECISIONS.get(accelerator.mixed_precision, torch.float32)
 
 
 def in_precision(model: ScoreModel, accelerator: Accelerator) -> ScoreModel:
