@@ -1,7 +1,6 @@
 """Several models side by side: the same prompts, the same noise, the same measures, and how certain these are."""
 
 import gc
-from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,12 +71,10 @@ class Comparison:
         Raises:
             ValueError: If it cannot be sampled, or its images are of another size than those before.
         """
-        sampled = model.sample(self.evaluation, self.how)
-        others = sampled
-        if is_reference and self.evaluation.compares_distributions and not isinstance(model, ImageFolder):
-            other = copy(self.evaluation)
-            other.seed += 1
-            others = model.sample(other, self.how)
+        seeds = [self.evaluation.seed]
+        if is_reference and self.evaluation.compares_distributions:
+            seeds.append(self.evaluation.seed + 1)
+        sampled, *others = model.sample(self.evaluation, self.how, seeds)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -93,7 +90,7 @@ class Comparison:
         self._size = (height, width)
         if is_reference:
             self.reference = name
-            self.evaluation.prepare(images, others.images)
+            self.evaluation.prepare(images, *(other.images for other in others))
         measures = self.evaluation.measure(images)
         intervals = self.evaluation.intervals(self.evaluation.features, self.resamples, is_reference, LEVEL)
         seconds = sampled.median_seconds if sampled.seconds else None

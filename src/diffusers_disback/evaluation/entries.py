@@ -1,6 +1,7 @@
 """What a comparison compares: students, pipelines in many steps or few, and folders of images."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,18 +149,18 @@ class PipelineEntry:
     model: LocalModel
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def sample(self, evaluation: Evaluation, how: HowSampled) -> Sampled:
-        """Loads it, and samples the evaluation's prompts.
+    def sample(self, evaluation: Evaluation, how: HowSampled, seeds: Sequence[int]) -> list[Sampled]:
+        """Loads it, and samples the evaluation's prompts, once for each seed of the noise.
 
         Raises:
             ValueError: If it cannot be loaded, or sampled as its user says.
         """
         self.settings = {"pipeline_class": self.model.index["_class_name"], "commit": self.model.commit}
         if _has_family(self.model):
-            return self._sample_family(evaluation, how)
-        return self._sample_other(evaluation, how)
+            return self._sample_family(evaluation, how, seeds)
+        return self._sample_other(evaluation, how, seeds)
 
-    def _sample_family(self, evaluation: Evaluation, how: HowSampled) -> Sampled:
+    def _sample_family(self, evaluation: Evaluation, how: HowSampled, seeds: Sequence[int]) -> list[Sampled]:
         """By its family, as training measures teachers and students: the denoiser in the precision, all else in float32."""
         family = load_family(self.model)
         scheduler, arguments = self._sampler(family, how)
@@ -171,7 +172,9 @@ class PipelineEntry:
         own.encode(family)
         with inference_copy(family.network, how.device, how.dtype) as network:
             pipeline.register_modules(**{family.network_name: network})
-            return own.timed_sample(family, pipeline, how.state, warm_up=True, **arguments)
+            return [
+                own.timed_sample(family, pipeline, how.state, warm_up=True, seed=seed, **arguments) for seed in seeds
+            ]
 
     def _sampler(self, family: ModelFamily, how: HowSampled) -> tuple[SchedulerMixin, dict[str, Any]]:
         """The scheduler, and the steps and the guidance."""
@@ -199,7 +202,7 @@ class PipelineEntry:
             "guidance_scale": guidance if entry.guidance is None else entry.guidance,
         }
 
-    def _sample_other(self, evaluation: Evaluation, how: HowSampled) -> Sampled:
+    def _sample_other(self, evaluation: Evaluation, how: HowSampled, seeds: Sequence[int]) -> list[Sampled]:
         """By its pipeline's own call, with its own scheduler and defaults."""
         if self.entry.scheduler not in (None, "own"):
             raise ValueError(f"{self.entry.text!r}: a {self.settings['pipeline_class']} keeps its own scheduler.")
@@ -211,16 +214,11 @@ class PipelineEntry:
         def sample(prompts: list[str], noise: Tensor) -> Tensor:
             return other.sample(prompts, noise, how.size, **arguments)
 
-        return sample_batches(
-            evaluation.prompts,
-            evaluation.batch_size,
-            evaluation.seed,
-            other.latent_shape(how.size),
-            sample,
-            how.device,
-            how.state,
-            warm_up=True,
-        )
+        shape = other.latent_shape(how.size)
+        common = (shape, sample, how.device, how.state)
+        return [
+            sample_batches(evaluation.prompts, evaluation.batch_size, seed, *common, warm_up=True) for seed in seeds
+        ]
 
     def _tell(self, scheduler: SchedulerMixin, network: torch.nn.Module, **arguments: Any) -> None:
         self.settings |= {"scheduler": type(scheduler).__name__, **arguments, "sha256": fingerprint(network)}
@@ -272,8 +270,9 @@ class ImageFolder:
                     "have to be in the order of the prompts, all of one prompt after another."
                 )
 
-    def sample(self, evaluation: Evaluation, how: HowSampled) -> Sampled:
-        """Reads the images. None is resized unless a size is given, to which it is resized and cropped.
+    def sample(self, evaluation: Evaluation, how: HowSampled, seeds: Sequence[int]) -> list[Sampled]:
+        """Reads the images, which are the same for each seed. None is resized unless a size is given, to which it is resized and
+        cropped.
 
         Raises:
             ValueError: If one cannot be read, or they are of several sizes.
@@ -289,7 +288,7 @@ class ImageFolder:
                 f"The images in {self.entry.text} are of several sizes, {sizes} pixels: pass --resolution, to which they are "
                 "resized and cropped."
             )
-        return Sampled(torch.stack(images), [], [])
+        return [Sampled(torch.stack(images), [], [])] * len(seeds)
 
 
 def _images_in(folder: Path) -> list[str]:
