@@ -324,3 +324,37 @@ def test_two_processes_find_what_one_does(models, teacher_folder, prompts_file, 
     assert [one["num_processes"] for one in found] == [1, 2]
     one, two = ({name: row["measures"] for name, row in content["models"].items()} for content in found)
     assert one == two
+
+
+class Apart(Brightness):
+    """How far the mean brightness is from the teacher's."""
+
+    metrics = {"apart": Metric("apart", "apart", "lower")}
+    compares_with_teacher = compares_distributions = True
+
+    def compare_with(self, features):
+        self.reference = features.mean()
+
+    def measure(self, features, groups):
+        return {"apart": (features.mean() - self.reference).abs().item()}
+
+
+def test_distributions_are_compared_with_other_images_of_a_teacher_that_is_loaded_once(
+    teacher_folder, models, monkeypatch
+):
+    loaded = []
+    monkeypatch.setattr(
+        "diffusers_disback.evaluation.entries.load_family", lambda model: loaded.append(model) or load_family(model)
+    )
+    evaluation = Evaluation(["a", "b"], batch_size=2)
+    evaluation.evaluators.append(Apart())
+    made = Comparison(evaluation, HowSampled(torch.device("cpu")), resamples=20)
+    made.add(Entry.parse(f"{teacher_folder}@2").find(), is_reference=True)
+    (row,) = made.rows.values()
+    assert row.measures["apart"] > 0 and "apart" in row.intervals and len(loaded) == 1
+    with_folder = Evaluation(["a", "b", "c", "a", "b", "c"])
+    with_folder.evaluators.append(Apart())
+    made = Comparison(with_folder, HowSampled(torch.device("cpu")), resamples=20)
+    made.add(Entry.parse(str(models / "images")).find(), is_reference=True)
+    (row,) = made.rows.values()
+    assert row.measures["apart"] == 0 and row.intervals == {} and made.best("apart") is None, "it has no other images"
