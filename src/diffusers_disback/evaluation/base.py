@@ -24,11 +24,15 @@ class Metric:
     panel: str
     direction: Literal["higher", "lower", "zero"]
 
+    def loss(self, value: float) -> float:
+        """A value as a number of which less is better."""
+        if self.direction == "zero":
+            return abs(value)
+        return -value if self.direction == "higher" else value
+
     def is_worse(self, value: float, other: float) -> bool:
         """Whether a value is worse than another."""
-        if self.direction == "zero":
-            return abs(value) > abs(other)
-        return value < other if self.direction == "higher" else value > other
+        return self.loss(value) > self.loss(other)
 
 
 class Evaluator(Protocol):

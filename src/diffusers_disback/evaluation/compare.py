@@ -188,12 +188,9 @@ class Comparison:
 
     def _is_level(self, best: Row, other: Row, metric: str) -> bool:
         """Whether two models cannot be told apart: by their intervals, or where there are none by their values."""
-        distance = abs(self._key(best, metric) - self._key(other, metric))
+        loss = self.metrics[metric].loss
+        distance = abs(loss(best.measures[metric]) - loss(other.measures[metric]))
         return distance <= _half(best, metric) + _half(other, metric)
-
-    def _key(self, row: Row, metric: str) -> float:
-        value = row.measures[metric]
-        return abs(value) if self.metrics[metric].direction == "zero" else value
 
 
 def is_main(state: PartialState | None) -> bool:

@@ -191,13 +191,8 @@ class Validation:
         """Whether a row of the trained student is better than another by more than a threshold; one that is not finite never."""
         if self.name is None or not row["step"] or not math.isfinite(row[self.name]):
             return False
-        return best is None or self._loss(best) - self._loss(row) > threshold
-
-    def _loss(self, row: Mapping[str, Any]) -> float:
-        """The metric as a number of which less is better."""
-        assert self.name is not None
-        value = row[self.name]
-        return {"higher": -value, "lower": value, "zero": abs(value)}[self.metrics[self.name].direction]
+        loss = self.metrics[self.name].loss
+        return best is None or loss(best[self.name]) - loss(row[self.name]) > threshold
 
 
 def _finite(value: float) -> float | None:
