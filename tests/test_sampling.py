@@ -8,7 +8,9 @@ import torch
 from diffusers import LCMScheduler
 
 from diffusers_disback.evaluation import Evaluation
+from diffusers_disback.evaluation.report import Report
 from diffusers_disback.evaluation.sampling import Sampled, sample_batches
+from diffusers_disback.evaluation.teacher_images import TeacherImages
 from diffusers_disback.families import family_of
 from diffusers_disback.training.processes import process_state
 
@@ -23,12 +25,35 @@ def sampled(state=None):
     return Evaluation(PROMPTS, batch_size=2).timed_sample(family, pipeline, state, num_inference_steps=2)
 
 
+def measured(folder, state=None):
+    """A run's report of teacher, initial student and student, whose teacher is read back the second time."""
+    family = family_of(tiny.pipeline())
+    evaluation = None
+    if state is None or state.is_main_process:
+        evaluation = Evaluation(PROMPTS, seed=5, batch_size=2)
+        evaluation.add(["drift"])
+    sampled = 0
+    for _ in range(2):
+        shared = evaluation if state is None else Evaluation.shared(evaluation, state)
+        report = Report(
+            shared, PROMPTS[:3], family, 2.0, teacher_steps=2, teacher_images=TeacherImages(folder, {}), state=state
+        )
+        report.add_teacher()
+        report.add_student("student", family.one_step(tiny.pipeline(seed=1).unet, 399))
+        sampled += report.shown["student"].shape[0]
+    images = torch.cat([report.shown["teacher"], report.shown["student"]])
+    drift = [{name: one[name] for name in report.metrics} for one in report.measures.values()]
+    return images, drift, sampled, sorted(file.name for file in folder.iterdir())
+
+
 def process(rank, processes, port, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     state = process_state()
     found = sampled(state)
-    torch.save((state.num_processes, found.images, found.sizes, found.seconds), folder / f"{rank}.pt")
+    (folder / "evaluation").mkdir(exist_ok=True)
+    report = measured(folder / "evaluation", state)
+    torch.save((state.num_processes, found.images, found.sizes, found.seconds, report), folder / f"{rank}.pt")
     state.destroy_process_group()
 
 
@@ -49,8 +74,12 @@ def test_several_processes_sample_what_one_does(processes, tmp_path):
     assert {rank[0] for rank in ranks} == {processes}
     alone = sampled()
     assert torch.equal(ranks[0][1], alone.images) and len(alone.images) == 5
-    assert all(not len(images) for _, images, _, _ in ranks[1:])
-    assert all(sizes == alone.sizes == [2, 2, 1] and len(seconds) == 3 for _, _, sizes, seconds in ranks)
+    assert all(not len(images) for _, images, *_ in ranks[1:])
+    assert all(sizes == alone.sizes == [2, 2, 1] and len(seconds) == 3 for _, _, sizes, seconds, _ in ranks)
+    (tmp_path / "alone").mkdir()
+    report, (images, drift, number, files) = ranks[0][-1], measured(tmp_path / "alone")
+    assert torch.equal(report[0], images) and report[1:] == (drift, number, files) and len(files) == 2
+    assert all((len(one), drift, number) == (0, [{}, {}], 0) for one, drift, number, _ in (r[-1] for r in ranks[1:]))
 
 
 def test_batches_are_sampled_from_one_generator_and_seeded():

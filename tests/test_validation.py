@@ -473,10 +473,10 @@ def sampled(monkeypatch):
 
     calls, sample = [], Evaluation.sample
 
-    def spy(self, family, pipeline, seed=None, **arguments):
+    def spy(self, family, pipeline, state=None, seed=None, **arguments):
         if arguments:
             calls.append((len(self.prompts), seed))
-        return sample(self, family, pipeline, seed=seed, **arguments)
+        return sample(self, family, pipeline, state, seed=seed, **arguments)
 
     monkeypatch.setattr(Evaluation, "sample", spy)
     return calls

@@ -38,8 +38,8 @@ class BacktrackingTrainer(Stage):
         generator (`nn.Module`): The initial generator's network; it is trained in place. The teacher's own, if all roles
             are adapters and it is the start: then it is left as it is.
         path (`DegradationPath`): The complete path; or `None`, for none.
-        evaluate (`Callable`, *optional*): Network -> measures; called every `validation_steps` and at the end, on the
-            main process.
+        evaluate (`Callable`, *optional*): Network -> measures; called every `validation_steps` and at the end, on every
+            process; the main one's are kept.
         initial_measures (`dict`, *optional*): What it gave of the initial generator: the curve's first row.
         images (`RealImages`, *optional*): That a discriminator learns from; needed if the settings ask for one.
         validation (`Validation`, *optional*): What follows from `evaluate`, on the main process.

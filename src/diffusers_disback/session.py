@@ -70,7 +70,8 @@ class DisBackTrainer:
         train_dataset (`Sequence[str]` or `datasets.Dataset`, *optional*): Prompts, or rows whose column
             `args.caption_column` holds them; by default those that `args` names. A teacher without prompts needs none.
         evaluation (`Callable`, *optional*): Makes the evaluation; by default some images of each validation prompt are
-            sampled, and measured by `args.evaluators`. It is called on the main process.
+            sampled, and measured by `args.evaluators`. It is called on the main process, which measures; the others share its
+            sampling.
         command (`Sequence[str]`, *optional*): The script and its arguments that repeat the run, for report and card; by
             default the training script with the settings that are written beside the results.
 
@@ -121,7 +122,7 @@ class DisBackTrainer:
         self.state = process_state()
         self.path: DegradationPath | None = None
         self.result: BacktrackingResult | None = None
-        self._report: Report | None = None
+        self._report: Report | None = None  # of all processes; the main one has images and measures
         self._upload: RunUpload | None = None
         self._student: nn.Module | None = None
         self._is_trained = False
@@ -160,6 +161,8 @@ class DisBackTrainer:
                 return
             if self._student is not None:
                 self._save_student(self._student)
+            if not self.state.is_main_process:
+                return
             with self.teacher.on_device(self.state.device):
                 print(
                     write_results(
@@ -241,40 +244,38 @@ class DisBackTrainer:
         return evaluation
 
     def _measure_first(self, evaluation: Evaluation | None) -> None:
-        """Measures the teacher and the initial student, on the main process. Encoders leave memory when all is encoded."""
+        """Measures the teacher and the initial student. Encoders leave memory when all is encoded."""
         config = self.args
-        self.initial_measures: dict[str, float] | None = None
-        self._validation: Validation | None = None
-        if evaluation is not None:
-            wanted = validation_prompts(config, self.conditions.captions)
-            if self._make_evaluation is None:
-                given = (self.conditions.captions, wanted, evaluation.prompts or None)
-                evaluation.prompts = evaluation_prompts(config, *given)
-            self._report = Report(
-                evaluation,
-                wanted,
-                self.teacher,
-                config.guidance_scale,
-                dtype=self.dtype,
-                size=self.teacher.resolution(config.resolution),
-                teacher_images=TeacherImages(
-                    self.folder / "evaluation", {name: self.inputs.get(name) for name in _OF_THE_TEACHER}
-                ),
-            )
+        wanted = validation_prompts(config, self.conditions.captions)
+        if evaluation is not None and self._make_evaluation is None:
+            given = (self.conditions.captions, wanted, evaluation.prompts or None)
+            evaluation.prompts = evaluation_prompts(config, *given)
+        self._report = Report(
+            Evaluation.shared(evaluation, self.state),
+            wanted,
+            self.teacher,
+            config.guidance_scale,
+            dtype=self.dtype,
+            size=self.teacher.resolution(config.resolution),
+            teacher_images=TeacherImages(
+                self.folder / "evaluation", {name: self.inputs.get(name) for name in _OF_THE_TEACHER}
+            ),
+            state=self.state,
+        )
         if self.conditions.is_encoded:
             self.teacher.release_encoders()
-        if self._report is not None:
-            self._report.add_teacher()
+        self._report.add_teacher()
+        self._validation: Validation | None = None
+        if evaluation is not None:
             self._validation = Validation(config, self.teacher, self._report.metrics, self._report.measures["teacher"])
-            with inference_copy(self.generator, self.state.device, self.dtype) as network:
-                self.initial_measures = self._measure(network, "initial")
+        with inference_copy(self.generator, self.state.device, self.dtype) as network:
+            self.initial_measures = self._measure(network, "initial")
         self.teacher.offload_to_cpu()
         self.state.wait_for_everyone()
 
     def _measure(self, network: nn.Module, name: str = "student") -> dict[str, float]:
-        """Measures a student's network as it would be deployed, on the main process."""
-        if self._report is None:
-            raise RuntimeError("Students are measured on the main process.")
+        """Measures a student's network as it would be deployed; the measures are empty but on the main process."""
+        assert self._report is not None  # of _measure_first
         with self.teacher.on_device(self.state.device):
             return self._report.add_student(name, self.teacher.one_step(network, self.args.conditioning_timestep))
 
@@ -302,7 +303,8 @@ class DisBackTrainer:
         trained as an adapter, now that it is fused."""
         deployed = self.teacher.one_step(student, self.args.conditioning_timestep)
         lora = None if self.result is None else self.result.lora
-        save_student(deployed, self.teacher.local_model, self.folder, lora)
+        if self.state.is_main_process:
+            save_student(deployed, self.teacher.local_model, self.folder, lora)
         best = {} if self.result is None else self.result.outcome.get("best_model", {})
         if lora is not None or best.get("is_student"):
             with inference_copy(student, self.state.device, self.dtype) as network:

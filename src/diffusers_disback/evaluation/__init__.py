@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -157,6 +158,23 @@ class Evaluation:
         self._encoded: dict[str, Tensor] = {}  # what a family samples from, a row for each distinct prompt
         self._places: dict[str, int] = {}
         self._family: ModelFamily | None = None
+
+    @classmethod
+    def shared(cls, evaluation: "Evaluation | None", state: PartialState) -> "Evaluation":
+        """The main process's evaluation there; on each other process one that samples the same, and measures nothing.
+
+        Args:
+            evaluation (`Evaluation`, *optional*): On the main process.
+            state (`PartialState`): This process among the others, all of which have to call this.
+        """
+        names = ("prompts", "seed", "batch_size", "name", "type")
+        sampled = [None if evaluation is None else {name: getattr(evaluation, name) for name in names}]
+        (given,) = broadcast_object_list(sampled) if state.num_processes > 1 else sampled
+        if evaluation is None:
+            if given is None:
+                raise ValueError("There is no evaluation on the main process to be shared.")
+            evaluation = cls(**given)
+        return evaluation
 
     def add(
         self,

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -26,6 +28,7 @@ from .teacher_images import TeacherImages
 
 TEACHER_STEPS = 25
 RESAMPLES = 50  # of the prompts, for the intervals of teacher, initial student and student
+_OF_ANOTHER = (torch.empty(0, 3, 0, 0, dtype=torch.uint8), 0.0)  # images that the main process has
 
 
 @contextmanager
@@ -53,10 +56,11 @@ def inference_copy(network: ModelMixin, device: torch.device, dtype: torch.dtype
 
 
 class Report:
-    """Measures pipelines as a run goes on, and writes what it found.
+    """Measures pipelines as a run goes on, and writes what it found. Several processes share the sampling; the main one has the
+    images, measures them and writes.
 
     Args:
-        evaluation (`Evaluation`): Prompts and evaluators.
+        evaluation (`Evaluation`): Prompts and evaluators; see `Evaluation.shared` for other processes than the main one.
         wanted (`list[str]`): Prompts whose images are shown.
         family (`ModelFamily`): The teacher.
         guidance_scale (`float`): The teacher's guidance.
@@ -64,6 +68,7 @@ class Report:
         dtype (`torch.dtype`): In which denoisers draw.
         size (`int`, *optional*): The images' side in pixels; by default that which the teacher was made for.
         teacher_images (`TeacherImages`, *optional*): Where the teacher's images are kept for a run that is resumed.
+        state (`PartialState`, *optional*): This process among those that share the sampling; by default it samples all.
 
     Raises:
         ValueError: If two evaluators measure under one name.
@@ -79,7 +84,9 @@ class Report:
         dtype: torch.dtype = torch.float32,
         size: int | None = None,
         teacher_images: TeacherImages | None = None,
+        state: PartialState | None = None,
     ):
+        self.state = state
         self.evaluation, self.metrics = evaluation, evaluation.metrics
         self.dtype = dtype
         self.gallery = Evaluation(wanted, evaluation.seed, evaluation.batch_size)
@@ -104,13 +111,16 @@ class Report:
         arguments = {"num_inference_steps": self.teacher_steps, "guidance_scale": self.guidance_scale}
         seed = self.evaluation.seed
         wanted = [(self.evaluation, seed), (self.gallery, seed)]
-        if self.evaluation.compares_distributions:
+        if self._agreed(self.evaluation.compares_distributions):
             wanted.append((self.evaluation, seed + 1))
         found = [self._kept_images(evaluation, seed, arguments) for evaluation, seed in wanted]
+        are_kept = self._agreed([kept is not None for kept in found])
         sampled: list[tuple[Tensor, float]] = []
-        with self._teacher_on_device(needed=None in found):
-            for (evaluation, seed), kept in zip(wanted, found, strict=True):
-                sampled.append(kept or self._teachers_images(evaluation, seed, arguments))
+        with self._teacher_on_device(needed=not all(are_kept)):
+            for (evaluation, seed), kept, is_kept in zip(wanted, found, are_kept, strict=True):
+                sampled.append(
+                    (kept or _OF_ANOTHER) if is_kept else self._teachers_images(evaluation, seed, arguments)
+                )
         (images, seconds), (shown, _), *others = sampled
         self.evaluation.prepare(images, *(reference for reference, _ in others))
         self._keep("teacher", images, seconds, shown)
@@ -131,15 +141,15 @@ class Report:
     def _kept_images(
         self, evaluation: Evaluation, seed: int, arguments: dict[str, Any]
     ) -> tuple[Tensor, float] | None:
-        """What the teacher drew when the run was begun; `None` if that is not kept."""
-        if self.teacher_images is None:
+        """What the teacher drew when the run was begun; `None` if that is not kept, or this is not the main process."""
+        if self.teacher_images is None or not self._is_main:
             return None
         return self.teacher_images.read(evaluation, **self._sampler(seed, arguments))
 
     def _teachers_images(self, evaluation: Evaluation, seed: int, arguments: dict[str, Any]) -> tuple[Tensor, float]:
         """Samples the teacher, and keeps that."""
-        images, seconds = evaluation.sample(self.family, self.teacher, seed=seed, **arguments)
-        if self.teacher_images is not None:
+        images, seconds = evaluation.sample(self.family, self.teacher, self.state, seed=seed, **arguments)
+        if self.teacher_images is not None and self._is_main:
             self.teacher_images.write(images, seconds, evaluation, **self._sampler(seed, arguments))
         return images, seconds
 
@@ -151,8 +161,16 @@ class Report:
     def add_student(self, name: str, pipeline: DiffusionPipeline) -> dict[str, float]:
         """Measures a one-step pipeline under a name (`initial`, `student`); its safety checker is taken off."""
         pipeline = self.family.undecorated(pipeline)
-        images, seconds = self.evaluation.sample(self.family, pipeline)
-        return self._keep(name, images, seconds, self.gallery.sample(self.family, pipeline)[0])
+        images, seconds = self.evaluation.sample(self.family, pipeline, self.state)
+        return self._keep(name, images, seconds, self.gallery.sample(self.family, pipeline, self.state)[0])
+
+    @property
+    def _is_main(self) -> bool:
+        return self.state is None or self.state.is_main_process
+
+    def _agreed(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        return value if self.state is None else broadcast_object_list([value])[0]
 
     def write_samples(self, file: Path) -> None:
         """Rows of prompts; columns: teacher in many steps, initial student, student."""

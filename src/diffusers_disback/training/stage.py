@@ -124,7 +124,7 @@ class Stage(ABC):
     validates = False
 
     def validate(self, done: int) -> dict[str, float]:
-        """Measures of the student after `done` steps; asked on the main process, if `validates`."""
+        """Measures of the student after `done` steps, if `validates`; asked on every process, which share the sampling."""
         return {}
 
     def identity(self) -> dict[str, Any]:
@@ -344,8 +344,8 @@ class Stage(ABC):
 
     def _validate(self, done: int) -> None:
         self.check_finite()
+        measures = self.validate(done)
         if self.accelerator.is_main_process:
-            measures = self.validate(done)
             self.curve.append({"step": done, "seconds": round(self.seconds, 2), **measures})
             self.accelerator.log({f"{self.name}/{k}": v for k, v in measures.items()}, step=done)
             if self.validation is not None:
