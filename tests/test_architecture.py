@@ -80,6 +80,7 @@ DOORS = {
         "evaluation/__init__.py",
         "evaluation/sampling.py",
         "evaluation/entries.py",
+        "evaluation/report.py",
         "evaluation/compare.py",
         "session.py",
     },
