@@ -119,6 +119,21 @@ def test_the_teacher_draws_what_it_is_told():
     assert all(value >= 0.92 for value in accuracies.values()), accuracies
 
 
+def test_a_collapsed_generator_rings_the_diversity_alarm_and_real_images_do_not():
+    from diffusers_disback.training.alarms import alarms
+    from shapes.evaluator import ShapesEvaluator, held_out, load_classifier
+
+    evaluator = ShapesEvaluator(load_classifier(), num_reference=100)
+    images, captions = held_out(400)
+    first = {caption: images[captions.index(caption)] for caption in captions}
+    collapsed = torch.stack([first[caption] for caption in captions])
+    teacher, real, alike = (evaluator(shown, captions) for shown in (images.flip(3), images, collapsed))
+    assert alike["shape_accuracy"] > 0.98, "each image by itself is right"
+    assert alike["caption_diversity"] < 1e-6 < 0.9 * teacher["caption_diversity"] < real["caption_diversity"]
+    for measures, ring in ((real, []), (alike, ["diversity"])):
+        assert [*alarms([{"step": 1, "node": 0, **measures}], evaluator.metrics, teacher)] == ring
+
+
 def test_making_a_teacher_resumes_exactly(tmp_path):
     """The makers' loop, broken and resumed, gives the weights of an unbroken one."""
     from shapes.make_teacher import fit

@@ -19,7 +19,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from runs import LATEST, MODES, SHORT, Notebook, Runs, contents, differences, scratch
+from runs import LATEST, MODES, SETTINGS, SHORT, Notebook, Runs, contents, differences, scratch
+
+from diffusers_disback.training.run_folder import RunFolder
+from diffusers_disback.training.validation import STATUS
 
 
 KILLS_PER_RUN = 3
@@ -75,7 +78,7 @@ def killed_run(runs: Runs, server: Any, mode: str, seed: str, duration: float, w
         ended = server.run(arguments if not killed else arguments + LATEST, seconds=moments[-1])
         if not ended.killed:
             break
-        killed.append(place(ended.output))
+        killed.append(place(ended.output, output, {**SETTINGS, **MODES[mode]}["validation_steps"]))
     durations = [ended.seconds] if not killed and not ended.killed else []
     if ended.killed:
         ended = server.run(arguments + LATEST)
@@ -90,8 +93,14 @@ def killed_run(runs: Runs, server: Any, mode: str, seed: str, duration: float, w
     }
 
 
-def place(output: str) -> str:
-    """Where an attempt was, by what it had printed."""
+def place(output: str, folder: Path, validation_steps: int) -> str:
+    """Where an attempt was, by what it had printed and left: an evaluation follows the checkpoint of its step, and ends by
+    `status.json`."""
+    if "backtracking:" in output:
+        done = max((int(one.name.split("-")[1]) for one in RunFolder(folder).checkpoints("backtracking")), default=0)
+        measured = json.loads((folder / STATUS).read_text())["step"] if (folder / STATUS).exists() else 0
+        if done - done % validation_steps > measured:
+            return "evaluation"
     stages = {"backtracking: 100%": "results", "backtracking:": "stage 2", "degradation:": "stage 1"}
     return next((place for words, place in stages.items() if words in output), "loading")
 

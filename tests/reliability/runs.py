@@ -42,7 +42,19 @@ SHORT = {
     "steps_per_target": 1,
     "checkpoints_total_limit": 1,
 }
-MODES: dict[str, dict[str, Any]] = {"full": {}, "adapter": {"lora_rank": 2}}
+MODES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "adapter": {"lora_rank": 2},
+    # The best student is kept and training ends early: after each step, whose evaluation takes longer than the step.
+    "best": {
+        "validation_steps": 1,
+        "num_evaluation_prompts": 24,
+        "metric_for_best_model": "drift_mean",
+        "load_best_model_at_end": True,
+        "early_stopping_patience": 3,
+        "max_train_steps": 12,
+    },
+}
 # What two equal runs differ in: time (`waits` has a row for each time that a target was loaded, after a resumption, too),
 # memory, a path's random id, and where they were written.
 _OWN = {"seconds", "seconds_per_image", "peak_memory_mb", "waits", "id"}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusers_disback import Evaluation, FeatureEvaluator, FrechetDistance, Metric
+from diffusers_disback.evaluation import cosine_diversity
 
 from .classifier import ATTRIBUTES, ShapesClassifier
 from .dataset import SCENE_OF_CAPTION, SCENES, pixels
@@ -25,7 +26,8 @@ def is_shapes_teacher(name_or_path: str) -> bool:
 
 
 class ShapesEvaluator(FeatureEvaluator):
-    """`distance` (Frechet, in the classifier's features, to fresh real images), and an accuracy per attribute.
+    """`distance` (Frechet, in the classifier's features, to fresh real images), an accuracy per attribute, and `caption_diversity` (of the
+    images of a caption, in the same features).
 
     Args:
         classifier (`ShapesClassifier`, *optional*): Float32; by default the shipped one.
@@ -35,6 +37,7 @@ class ShapesEvaluator(FeatureEvaluator):
     metrics = {
         **FrechetDistance.metrics,
         **{f"{name}_accuracy": Metric(f"{name} accuracy", "accuracy", "higher") for name in ATTRIBUTES},
+        "caption_diversity": Metric("diversity (shapes classifier)", "diversity", "higher"),
     }
 
     def __init__(self, classifier: ShapesClassifier | None = None, num_reference: int = NUM_PICTURES):
@@ -53,11 +56,13 @@ class ShapesEvaluator(FeatureEvaluator):
         return torch.cat([self.frechet.features(images), torch.stack(right, 1).float()], 1)
 
     def measure(self, features: Tensor, groups: Tensor) -> dict[str, float]:
-        """The distance, and the share of images in which the classifier sees what the caption says, by attribute."""
+        """The distance, the share of images in which the classifier sees what the caption says, by attribute, and the
+        diversity."""
         of_classifier, right = features.split([self.classifier.num_features, len(ATTRIBUTES)], 1)
         shares = right.mean(0).tolist()
         accuracies = {f"{name}_accuracy": share for name, share in zip(ATTRIBUTES, shares, strict=True)}
-        return {**self.frechet.measure(of_classifier, groups), **accuracies}
+        distance = self.frechet.measure(of_classifier, groups)
+        return {**distance, **accuracies, "caption_diversity": cosine_diversity(of_classifier, groups)}
 
 
 def load_classifier(folder: Path = HERE / "classifier") -> ShapesClassifier:

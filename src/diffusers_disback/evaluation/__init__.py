@@ -23,6 +23,7 @@ from .distributions import (
     FrechetToTeacher,
     KernelToTeacher,
     PatchFrechetToTeacher,
+    cosine_diversity,
     write_reference_statistics,
 )
 from .drift import DriftEvaluator
@@ -362,6 +363,7 @@ __all__ = [
     "FrechetDistance",
     "Metric",
     "check_evaluators",
+    "cosine_diversity",
     "make_evaluators",
     "write_reference_statistics",
 ]

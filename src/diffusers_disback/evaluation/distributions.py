@@ -181,8 +181,8 @@ class Diversity(_InFeatures):
             )
 
     def features(self, images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
-        """The network's, of length 1, `[N, F]`; prompts are not looked at."""
-        return normalize(self.network.image_features(images), dim=1)
+        """The network's, `[N, F]`; prompts are not looked at."""
+        return self.network.image_features(images)
 
     def measure(self, features: Tensor, groups: Tensor) -> dict[str, float]:
         """`{"diversity": ...}`.
@@ -190,15 +190,30 @@ class Diversity(_InFeatures):
         Raises:
             ValueError: If no prompt has two images.
         """
-        _, rows, counts = groups.unique(return_inverse=True, return_counts=True)
-        sums = torch.zeros(len(counts), features.shape[1], dtype=torch.float64).index_add_(0, rows, features.double())
-        several = counts > 1
-        if not several.any():
-            raise ValueError("No prompt has two images: their diversity is not defined.")
-        squares = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, rows, features.double().square().sum(1))
-        # The sum over pairs i != j of x_i . x_j is |sum of x|^2 less the sum of |x|^2.
-        cosines = (sums.square().sum(1) - squares)[several] / (counts * (counts - 1))[several]
-        return {"diversity": (1 - cosines).mean().item()}
+        return {"diversity": cosine_diversity(features, groups)}
+
+
+def cosine_diversity(features: Tensor, groups: Tensor) -> float:
+    """1 - cosine of the features of two images of one group, averaged over the group's pairs, and over the groups of two images
+    or more. 0 if the images of each group are alike.
+
+    Args:
+        features (`Tensor`): `[N, F]`.
+        groups (`Tensor`): Which images are of one group: equal numbers, `[N]` int64.
+
+    Raises:
+        ValueError: If no group has two images.
+    """
+    features = normalize(features.double(), dim=1)
+    _, rows, counts = groups.unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(counts), features.shape[1], dtype=torch.float64).index_add_(0, rows, features)
+    several = counts > 1
+    if not several.any():
+        raise ValueError("No prompt has two images: their diversity is not defined.")
+    squares = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, rows, features.square().sum(1))
+    # The sum over pairs i != j of x_i . x_j is |sum of x|^2 less the sum of |x|^2.
+    cosines = (sums.square().sum(1) - squares)[several] / (counts * (counts - 1))[several]
+    return (1 - cosines).mean().item()
 
 
 def reference_statistics(reference_images: str | Path, network: FeatureNetwork) -> FeatureStatistics:
