@@ -40,7 +40,13 @@ ORDER = {
     ],
     "data": [{"truncation", "cache", "prompts"}, {"captions", "conditions"}, {"images"}],
     "path": [{"manifest", "node_spacing", "target_schedule"}, {"storage"}, {"sharing", "nodes"}, {"path"}],
-    "families": [{"base", "other"}, {"text", "checks"}, {"stable_diffusion"}, {"stable_diffusion_xl"}, {"__init__"}],
+    "families": [
+        {"base", "other"},
+        {"text", "checks"},
+        {"pixels", "stable_diffusion"},
+        {"stable_diffusion_xl"},
+        {"__init__"},
+    ],
     "training": [
         {"lock", "checkpoint", "processes", "alarms"},
         {"config", "settings_file", "results"},

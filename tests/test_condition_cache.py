@@ -19,7 +19,7 @@ from diffusers_disback.families import family_of
 MANY = [f"a {colour} {number}" for number in range(1000) for colour in ("red", "blue", "green", "gray", "navy")]
 
 
-@pytest.fixture(scope="module", params=tiny.PIPELINES)
+@pytest.fixture(scope="module", params=tiny.TEXT)
 def family(request):
     return family_of(tiny.PIPELINES[request.param]())
 

@@ -12,10 +12,9 @@ from gaussian import batch, best_discriminator, gaussian
 from PIL import Image
 from script import arguments, student
 from stages import equal, interrupted_at, real_images, trainer, training, weights
-from test_extension import Pixels, pixels
 from test_gradients import batches_of, gradients
 
-from diffusers_disback import FAMILIES, OBJECTIVES, DisBackConfig
+from diffusers_disback import OBJECTIVES, DisBackConfig
 from diffusers_disback.data.captions import dataset_prompts, image_files
 from diffusers_disback.data.conditions import Batches
 from diffusers_disback.data.images import RealImages, read_image
@@ -243,7 +242,7 @@ def test_latents_are_what_the_pipeline_decodes():
     vae.register_to_config(shift_factor=None, latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[2.0] * 4)
     mean = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1)
     assert torch.allclose(family.encode_images(shown) * 2 / vae.config.scaling_factor + mean, mode, atol=1e-6)
-    assert torch.equal(Pixels(pixels()).encode_images(shown), shown)
+    assert torch.equal(family_of(tiny.pixels()).encode_images(shown), shown)
 
 
 def test_samples_are_the_same_kept_or_encoded_each_time(tmp_path, images):
@@ -257,7 +256,7 @@ def test_samples_are_the_same_kept_or_encoded_each_time(tmp_path, images):
 
 
 def test_without_conditions_images_are_drawn_by_each_samples_own_generator(images):
-    family = Pixels(pixels())
+    family = family_of(tiny.pixels())
     files = sorted(images.glob("*.png"))
     real = RealImages(files, family.encode_images, 16, 1, torch.device("cpu"))
     whole, halves = Batches(1, (3, 16, 16), 0, 2, 8), Batches(1, (3, 16, 16), 0, 2, 4, 2)
@@ -324,9 +323,8 @@ def test_the_script_trains_with_a_discriminator(changes, tmp_path, teacher_folde
         assert "images" in json.loads((tmp_path / "run" / "settings" / "backtracking.json").read_text())["inputs"]
 
 
-def test_a_teacher_without_prompts_takes_images_without_captions(tmp_path, images, monkeypatch):
-    monkeypatch.setitem(FAMILIES, "pixels", Pixels)
-    pixels().save_pretrained(tmp_path / "teacher")
+def test_a_teacher_without_prompts_takes_images_without_captions(tmp_path, images):
+    tiny.pixels().save_pretrained(tmp_path / "teacher")
     (tmp_path / "images").mkdir()
     for file in images.glob("*.png"):
         (tmp_path / "images" / file.name).write_bytes(file.read_bytes())

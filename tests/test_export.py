@@ -34,7 +34,7 @@ def difference(one, two):
     return sum((one[key].float() - two[key].float()).square().sum() for key in one).sqrt().item()
 
 
-@pytest.mark.parametrize("name", tiny.PIPELINES)
+@pytest.mark.parametrize("name", tiny.TEXT)
 @pytest.mark.parametrize("rank", [1, 4, 16])
 def test_a_lora_leaves_what_it_says(name, rank, tmp_path):
     """Loaded into the teacher's stock pipeline from either layout and fused, it is the student up to the residual."""
@@ -85,7 +85,7 @@ def test_the_command_extracts(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("shard_size", ["10GB", "50KB"], ids=["whole", "sharded"])
-@pytest.mark.parametrize("name", tiny.PIPELINES)
+@pytest.mark.parametrize("name", tiny.TEXT)
 def test_a_half_variant_is_the_student_in_half_precision(name, shard_size, tmp_path, capsys):
     teacher = tiny.PIPELINES[name]()
     to_pipeline(teacher.unet, 399, teacher).save_pretrained(tmp_path, max_shard_size=shard_size)

@@ -1,22 +1,19 @@
-"""What is added from outside: an objective and three families, each in a few lines, from a command line to a card and a pushed
-path."""
+"""What is added from outside: an objective and families, each in a few lines, from a command line to a card and a pushed path."""
 
 import inspect
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from diffusers import (
-    ConsistencyModelPipeline,
-    DDIMPipeline,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    LDMPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
-    UNet2DModel,
+    VQModel,
 )
 from script import arguments
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
@@ -25,7 +22,6 @@ from diffusers_disback import (
     EVALUATORS,
     FAMILIES,
     OBJECTIVES,
-    ClassLabels,
     DegradationPath,
     ModelFamily,
     ModelReference,
@@ -35,8 +31,6 @@ from diffusers_disback import (
     TextFamily,
     family_of,
 )
-from diffusers_disback.commands.cli import main as command
-from diffusers_disback.families import family_class
 from diffusers_disback.hub.cards import Usage
 from diffusers_disback.models.generator import many_step_scheduler
 from diffusers_disback.models.noise_schedule import FLOW
@@ -55,31 +49,6 @@ class ScoreIdentity(Objective):
         difference = x0_target - fake_score.denoise(x_t, t, batch.condition)
         weight = (x0 - x0_target).abs().mean(dim=(1, 2, 3), keepdim=True).detach().clamp_min(1e-6)
         return (difference * (x0_target - x0 - self.alpha * difference) / weight).mean()
-
-
-class Pixels(ModelFamily):
-    """An unconditional UNet on pixels: all answers are the defaults."""
-
-    pipeline_classes = ("DDPMPipeline", "DDIMPipeline")
-
-
-class Labels(ModelFamily):
-    """A UNet2DModel of classes, of which the last stands for none."""
-
-    pipeline_classes = ("ConsistencyModelPipeline",)
-    agree_in = ("in_channels", "out_channels", "num_class_embeds")
-    usage = replace(ModelFamily.usage, condition="class_labels={label}", example="0")
-
-    def conditions(self, prompts=None, resolution=None):
-        null_label = self.network.config.num_class_embeds - 1
-        return ClassLabels(null_label, null_label)
-
-    def arguments(self, captions):
-        return {"class_labels": torch.tensor([int(label) for label in captions])}
-
-    @classmethod
-    def example_condition(cls, config, batch):
-        return {"class_labels": torch.empty(batch, dtype=torch.long, device="meta")}
 
 
 class StableDiffusion3(TextFamily):
@@ -118,27 +87,12 @@ class StableDiffusion3(TextFamily):
         return self.many_step_scheduler()
 
 
-def pixels() -> DDIMPipeline:
-    return DDIMPipeline(unet_2d(), tiny.scheduler())
-
-
-def labels() -> ConsistencyModelPipeline:
-    """Stock, for it is called with `class_labels`; of four classes the last stands for none."""
-    return ConsistencyModelPipeline(unet_2d(num_class_embeds=4), many_step_scheduler(tiny.scheduler()))
-
-
-def unet_2d(**config) -> UNet2DModel:
+def latent_diffusion() -> LDMPipeline:
+    """Unconditional, on the latents of a `VQModel`."""
     torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=16,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        **config,
-    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vqvae = VQModel(**blocks, block_out_channels=(8, 8), norm_num_groups=4, num_vq_embeddings=8).eval()
+    return LDMPipeline(vqvae, tiny.unet_2d(sample_size=8), many_step_scheduler(tiny.scheduler()))
 
 
 def flow() -> StableDiffusion3Pipeline:
@@ -173,30 +127,19 @@ def flow() -> StableDiffusion3Pipeline:
     )
 
 
-TEACHERS = {
-    "pixels": (Pixels, pixels),
-    "labels": (Labels, labels),
-    "flow": (StableDiffusion3, flow),
-    "stable_diffusion": (None, tiny.pipeline),
-}
+TEACHERS = {"flow": flow, "stable_diffusion": tiny.pipeline}
 LORA = {"lora_rank": 2}
 RUNS = [("stable_diffusion", "sid", {**LORA, "gradient_checkpointing": True})]
 RUNS += [
-    ("pixels", "sid", {}),
-    ("labels", "dmd", {"proportion_empty_prompts": 0.5}),
     ("flow", "dmd", {}),
     ("flow", "sid", LORA),
-]
-RUNS += [
-    pytest.param(*more, marks=pytest.mark.slow) for more in (("stable_diffusion", "sid", {}), ("pixels", "dmd", {}))
+    pytest.param("stable_diffusion", "sid", {}, marks=pytest.mark.slow),
 ]
 
 
 @pytest.fixture(autouse=True)
 def extensions(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "sid", ScoreIdentity)
-    monkeypatch.setitem(FAMILIES, "pixels", Pixels)
-    monkeypatch.setitem(FAMILIES, "labels", Labels)
     monkeypatch.setitem(FAMILIES, "flow", StableDiffusion3)
 
 
@@ -208,7 +151,7 @@ def distil(folder, teacher, prompts, /, **flags):
 
 
 def test_each_is_a_few_lines():
-    for extension in (ScoreIdentity, Pixels, Labels, StableDiffusion3):
+    for extension in (ScoreIdentity, StableDiffusion3):
         assert len(inspect.getsource(extension).splitlines()) <= 40
 
 
@@ -216,37 +159,27 @@ def test_each_is_a_few_lines():
 def test_from_settings_to_a_card_and_a_pushed_path(
     tmp_path, repo, hub, prompts_file, monkeypatch, name, objective, flags
 ):
-    kind, make = TEACHERS[name]
-    teacher = make()
+    teacher = TEACHERS[name]()
     teacher.save_pretrained(tmp_path / "teacher")
     denoiser, timestep = ("transformer", 999) if name == "flow" else ("unet", 625)  # by default
-    changes = {} if family_class(type(teacher).__name__).takes_prompts else {"prompts_file": None}
-    push = {"push_to_hub": True, "hub_model_id": repo}
-    changes |= {"objective": objective, **flags, **push}
+    changes = {"objective": objective, **flags, "push_to_hub": True, "hub_model_id": repo}
     distil(tmp_path / "run", tmp_path / "teacher", prompts_file, **changes)
 
     student = DiffusionPipeline.from_pretrained(repo)
     assert type(student) is type(teacher)
-    family = family_of(student)
-    network = family.network
+    network = family_of(student).network
     was, is_ = getattr(teacher, denoiser).state_dict(), network.state_dict()
     assert was.keys() == is_.keys() and any(not torch.equal(was[key], is_[key]) for key in was)
 
     # In one step the stock pipeline is the generator.
     family = family_of(teacher)
     noise = torch.randn(2, *family.latent_shape(), generator=torch.Generator().manual_seed(3))
-    source = family.conditions(tiny.PROMPTS if family.takes_prompts else None)
+    source = family.conditions(tiny.PROMPTS)
     with torch.no_grad():
         x0 = OneStepGenerator(family.score_model(network), timestep)(noise, source.condition([0, 0], [False, False]))
-    if not family.takes_prompts:
-        seed = torch.Generator().manual_seed(3)
-        call = family.arguments([source.captions[0]] * 2)
-        stock = student(batch_size=2, generator=seed, num_inference_steps=1, output_type="pt", **call).images
-        assert torch.equal(stock, (x0 / 2 + 0.5).clamp(0, 1))
-    else:
-        call = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "latent"}
-        stock = student([source.captions[0]] * 2, latents=noise, **call).images
-        assert torch.allclose(stock, x0, atol=1e-5)
+    call = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "latent"}
+    stock = student([source.captions[0]] * 2, latents=noise, **call).images
+    assert torch.allclose(stock, x0, atol=1e-5)
 
     path = DegradationPath.from_pretrained(repo, teacher=ModelReference(str(tmp_path / "teacher")))
     assert (
@@ -259,8 +192,7 @@ def test_from_settings_to_a_card_and_a_pushed_path(
     assert all(torch.equal(was[key], tensor) for key, tensor in network.state_dict().items())
 
     card = hub.files(repo)["README.md"].decode()
-    task = "text-to-image" if family.takes_prompts else "unconditional-image-generation"
-    assert f"pipeline_tag: {task}" in card and ("DisBackOneStepPipeline" in card) == (name == "stable_diffusion")
+    assert "pipeline_tag: text-to-image" in card and ("DisBackOneStepPipeline" in card) == (name == "stable_diffusion")
     monkeypatch.chdir(tmp_path)  # where the teacher lies by the name that is published
     for snippet in card.split("```python")[1:]:
         scope = {}
@@ -271,54 +203,27 @@ def test_from_settings_to_a_card_and_a_pushed_path(
     assert {"samples.png", "path.png", "convergence.png"} <= hub.files(repo).keys()
 
 
-@pytest.mark.parametrize("teacher", [pixels, labels])
-def test_commands_know_a_family_without_prompts(tmp_path, prompts_file, capsys, teacher):
-    teacher().save_pretrained(tmp_path / "teacher")
-    distil(tmp_path / "run", tmp_path / "teacher", prompts_file, prompts_file=None, stage="record")
-    path, output = str(tmp_path / "run" / "path"), str(tmp_path / "nodes.png")
-    assert command(["path", "verify", path]) == 0
-    assert command(["path", "show", path, "--output", output, "--num_inference_steps", "2"]) == 0
-    assert (tmp_path / "nodes.png").is_file()
-    assert command(["plan", "--pretrained_model_name_or_path", str(tmp_path / "teacher")]) == 0
-    out = capsys.readouterr().out
-    assert "fits the teacher" in out and "peak on the device" in out and "16 x 16 pixels" in out
-
-
-def test_labels_without_one_for_none_are_distilled_without_guidance(tmp_path, prompts_file, monkeypatch):
-    monkeypatch.setattr(Labels, "conditions", lambda self, prompts=None, resolution=None: ClassLabels(4))
-    labels().save_pretrained(tmp_path / "teacher")
-    flags = {"prompts_file": None, "stage": "record"}
-    with pytest.raises(ValueError, match="guidance_scale=8.0 needs the condition of the empty prompt, or of no class"):
-        distil(tmp_path / "run", tmp_path / "teacher", prompts_file, **flags)
-    distil(tmp_path / "other", tmp_path / "teacher", prompts_file, guidance_scale=1, **flags)
-    assert (tmp_path / "other" / "path" / "path.json").is_file()
-
-
 def test_the_snippets_of_the_docs_are_taken_up(tmp_path, prompts_file, monkeypatch):
-    """An objective, two families and an evaluator, as the page on how to add them has them."""
-    for registry, name in (
-        *((OBJECTIVES, "mean_shift"), (EVALUATORS, "sharpness")),
-        *((FAMILIES, "pixels"), (FAMILIES, "labels")),
-    ):
+    """An objective, a family and an evaluator, as the page on how to add them has them."""
+    for registry, name in ((OBJECTIVES, "mean_shift"), (EVALUATORS, "sharpness"), (FAMILIES, "latent_diffusion")):
         monkeypatch.setitem(registry, name, None)  # so that it is gone when the test is over
         del registry[name]
     page = (Path(__file__).parent.parent / "docs" / "how_to_add.md").read_text()
     snippets = [part.split("```")[0] for part in page.split("```python")[1:]]
-    for snippet in snippets[:4]:  # the fifth is of a setting
+    for snippet in snippets[:3]:  # the fourth is of a setting
         exec(snippet, {})
-    pixels().save_pretrained(tmp_path / "teacher")
+    latent_diffusion().save_pretrained(tmp_path / "teacher")
     flags = {"objective": "mean_shift", "objective_args": "strength=0.5", "evaluators": ["drift", "sharpness"]}
     distil(tmp_path / "run", tmp_path / "teacher", prompts_file, prompts_file=None, **flags)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["pipeline_class"] == "DDIMPipeline" and report["student"]["sharpness"] > 0
-    assert "sharpness" in (tmp_path / "run" / "README.md").read_text()
-    assert family_of(labels()).conditions().captions == ["0", "1", "2"]
+    assert report["pipeline_class"] == "LDMPipeline" and report["student"]["sharpness"] > 0
+    assert report["resolution"] == 16 and "sharpness" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_what_a_family_does_not_take_is_refused(tmp_path, prompts_file):
-    pixels().save_pretrained(tmp_path / "pixels")
+    tiny.pixels().save_pretrained(tmp_path / "pixels")
     flow().save_pretrained(tmp_path / "flow")
-    with pytest.raises(ValueError, match="a DDIMPipeline, which takes no prompts; leave --prompts_file out"):
+    with pytest.raises(ValueError, match="a DDPMPipeline, which takes no prompts; leave --prompts_file out"):
         distil(tmp_path / "run", tmp_path / "pixels", prompts_file)
     with pytest.raises(ValueError, match="A UNet2DModel takes no adapters: .* Leave --lora_rank out"):
         distil(tmp_path / "run", tmp_path / "pixels", prompts_file, prompts_file=None, lora_rank=2)
@@ -330,9 +235,9 @@ def test_what_a_family_does_not_take_is_refused(tmp_path, prompts_file):
 
 def test_a_teacher_of_no_family_is_told_what_a_family_answers(tmp_path, prompts_file, monkeypatch):
     monkeypatch.delitem(FAMILIES, "pixels")
-    pixels().save_pretrained(tmp_path / "pixels")
+    tiny.pixels().save_pretrained(tmp_path / "pixels")
     with pytest.raises(
-        ValueError, match="is a DDIMPipeline; supported are stable_diffusion: StableDiffusionPipeline"
+        ValueError, match="is a DDPMPipeline; supported are stable_diffusion: StableDiffusionPipeline"
     ) as told:
         distil(tmp_path / "run", tmp_path / "pixels", prompts_file)
     for answer in ("pipeline_classes", "network_name", "noise_schedule", "conditions", "call", "one_step", "sample"):

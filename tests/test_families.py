@@ -1,4 +1,4 @@
-"""Every family, seen from the pipelines of diffusers that it has to agree with."""
+"""Families with prompts, seen from the pipelines of diffusers that it has to agree with."""
 
 import itertools
 import json
@@ -33,10 +33,10 @@ PREDICTIONS = ["epsilon", "v_prediction", "sample"]
 # Each pair of a row's values is in one of these; the full product is slow.
 PAIRS = [
     (family, prediction, list(OBJECTIVES)[(i + j) % len(OBJECTIVES)])
-    for i, family in enumerate(FAMILIES)
+    for i, family in enumerate(tiny.TEXT)
     for j, prediction in enumerate(PREDICTIONS)
 ]
-PRODUCT = list(itertools.product(FAMILIES, PREDICTIONS, OBJECTIVES))
+PRODUCT = list(itertools.product(tiny.TEXT, PREDICTIONS, OBJECTIVES))
 CELLS = [*PAIRS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in PRODUCT if cell not in PAIRS)]
 
 
@@ -46,7 +46,7 @@ def test_every_family_has_a_tiny_pipeline():
         assert type(family_of(make())) is FAMILIES[name]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", tiny.TEXT)
 def test_the_network_is_asked_as_the_stock_pipeline_asks_it(name):
     """Two prompts, with guidance: one step of the stock pipeline from given noise."""
     pipe = tiny.PIPELINES[name]()
@@ -70,7 +70,7 @@ def test_the_network_is_asked_as_the_stock_pipeline_asks_it(name):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", tiny.TEXT)
 @pytest.mark.parametrize("t", [0, 399, 999])
 def test_the_deployed_student_is_the_generator_bit_for_bit(name, prediction, t, tmp_path):
     teacher = tiny.PIPELINES[name](prediction)
@@ -97,7 +97,7 @@ def test_the_deployed_student_is_the_generator_bit_for_bit(name, prediction, t, 
     assert t == 0 or torch.allclose(drawn, x0, atol=1e-5 * x0.abs().max())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", tiny.TEXT)
 def test_pictures_are_those_of_the_stock_pipeline(name, tmp_path):
     to_pipeline(tiny.PIPELINES[name]().unet, 399, tiny.PIPELINES[name]()).save_pretrained(tmp_path)
     one = DisBackOneStepPipeline.from_pretrained(tmp_path)
@@ -132,7 +132,7 @@ def test_every_teacher_is_distilled(run, tmp_path, name, prediction, objective):
     assert scope["image"].size == (16, 16)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", tiny.TEXT)
 def test_a_teacher_with_zero_terminal_snr_is_asked_where_there_is_no_signal(run, tmp_path, name):
     teacher = tiny.PIPELINES[name]("v_prediction")
     teacher.scheduler = tiny.scheduler("v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
@@ -149,7 +149,7 @@ def test_a_teacher_with_zero_terminal_snr_is_asked_where_there_is_no_signal(run,
         run("b", pretrained_model_name_or_path=tmp_path / "epsilon", conditioning_timestep=999)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", tiny.TEXT)
 def test_a_student_may_be_smaller_than_its_teacher(run, tmp_path, name):
     tiny.PIPELINES[name]().save_pretrained(tmp_path / "teacher")
     tiny.PIPELINES[name](seed=5, block_out_channels=(4, 8), down_block_types=("DownBlock2D", "DownBlock2D"),
@@ -272,7 +272,7 @@ ASKING = [
 ]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", tiny.TEXT)
 def test_a_network_that_asks_for_more_is_refused(name, tmp_path):
     """As a teacher, as a student's start, as a student, and in a plan."""
     from diffusers_disback import BacktrackingConfig, ModelReference, TrainingConfig

@@ -62,7 +62,7 @@ def test_what_else_is_said_of_settings_is_listed_here():
     parts = {field.name for field in dataclasses.fields(ModelReference)}
     assert TEACHER_FLAGS.keys() == parts - {"name_or_path", "revision"}
     flags = {flag: f"a {part}" for part, flag in TEACHER_FLAGS.items()}
-    flags |= {"prediction_type": "sample", "rescale_betas_zero_snr": True}
+    flags |= {"prediction_type": "sample", "rescale_betas_zero_snr": True, "null_class_label": 0}
     teacher = TrainingConfig(pretrained_model_name_or_path="x", revision="r", **flags).teacher
     assert teacher == ModelReference("x", "r", **{part: flags[flag] for part, flag in TEACHER_FLAGS.items()})
 

@@ -71,7 +71,9 @@ def reference(tmp_path, file) -> ModelReference:
 
 
 def test_what_is_supported_has_a_family():
-    assert set(SUPPORTED.values()) == {name for family in FAMILIES.values() for name in family.pipeline_classes}
+    assert set(SUPPORTED.values()) == {
+        name for family in FAMILIES.values() if family.takes_prompts for name in family.pipeline_classes
+    }
     assert PIPELINES.keys() == SUPPORTED.keys()
 
 

@@ -5,14 +5,17 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDPMPipeline,
     DDPMScheduler,
+    DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from diffusers_disback.families import network_name_of
+from diffusers_disback.families import FAMILIES, network_name_of
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.models.weights import fingerprint
 from diffusers_disback.path.path import DegradationPath
@@ -123,7 +126,36 @@ def pipeline_xl(prediction_type: str = "epsilon", seed: int = 0, **unet_config) 
     return pipe
 
 
-PIPELINES = {"stable_diffusion": pipeline, "stable_diffusion_xl": pipeline_xl}
+def unet_2d(seed: int = 0, **config) -> UNet2DModel:
+    torch.manual_seed(seed)
+    return UNet2DModel(
+        **{
+            "sample_size": 16,
+            "block_out_channels": (8, 16),
+            "norm_num_groups": 4,
+            "layers_per_block": 1,
+            "attention_head_dim": 4,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            **config,
+        }
+    ).eval()
+
+
+def pixels(
+    prediction_type: str = "epsilon",
+    seed: int = 0,
+    kind: type[DiffusionPipeline] = DDPMPipeline,
+    **unet_config,
+) -> DiffusionPipeline:
+    """On pixels, with the scheduler of diffusers' script, which clips; labels by `num_class_embeds`."""
+    pipe = kind(unet_2d(seed, **unet_config), DDPMScheduler(prediction_type=prediction_type))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PIPELINES = {"stable_diffusion": pipeline, "stable_diffusion_xl": pipeline_xl, "pixels": pixels}
+TEXT = {name: make for name, make in PIPELINES.items() if FAMILIES[name].takes_prompts}
 
 
 def save_teacher(folder: Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:

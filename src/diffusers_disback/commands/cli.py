@@ -141,6 +141,7 @@ def timestep_sweep(parsed: argparse.Namespace) -> None:
         prediction_type=parsed.prediction_type,
         vae=parsed.pretrained_vae_model_name_or_path,
         rescale_betas_zero_snr=parsed.rescale_betas_zero_snr,
+        null_class_label=parsed.null_class_label,
     )
     family = load_family(teacher, parsed.cache_dir)
     for t in parsed.timesteps:
@@ -313,6 +314,9 @@ def parser() -> argparse.ArgumentParser:
         "--rescale_betas_zero_snr",
         action="store_true",
         help="rescale its betas to zero terminal SNR, if its scheduler's config does not say so",
+    )
+    sweep.add_argument(
+        "--null_class_label", type=number(True, minimum=0), help="of class labels: the one that stands for no class"
     )
     sweep.add_argument("--pretrained_vae_model_name_or_path", help="an autoencoder in place of the teacher's own")
     sweep.add_argument(

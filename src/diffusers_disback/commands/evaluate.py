@@ -100,7 +100,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="MODEL",
         help="a student, or a pipeline as MODEL@STEPS or MODEL@STEPS,guidance=4 (also revision=, variant=, lora=, vae=, "
-        "prediction_type=, single_file_config=, scheduler=own|ddim|lcm): a folder or a model on the Hub; or a folder of images",
+        "prediction_type=, null_class_label=, single_file_config=, scheduler=own|ddim|lcm): a folder or a model on the Hub; or a "
+        "folder of images",
     )
     parser.add_argument("--reference", metavar="MODEL", help="the teacher with whose images others are compared")
     parser.add_argument("--prompts_file", help="a text file with one prompt a line")

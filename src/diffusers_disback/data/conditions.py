@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..models.batch import Batch, Condition, to_device
+from ..models.batch import NO_LABEL, Batch, Condition, to_device
 from ..training.signals import leave_signals_to_the_parent
 from .cache import ConditionCache
 
@@ -102,7 +102,7 @@ class ClassLabels:
     """Class labels as conditions, each as often as the others. Without a label for none there is no guidance.
 
     Args:
-        num_classes (`int`): Labels are 0..`num_classes` - 1.
+        num_classes (`int`): Labels are 0..`num_classes` - 1, without the one for none.
         null_label (`int`, *optional*): That stands for no class, where the network was trained with one.
         key (`str`): The network's argument.
     """
@@ -110,7 +110,8 @@ class ClassLabels:
     is_encoded = True
 
     def __init__(self, num_classes: int, null_label: int | None = None, key: str = "class_labels"):
-        self.captions = [str(label) for label in range(num_classes)]
+        self.labels = [label for label in range(num_classes) if label != null_label]
+        self.captions = [str(label) for label in self.labels]
         self.key = key
         self.empty: Condition = {} if null_label is None else {key: torch.tensor([null_label])}
 
@@ -127,7 +128,7 @@ class ClassLabels:
             raise ValueError(
                 "Labels cannot be dropped: no label stands for no class. Pass --proportion_empty_prompts 0."
             )
-        return _with_empty({self.key: torch.tensor(rows)}, dropped, self.empty)
+        return _with_empty({self.key: torch.tensor([self.labels[row] for row in rows])}, dropped, self.empty)
 
 
 class NoCondition:
@@ -136,7 +137,7 @@ class NoCondition:
     is_encoded = True
 
     def __init__(self) -> None:
-        self.captions = ["sample"]
+        self.captions = [NO_LABEL]
         self.empty: Condition = {}
 
     def __len__(self) -> int:

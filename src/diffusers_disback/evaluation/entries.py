@@ -30,7 +30,8 @@ METADATA = "metadata.jsonl"
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _SYNTAX = re.compile(r"(?P<name>[^,]+?)(?:@(?P<steps>[^@,/]*))?(?P<settings>(?:,[^,]*)*)")
 _OF_REFERENCE = ("revision", "variant", "lora", "vae", "prediction_type", "single_file_config")
-_KEYS = ("guidance", "scheduler", *_OF_REFERENCE)
+_NULL_LABEL = "null_class_label"
+_KEYS = ("guidance", "scheduler", *_OF_REFERENCE, _NULL_LABEL)
 _SCHEDULERS = ("own", "ddim", "lcm")
 _MOST_STEPS = 1000
 # Of models that are distilled into few steps: DDIM would not be what they were trained for, and guidance is built in.
@@ -82,6 +83,10 @@ class Entry:
         if steps is not None and not (re.fullmatch("[0-9]{1,4}", steps) and 1 <= int(steps) <= _MOST_STEPS):
             raise ValueError(f"{text!r}: {steps!r} is no number of steps (1 to {_MOST_STEPS}). {_usage()}")
         chosen: Any = {key: settings[key] for key in _OF_REFERENCE if key in settings}
+        if (label := settings.get(_NULL_LABEL)) is not None:
+            if not re.fullmatch("[0-9]{1,9}", label):
+                raise ValueError(f"{text!r}: {_NULL_LABEL}={label} is no class label.")
+            chosen[_NULL_LABEL] = int(label)
         return cls(
             text,
             ModelReference(match["name"], **chosen),

@@ -1,5 +1,7 @@
 """What differs between diffusers pipelines."""
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
@@ -7,10 +9,11 @@ from torch import nn
 from ..hub.cards import Usage
 from ..hub.repository import HubError
 from ..models.components import check_whole, pipeline_class_of
-from ..models.pipeline_folder import UNREADABLE
+from ..models.pipeline_folder import UNREADABLE, components_of
 from ..models.reference import LocalModel, ModelReference
 from ..models.weights import owned
 from .base import ModelFamily
+from .pixels import Pixels
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_xl import StableDiffusionXL
 from .text import TextFamily
@@ -19,6 +22,7 @@ from .text import TextFamily
 FAMILIES: dict[str, type[ModelFamily]] = {
     "stable_diffusion": StableDiffusion,
     "stable_diffusion_xl": StableDiffusionXL,
+    "pixels": Pixels,
 }
 
 
@@ -28,17 +32,23 @@ def family_of(pipeline: DiffusionPipeline, model: LocalModel | None = None) -> M
     Raises:
         ValueError: If no family is made for its class, or its denoiser takes more than latents.
     """
-    return family_class(type(pipeline).__name__)(pipeline, model)
+    return family_class(type(pipeline).__name__, type(pipeline.components.get("scheduler")).__name__)(pipeline, model)
 
 
-def family_class(pipeline_class: str) -> type[ModelFamily]:
+def family_class(pipeline_class: str, scheduler_class: str | None = None) -> type[ModelFamily]:
     """The family of a class of pipelines.
+
+    Args:
+        pipeline_class (`str`): Its name.
+        scheduler_class (`str`, *optional*): That of the pipeline's scheduler, by which families of the same pipelines are told
+            apart.
 
     Raises:
         ValueError: If there is none.
     """
-    for family in FAMILIES.values():
-        if pipeline_class in family.pipeline_classes:
+    found = [family for family in FAMILIES.values() if pipeline_class in family.pipeline_classes]
+    for family in sorted(found, key=lambda family: not family.scheduler_classes):
+        if not family.scheduler_classes or scheduler_class in family.scheduler_classes:
             return family
     supported = "; ".join(f"{name}: {', '.join(family.pipeline_classes)}" for name, family in FAMILIES.items())
     raise ValueError(
@@ -47,6 +57,15 @@ def family_class(pipeline_class: str) -> type[ModelFamily]:
         "a pipeline of pixels without prompts, its noise_schedule, conditions, call, schedulers, one_step and sample "
         "(docs/how_to_add.md)."
     )
+
+
+def family_of_index(index: dict[str, Any]) -> type[ModelFamily]:
+    """The family of a pipeline, by the content of its `model_index.json`.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    return family_class(str(index["_class_name"]), components_of(index).get("scheduler", [None, None])[1])
 
 
 def network_name_of(pipeline_class: str) -> str:
@@ -58,12 +77,18 @@ def network_name_of(pipeline_class: str) -> str:
     return family_class(pipeline_class).network_name
 
 
-def usage_of(pipeline_class: str | None) -> Usage:
-    """How pipelines of a class are used, as their family says; as little as can be said, if none is known here."""
+def usage_of(pipeline_class: str | None, config: Any = None) -> Usage:
+    """How pipelines of a class are used, as their family says; as little as can be said, if none is known here.
+
+    Args:
+        pipeline_class (`str`, *optional*): Its name.
+        config (`FrozenDict`, *optional*): Of the denoiser, if it is known.
+    """
     try:
-        return family_class(str(pipeline_class)).usage
+        family = family_class(str(pipeline_class))
     except ValueError:
         return Usage(condition="", takes_guidance=False, takes_lora=False)
+    return family.usage if config is None else family.usage_with(config)
 
 
 def to_pipeline(network: nn.Module, timestep: int, teacher: DiffusionPipeline) -> DiffusionPipeline:
@@ -83,7 +108,7 @@ def load_family(reference: str | ModelReference | LocalModel, cache_dir: str | N
     """
     teacher = ModelReference(reference) if isinstance(reference, str) else reference
     model = resolve_teacher(teacher, cache_dir) if isinstance(teacher, ModelReference) else teacher
-    name, variant, kind = model.name_or_path, model.reference.variant, family_class(str(model.index["_class_name"]))
+    name, variant, kind = model.name_or_path, model.reference.variant, family_of_index(model.index)
     try:
         pipeline = pipeline_class_of(model.index).from_pretrained(
             model.folder, variant=variant, dtype=torch.float32, use_safetensors=True, **model.left_out
@@ -119,6 +144,11 @@ def resolve_teacher(teacher: ModelReference, cache_dir: str | None = None) -> Lo
         if teacher.vae is not None and "vae" not in family.needed:
             raise ValueError(
                 f"The teacher {teacher.name_or_path!r} has no autoencoder that {teacher.vae!r} could replace."
+            )
+        if teacher.null_class_label is not None and not family.takes_null_class_label:
+            raise ValueError(
+                f"The teacher {teacher.name_or_path!r} has no class labels of which one could be said to stand for no class; leave "
+                "--null_class_label out."
             )
         return family.network_name
 
@@ -162,11 +192,13 @@ def check_same_latents(own: AutoencoderKL, other: AutoencoderKL, name: str) -> N
 __all__ = [
     "FAMILIES",
     "ModelFamily",
+    "Pixels",
     "StableDiffusion",
     "StableDiffusionXL",
     "TextFamily",
     "family_class",
     "family_of",
+    "family_of_index",
     "load_family",
     "network_name_of",
     "resolve_teacher",

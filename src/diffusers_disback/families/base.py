@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from torch import Tensor, nn
 
 from ..data.conditions import ConditionSource, NoCondition
-from ..hub.cards import UNCONDITIONAL
+from ..hub.cards import UNCONDITIONAL, Usage
 from ..models.batch import Condition
 from ..models.generator import many_step_scheduler, one_step_scheduler
 from ..models.noise_schedule import NoiseSchedule
@@ -36,7 +36,10 @@ class ModelFamily:
         needed (`tuple[str, ...]`): The components that a teacher has to have.
         encoders (`tuple[str, ...]`): Those that only encode conditions, and leave memory when all are encoded.
         agree_in (`tuple[str, ...]`): The keys of the denoiser's config in which a student's start agrees with the teacher.
+        scheduler_classes (`tuple[str, ...]`): The schedulers that tell its pipelines from those of another family with the same
+            names; by default any that no other family names.
         takes_prompts (`bool`): Whether conditions are made of prompts.
+        takes_null_class_label (`bool`): Whether a label can be said to stand for no class.
         usage (`Usage`): What a student's card says of how it is used.
         conditioning_timestep (`int`, *optional*): The default of `--conditioning_timestep`, if published recipes name one; see
             `default_timestep`.
@@ -49,7 +52,9 @@ class ModelFamily:
     needed: tuple[str, ...] = ("unet", "scheduler")
     encoders: tuple[str, ...] = ()
     agree_in: tuple[str, ...] = ("in_channels", "out_channels")
+    scheduler_classes: tuple[str, ...] = ()
     takes_prompts = False
+    takes_null_class_label = False
     usage = UNCONDITIONAL
     conditioning_timestep: int | None = None
 
@@ -80,6 +85,11 @@ class ModelFamily:
             config (`FrozenDict`): The denoiser's.
             what (`str`): Whose it is, at the beginning of a sentence.
         """
+
+    @classmethod
+    def usage_with(cls, config: Any) -> Usage:
+        """How pipelines with a denoiser of a config are used, as cards say it."""
+        return cls.usage
 
     def noise_schedule(self) -> NoiseSchedule:
         """What the denoiser's timesteps and its output mean."""

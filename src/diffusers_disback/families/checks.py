@@ -22,10 +22,21 @@ def check_schedule(family: ModelFamily, device: torch.device, empty: Condition) 
         device (`torch.device`): Where it is measured.
         empty (`Condition`): The negative one, one row.
     """
-    # A half-precision copy on a GPU, where the text encoders lie beside it.
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = family.score_model(base_of(family.network, device, dtype))
+    model = _model_on(family, device)
     return _check_prediction_type(family, model, device, empty) or _check_betas(family, model, device, empty)
+
+
+@torch.no_grad()
+def check_prediction_type(family: ModelFamily, device: torch.device, condition: Condition) -> str | None:
+    """What speaks against the prediction type of the scheduler's config, if anything does; `condition` has one row."""
+    condition = {key: value.to(device) for key, value in condition.items()}
+    return _check_prediction_type(family, _model_on(family, device), device, condition)
+
+
+def _model_on(family: ModelFamily, device: torch.device) -> ScoreModel:
+    """The teacher on a device: a half-precision copy on a GPU, where encoders may lie beside it."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return family.score_model(base_of(family.network, device, dtype))
 
 
 def _check_prediction_type(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from ..models.batch import NO_LABEL
 from ..models.reference import title_of
 from ..models.single_file import repo_of, single_file_of
 from ..training.settings.groups import TEACHER_FLAGS
@@ -33,6 +34,7 @@ class Usage:
         takes_guidance (`bool`): Whether the call takes a `guidance_scale`.
         has_own_pipeline (`bool`): Whether `DisBackOneStepPipeline` loads students, too.
         takes_lora (`bool`): Whether the stock pipeline loads a LoRA.
+        calls_teacher (`bool`): Whether the teacher's own stock pipeline can be called in this way, too.
         network_class (`str`): Of diffusers, that loads the denoiser.
         scheduler_class (`str`): Of diffusers, of a student's scheduler.
         bare (`str`, *optional*): The template of a snippet that evaluates the bare network.
@@ -44,19 +46,22 @@ class Usage:
     takes_guidance: bool = True
     has_own_pipeline: bool = False
     takes_lora: bool = True
+    calls_teacher: bool = True
     network_class: str = "AutoModel"
     scheduler_class: str = "DDIMScheduler"
     bare: str | None = None
 
     def call(self, caption: str, steps: int) -> str:
-        """The arguments of the stock pipeline's call, in Python, for a prompt or a class; a student's take no guidance.
+        """The arguments of the stock pipeline's call, in Python, for a prompt, a class or `NO_LABEL`; a student's take no guidance.
 
         Raises:
             ValueError: If a class is asked for, and the caption is no number.
         """
         guidance = "guidance_scale=0" if self.takes_guidance and steps == 1 else ""
-        name, value = ("{label}", str(int(caption))) if "{label}" in self.condition else ("{prompt}", python(caption))
-        condition = self.condition.replace(name, value)
+        if "{label}" not in self.condition:
+            condition = self.condition.replace("{prompt}", python(caption))
+        else:
+            condition = "" if caption == NO_LABEL else self.condition.replace("{label}", str(int(caption)))
         return ", ".join(filter(None, (condition, f"num_inference_steps={steps}", guidance)))
 
 
@@ -164,9 +169,11 @@ def path_card(
         figures={node["name"]: {key: node[key] for key in ("step", "loss", "bytes")} for node in manifest["nodes"]},
         image=image,
         denoiser=component_of(manifest),
-        arguments=usage.call(usage.example, 25),
+        arguments=usage.call(usage.example, 25) if usage.calls_teacher else None,
         repo=repo_id,
-        teacher_flags=[[f"--{flag}", teacher[key]] for key, flag in TEACHER_FLAGS.items() if teacher.get(key)],
+        teacher_flags=[
+            [f"--{flag}", teacher[key]] for key, flag in TEACHER_FLAGS.items() if teacher.get(key) not in (None, False)
+        ],
     )
 
 

@@ -59,13 +59,9 @@ class SharedNetwork:
         Raises:
             ValueError: If the network has none of the layers.
         """
-        from diffusers.loaders import PeftAdapterMixin
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        if not isinstance(self.network, PeftAdapterMixin):
-            raise ValueError(
-                f"A {type(self.network).__name__} takes no adapters: diffusers has none for it. Leave --lora_rank out."
-            )
+        check_takes_adapters(self.network)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is meant
             torch.manual_seed(seed)
@@ -162,6 +158,16 @@ class SharedNetwork:
         self.network.unload_lora()
         self._layers, self._parameters, self._frozen, self.active = [], {}, set(), None
         return self.network
+
+
+def check_takes_adapters(network: nn.Module) -> None:
+    """Raises a `ValueError` if diffusers has no adapters for a network."""
+    from diffusers.loaders import PeftAdapterMixin
+
+    if not isinstance(network, PeftAdapterMixin):
+        raise ValueError(
+            f"A {type(network).__name__} takes no adapters: diffusers has none for it. Leave --lora_rank out."
+        )
 
 
 def lora_config(rank: int, alpha: float | None = None, target_modules: list[str] | None = None) -> "LoraConfig":

@@ -7,6 +7,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 
+NO_LABEL = "sample"
+"""What samples of a teacher without conditions are called, where others have a prompt or a label."""
+
 Condition = dict[str, Tensor]
 """Keyword arguments of a network, batch first."""
 

@@ -82,6 +82,7 @@ class ModelReference:
             how it is built.
         rescale_betas_zero_snr (`bool`): Whether its betas are rescaled to zero terminal SNR, though its scheduler's config
             does not say so.
+        null_class_label (`int`, *optional*): The class label that it was trained with for no class, which no config says.
     """
 
     name_or_path: str
@@ -92,6 +93,7 @@ class ModelReference:
     lora: str | None = None
     single_file_config: str | None = None
     rescale_betas_zero_snr: bool = False
+    null_class_label: int | None = None
 
     def resolve(self, network_name: Callable[[str], str], cache_dir: str | None = None) -> "LocalModel":
         """Brings the whole model to this machine: downloads it, makes a single file into a folder, and checks all of it.

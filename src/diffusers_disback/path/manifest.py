@@ -178,6 +178,7 @@ _TEACHER: Kinds = {
     **{"name_or_path": str, "sha256": is_sha256},
     **dict.fromkeys(("revision", "variant", "commit"), str | None),
     **{f"{name}?": str | None for name in ("prediction_type", "vae", "lora", "single_file_config")},
+    "null_class_label?": lambda value: value is None or is_count(value),
 }
 _GENERATOR: Kinds = {"name_or_path": str | None, "sha256": is_sha256, "conditioning_timestep": is_count}
 _NODE: Kinds = {

@@ -237,13 +237,19 @@ class PathNodes:
 
     def _check_teacher_is_asked_as_recorded(self) -> None:
         """Nodes are of the schedule that they were recorded with: the same flags have to say what the teacher's files do not."""
-        for key in ("prediction_type", "rescale_betas_zero_snr"):
-            was, is_ = self.manifest["teacher"].get(key) or None, getattr(self.teacher, key) or None
+        for key in ("prediction_type", "rescale_betas_zero_snr", "null_class_label"):
+            found = (self.manifest["teacher"].get(key), getattr(self.teacher, key))
+            was, is_ = (None if value is False else value for value in found)
             if was != is_:
-                flags = [f"with --{key} {value}" if value else f"without --{key}" for value in (was, is_)]
+                flags = [f"without --{key}" if value is None else f"with --{key} {value}" for value in (was, is_)]
+                belongs = (
+                    "are of another unconditional branch"
+                    if key == "null_class_label"
+                    else "belong to another schedule"
+                )
                 raise ValueError(
                     f"The path in {self.where} was recorded {flags[0]}, but is to be replayed {flags[1]}: its nodes "
-                    "belong to another schedule. Pass what it was recorded with, or record another path with stage 1."
+                    f"{belongs}. Pass what it was recorded with, or record another path with stage 1."
                 )
 
     def adapter_config(self, index: int) -> Any:

@@ -127,6 +127,7 @@ class DegradationPath(PathNodes):
                 known.get("lora"),
                 known.get("single_file_config"),
                 known.get("rescale_betas_zero_snr") is True,
+                known.get("null_class_label"),
             )
         path = cls(folders, manifest, teacher, cache_dir)
         path.teacher_was_told = was_told
@@ -265,7 +266,7 @@ class DegradationPath(PathNodes):
             image = inside(Path(self.where), "path.png", self.where)
             files |= {"path.png": image} if image.is_file() else {}
             teacher = self.local_teacher()
-            usage = usage_of(teacher.index.get("_class_name"))
+            usage = usage_of(teacher.index.get("_class_name"), teacher.meta_network().config)
             card = path_card(manifest, repository.repo_id, teacher.card(), image.is_file(), usage)
             files["README.md"] = card.encode()
         repository.commit(

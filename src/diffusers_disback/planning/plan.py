@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..data.conditions import CAPACITY
-from ..families import ModelFamily, family_class, network_name_of
+from ..families import ModelFamily, family_of_index, network_name_of
 from ..models.adapters import SharedNetwork, lora_config
 from ..models.batch import Condition
 from ..models.components import has_weights
@@ -75,7 +75,7 @@ class Planner:
             ValueError: If these cannot be read.
         """
         teacher = training.teacher.resolve_configs(network_name_of, training.cache_dir)
-        family = family_class(str(teacher.index["_class_name"]))
+        family = family_of_index(teacher.index)
         others = meta_networks_beside(teacher)
         return cls(teacher.meta_network, family, training, backtracking, family.stride_of(others), others)
 

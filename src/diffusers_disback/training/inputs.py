@@ -17,8 +17,9 @@ from ..data.conditions import CAPACITY, ConditionSource, PromptConditions
 from ..data.images import RealImages, digest_of_images
 from ..data.prompts import PromptFile
 from ..data.truncation import truncation
-from ..families import ModelFamily, family_class, network_name_of
+from ..families import ModelFamily, family_of_index, network_name_of
 from ..hub.files import writing
+from ..models.adapters import check_takes_adapters
 from ..models.weights import fingerprint
 from .checks import stages_of
 from .config import DisBackConfig
@@ -42,8 +43,10 @@ def check_inputs(
     another model, or other prompts, when the run is resumed.
 
     Raises:
-        ValueError: If a stage was begun here with other inputs.
+        ValueError: If a stage was begun here with other inputs, or adapters are asked for of a network that takes none.
     """
+    if config.lora_rank is not None:
+        check_takes_adapters(teacher.network)
     schedule = {name: value for name, value in teacher.pipeline.scheduler.config.items() if name in _OF_THE_SCHEDULE}
     inputs = {
         "prompts": digest(prompts),
@@ -75,7 +78,7 @@ def load_prompts(config: DisBackConfig) -> Sequence[str]:
     if config.dataset_name is None and (config.train_data_dir is None or config.has_discriminator):
         if config.pretrained_model_name_or_path is not None:
             teacher = config.teacher.resolve_configs(network_name_of, config.cache_dir)
-            if not family_class(str(teacher.index["_class_name"])).takes_prompts:
+            if not family_of_index(teacher.index).takes_prompts:
                 return []
         if config.train_data_dir is None:
             raise ValueError("There are no prompts: pass --prompts_file, --dataset_name or --train_data_dir.")
@@ -151,8 +154,10 @@ def condition_source(
         ValueError: If prompts are given to a teacher that takes none.
     """
     if not teacher.takes_prompts:
-        _check_no_prompts(config, teacher)
-        return teacher.conditions(resolution=config.resolution)
+        source = teacher.conditions(resolution=config.resolution)
+        _check_no_prompts(config, teacher, source)
+        _check_unguided(config, source)
+        return source
     encode = partial(teacher.encode, resolution=config.resolution)
     folder = Path(config.cache_dir or config.output_dir, "conditions")
     cache = ConditionCache(folder, prompts, encode, lambda: inputs["text_encoders"])
@@ -169,9 +174,9 @@ def condition_source(
     return PromptConditions(prompts, encode, cache=cache)
 
 
-def _check_no_prompts(config: DisBackConfig, teacher: ModelFamily) -> None:
-    """Raises a `ValueError` if the settings name prompts, which the teacher does not take."""
-    names = ("prompts_file", "dataset_name", "train_data_dir", "validation_prompts", "evaluation_prompts_file")
+def _check_no_prompts(config: DisBackConfig, teacher: ModelFamily, source: ConditionSource) -> None:
+    """Raises a `ValueError` if the settings name prompts, which the teacher does not take, or labels that it does not have."""
+    names = ("prompts_file", "dataset_name", "train_data_dir")
     given = [f"--{name}" for name in names if getattr(config, name)]
     if config.has_discriminator:
         given.remove("--train_data_dir")  # whose images are meant
@@ -179,6 +184,31 @@ def _check_no_prompts(config: DisBackConfig, teacher: ModelFamily) -> None:
         raise ValueError(
             f"The teacher is a {type(teacher.pipeline).__name__}, which takes no prompts; leave {' and '.join(given)} out."
         )
+    file, own = config.evaluation_prompts_file, set(source.captions)
+    asked = {
+        "validation_prompts": config.validation_prompts,
+        "evaluation_prompts_file": [] if file is None else list(PromptFile(file)),
+    }
+    for name, captions in asked.items():
+        if unknown := [caption for caption in captions if caption not in own]:
+            known = ", ".join(source.captions[:3]) + (f" .. {source.captions[-1]}" if len(source.captions) > 3 else "")
+            raise ValueError(
+                f"--{name} has {unknown[0]!r}, but the teacher is a {type(teacher.pipeline).__name__}, which takes no prompts: its "
+                f"samples are called {known}."
+            )
+
+
+def _check_unguided(config: DisBackConfig, source: ConditionSource) -> None:
+    """Raises a `ValueError` if guidance is asked for where there are labels, but none for no class."""
+    if source.empty or not source.condition([0], [False]):
+        return
+    names = ("guidance_scale", "fake_score_guidance_scale", "fake_score_training_guidance_scale")
+    for name in names:
+        if getattr(config, name) not in (None, 1):
+            raise ValueError(
+                f"--{name} is {getattr(config, name):g}, but no class label of the teacher stands for no class: nothing can be "
+                f"guided away from. Pass --{name} 1; or, if it was trained with such a label, say which by --null_class_label."
+            )
 
 
 def evaluation_prompts(

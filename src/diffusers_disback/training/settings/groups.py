@@ -57,6 +57,13 @@ class ModelSettings(Settings):
         "Rescale the teacher's betas to zero terminal SNR, if it was trained so and its scheduler's config does not say it.",
         teacher_as="rescale_betas_zero_snr",
     )
+    null_class_label: int | None = setting(
+        None,
+        "Of a teacher with class labels on pixels: the label that it was trained with for no class. With it there is guidance; "
+        "without it all labels are classes, and --guidance_scale has to be 1.",
+        minimum=0,
+        teacher_as="null_class_label",
+    )
     generator_model_name_or_path: str | None = setting(
         None,
         "Start the student from the UNet of this folder, Hub model or file instead of the teacher's copy.",

@@ -1,0 +1,310 @@
+"""Families without prompts, from the stock pipelines that they have to agree with to a card and a pushed path."""
+
+import json
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import train_disback
+from diffusers import ConsistencyModelPipeline, DDIMPipeline, DDPMPipeline, DiffusionPipeline
+from script import arguments
+from stages import equal, weights
+
+from diffusers_disback import DegradationPath, ModelReference, OneStepGenerator, load_family
+from diffusers_disback.commands.cli import main as command
+from diffusers_disback.families import family_of, usage_of
+
+
+PREDICTIONS = ["epsilon", "v_prediction", "sample"]
+
+
+@dataclass
+class Case:
+    """A tiny teacher.
+
+    Args:
+        make (`Callable`): Makes it, of a prediction type.
+        student (`type`): The stock pipeline of its students.
+        flags (`dict`): Without which it cannot be distilled.
+        captions (`list[str]`): Its conditions.
+    """
+
+    make: Any
+    student: type
+    flags: dict[str, Any] = field(default_factory=dict)
+    captions: list[str] = field(default_factory=lambda: ["sample"])
+
+
+GREY = {"in_channels": 1, "out_channels": 1}
+LABELLED = partial(tiny.pixels, kind=DDIMPipeline, num_class_embeds=4)
+CASES = {
+    "pixels": Case(tiny.pixels, DDIMPipeline),
+    "grey": Case(partial(tiny.pixels, **GREY), DDIMPipeline),
+    "labels": Case(LABELLED, ConsistencyModelPipeline, {"guidance_scale": 1}, list("0123")),
+    "null label": Case(
+        partial(tiny.pixels, num_class_embeds=4, **GREY),
+        ConsistencyModelPipeline,
+        {"null_class_label": 1, "guidance_scale": 3, "proportion_empty_prompts": 0.5},
+        list("023"),
+    ),
+}
+cases = pytest.mark.parametrize("name", CASES)
+QUICK = ("null label",)
+quick = pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+
+
+@pytest.fixture
+def teacher(name, tmp_path):
+    """The folder of a case's teacher."""
+    CASES[name].make().save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def reference(folder, name) -> ModelReference:
+    return ModelReference(str(folder), null_class_label=CASES[name].flags.get("null_class_label"))
+
+
+def distil(folder, teacher, /, name, **flags):
+    """The training script, by its command line."""
+    train_disback.main(arguments(folder, teacher, None, prompts_file=None, **{**CASES[name].flags, **flags}))
+    return folder
+
+
+def asked_once(student, noise, condition):
+    """What a stock pipeline makes of noise, before its own clamp."""
+    student.scheduler.set_timesteps(1)
+    (t,) = student.scheduler.timesteps
+    with torch.no_grad():
+        output = student.unet(noise, t, return_dict=False, **condition)[0]
+    return student.scheduler.step(output, t, noise, return_dict=False)[0]
+
+
+# The student --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@cases
+def test_the_deployed_student_is_the_generator_bit_for_bit(name, prediction, tmp_path):
+    """Teachers' schedulers clip; the student's does not, and its images are the generator's before and after the clamp."""
+    pipe = CASES[name].make(prediction)
+    assert pipe.scheduler.config.clip_sample
+    family = family_of(pipe)
+    noise = torch.randn(2, *family.latent_shape(), generator=torch.Generator().manual_seed(3))
+    condition = family.conditions().condition([0, 0], [False, False])
+    for t in (0, 399, 999):
+        with torch.no_grad():
+            x0 = OneStepGenerator(family.score_model(), t)(noise, condition)
+        family.one_step(family.network, t).save_pretrained(tmp_path / str(t))
+        student = DiffusionPipeline.from_pretrained(tmp_path / str(t))
+        student.set_progress_bar_config(disable=True)
+        assert type(student) is CASES[name].student
+        assert (asked_once(student, noise, condition) - x0).abs().max() == 0.0
+        seed = torch.Generator().manual_seed(3)
+        call = {"batch_size": 2, "generator": seed, "num_inference_steps": 1, "output_type": "pt", **condition}
+        assert torch.equal(student(**call).images.expand(-1, 3, -1, -1), family.decode(x0))
+        given = family.arguments(["0", "0"])
+        assert torch.equal(family.sample(family.undecorated(student), given, noise), family.decode(x0))
+
+
+@cases
+def test_from_settings_to_a_card_and_a_pushed_path(name, teacher, tmp_path, repo, hub, monkeypatch):
+    case, pipe = CASES[name], CASES[name].make()
+    push = {"push_to_hub": True, "hub_model_id": repo, "num_evaluation_prompts": 5, "validation_steps": 2}
+    folder = distil(tmp_path / "run", teacher, name, validation_prompts=case.captions[-1:], **push)
+
+    student = DiffusionPipeline.from_pretrained(repo)
+    assert type(student) is case.student
+    assert not equal(weights(student.unet), weights(pipe.unet))
+    report = json.loads(hub.files(repo)["report.json"])
+    timestep = report["settings"]["conditioning_timestep"]
+    assert timestep == family_of(pipe).default_timestep() == 440
+    assert report["example_prompt"] == case.captions[-1] and report["evaluation"]["num_pictures"] == 5
+    assert [row["step"] for row in report["curve"]] == [0, 2, 4]
+    assert {"samples.png", "path.png", "convergence.png"} <= hub.files(repo).keys()
+    deployed = load_family(reference(folder, name))
+    assert deployed.conditions().captions == case.captions, "a student is a teacher, too"
+
+    path = DegradationPath.from_pretrained(repo, teacher=reference(teacher, name))
+    path.verify(path.local_teacher().meta_network())
+    assert sorted(hub.repos[repo].branches) == ["degradation-000002", "degradation-000004", "main"]
+    network = student.unet
+    path.load(0, into=network)
+    assert equal(weights(network), weights(pipe.unet))
+
+    card = hub.files(repo)["README.md"].decode()
+    assert "pipeline_tag: unconditional-image-generation" in card and "DisBackOneStepPipeline" not in card
+    assert ("class_labels=" in card) == (case.captions != ["sample"])
+    (snippet,) = card.split("```python")[1:]
+    scope = {}
+    exec(snippet.split("```")[0], scope)
+    assert scope["image"].size == (16, 16)
+
+
+@quick
+def test_a_resumed_run_ends_where_an_unbroken_one_does(name, teacher, tmp_path, small_pictures):
+    steps = {"num_path_nodes": 1, "steps_per_target": 1, "checkpointing_steps": 1, "validation_steps": 4}
+    distil(tmp_path / "whole", teacher, name, **steps)
+    distil(tmp_path / "half", teacher, name, max_train_steps=2, **steps)
+    distil(tmp_path / "half", teacher, name, resume_from_checkpoint="latest", **steps)
+    one, two = (DiffusionPipeline.from_pretrained(tmp_path / folder).unet for folder in ("whole", "half"))
+    assert equal(weights(one), weights(two))
+
+
+@pytest.mark.parametrize("name", ["pixels", "null label"])
+def test_a_path_of_its_own_has_a_card_and_nodes_that_load(name, teacher, tmp_path, repo, hub, monkeypatch):
+    """A stock pipeline that cannot be called with labels is not said to be."""
+    folder = distil(tmp_path / "run", teacher, name, stage="record")
+    assert command(["push", str(folder), repo, "--pretrained_model_name_or_path", str(teacher)]) == 0
+    card = hub.files(repo)["README.md"].decode()
+    node = DiffusionPipeline.from_pretrained(repo, revision="degradation-000004")
+    assert type(node) is DDPMPipeline and not equal(weights(node.unet), weights(CASES[name].make().unet))
+    assert ("--null_class_label 1" in card) == (name == "null label")
+    monkeypatch.chdir(tmp_path)
+    snippets = [part.split("```")[0] for part in card.split("```python")[1:]]
+    assert len(snippets) == (1 if name == "null label" else 2)
+    for snippet in snippets:
+        exec(snippet.replace("num_inference_steps=25", "num_inference_steps=1"), {})
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+@quick
+def test_commands_know_it(name, teacher, tmp_path, capsys, small_pictures):
+    case, null_label = CASES[name], CASES[name].flags.get("null_class_label")
+    folder = distil(tmp_path / "run", teacher, name)
+    path, output = str(folder / "path"), str(tmp_path / "nodes.png")
+    assert command(["path", "verify", path]) == 0
+    assert command(["path", "show", path, "--output", output, "--num_inference_steps", "2"]) == 0
+    assert (tmp_path / "nodes.png").is_file()
+    assert command(["plan", "--pretrained_model_name_or_path", str(teacher)]) == 0
+    out = capsys.readouterr().out
+    assert "fits the teacher" in out and "peak on the device" in out and "16 x 16 pixels" in out
+    flags = ["--timesteps", "399", "--num_inference_steps", "2", "--output", str(tmp_path / "sweep.png")]
+    flags += ["--guidance_scale", "1"] if null_label is None else ["--null_class_label", str(null_label)]
+    assert command(["timestep-sweep", str(teacher), *flags]) == 0
+    prompts = tmp_path / "captions.txt"
+    prompts.write_text("\n".join(case.captions[:2]))
+    settings = ",guidance=1" if null_label is None else f",guidance=2,null_class_label={null_label}"
+    flags = ["--prompts_file", str(prompts), "--num_images_per_prompt", "2", "--output", str(tmp_path / "evaluation")]
+    assert command(["evaluate", str(folder), "--reference", f"{teacher}@2{settings}", *flags]) == 0, (
+        capsys.readouterr()
+    )
+    measured = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert measured["num_images"] == 2 * len(case.captions[:2]) and measured["size"] == [16, 16]
+
+
+# Labels --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["null label"])
+def test_a_label_that_is_said_to_be_none_is_what_guidance_leads_away_from(name, teacher):
+    assert family_of(CASES[name].make()).conditions().captions == list("0123"), "which is in no config"
+    family = load_family(reference(teacher, name))
+    source = family.conditions()
+    assert source.captions == list("023") and source.empty["class_labels"].tolist() == [1]
+    assert source.condition([0, 1, 2, 2], [False, False, False, True])["class_labels"].tolist() == [0, 2, 3, 1]
+    sampler, noise = family.sampler(), torch.randn(2, *family.latent_shape())
+    plain, guided, without = (
+        family.sample(sampler, family.arguments(labels), noise, 2, scale)
+        for labels, scale in ((["2", "3"], 1.0), (["2", "3"], 3.0), (["1", "1"], 1.0))
+    )
+    assert plain.shape == (2, 3, 16, 16) and not torch.equal(plain, guided) and not torch.equal(plain, without)
+    assert torch.equal(family.sample(sampler, family.arguments(["2", "3"]), noise, 2, 0.0), without)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        (
+            "labels",
+            {"guidance_scale": 8},
+            "--guidance_scale is 8, but no class label of the teacher stands for no class",
+        ),
+        ("labels", {"fake_score_guidance_scale": 2}, "--fake_score_guidance_scale is 2, but no class label"),
+        ("labels", {"null_class_label": 4}, "--null_class_label is 4, but the teacher's UNet has the labels 0..3"),
+        ("pixels", {"null_class_label": 0}, "--null_class_label is 0, but the teacher's UNet has no class labels"),
+        ("labels", {"validation_prompts": ["4"]}, "--validation_prompts has '4', but .* are called 0, 1, 2 .. 3"),
+        ("null label", {"validation_prompts": ["0", "1"]}, "--validation_prompts has '1', but .* are called 0, 2, 3."),
+        ("pixels", {"validation_prompts": ["a cat"]}, "--validation_prompts has 'a cat', but .* are called sample."),
+        (
+            "labels",
+            {"lora_rank": 2},
+            "A UNet2DModel takes no adapters: diffusers has none for it. Leave --lora_rank out",
+        ),
+    ],
+)
+def test_what_a_teacher_does_not_take_is_refused_before_anything_is_measured(
+    name, flags, message, teacher, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("diffusers_disback.evaluation.report.Report.add_teacher", None)
+    with pytest.raises(ValueError, match=message):
+        distil(tmp_path / "run", teacher, name, **flags)
+
+
+def test_a_label_for_none_is_for_pixels(teacher_folder, tmp_path):
+    with pytest.raises(
+        ValueError, match="has no class labels of which one could be said .* leave --null_class_label out"
+    ):
+        load_family(ModelReference(str(teacher_folder), null_class_label=0))
+
+
+@pytest.mark.parametrize("name", ["null label"])
+def test_a_path_belongs_to_its_label_for_none(name, teacher, tmp_path):
+    """0 is a label as any other."""
+    folder = distil(tmp_path / "run", teacher, name, stage="record", null_class_label=0)
+    assert DegradationPath.from_pretrained(folder / "path").teacher.null_class_label == 0
+    flags = {"stage": "backtrack", "degradation_path": folder / "path"}
+    with pytest.raises(
+        ValueError, match="recorded with --null_class_label 0, but is to be replayed with --null_cl.* 1"
+    ):
+        distil(tmp_path / "other", teacher, name, **flags)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"out_channels": 6}, "takes 3 channels and gives 6"),
+        ({"in_channels": 4, "out_channels": 4}, "takes 4 channels and gives 4"),
+        ({"class_embed_type": "timestep"}, "has class_embed_type='timestep', which is not supported"),
+        ({"time_embedding_type": "fourier"}, "has time_embedding_type='fourier'"),
+    ],
+)
+def test_networks_that_ask_for_something_else_are_refused(config, message):
+    with pytest.raises(ValueError, match=f"The teacher's UNet {message}"):
+        family_of(tiny.pixels(**config))
+
+
+def test_captions_that_are_no_labels_are_told():
+    family = family_of(LABELLED())
+    for caption in ("4", "-1", "a cat", ""):
+        with pytest.raises(ValueError, match="is no class label of the teacher: these are the numbers 0..3"):
+            family.arguments(["0", caption])
+
+
+def test_grey_images_are_shown_in_three_channels():
+    family = family_of(tiny.pixels(**GREY))
+    shown = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(family.encode_images(shown), shown.mean(dim=1, keepdim=True))
+    images = family.decode(family.encode_images(shown))
+    assert images.shape == shown.shape and torch.equal(images[:, 0], images[:, 2])
+
+
+def test_a_scheduler_that_contradicts_the_network_is_told():
+    """Networks of random weights predict no noise, with and without labels."""
+    for pipe in (tiny.pixels(), LABELLED()):
+        assert "at the highest noise level its output is not the noise" in family_of(pipe).check_schedule()
+        assert family_of(pipe).check_schedule() == family_of(pipe).check_schedule()
+
+
+def test_cards_of_a_class_of_pipelines_are_called_as_their_captions_are():
+    usage = usage_of("DDPMPipeline")
+    assert usage.call("sample", 1) == "num_inference_steps=1"
+    assert usage.call("3", 1) == "class_labels=3, num_inference_steps=1"
+    with pytest.raises(ValueError):
+        usage.call("__import__('os')", 1)
