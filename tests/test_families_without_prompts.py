@@ -171,6 +171,39 @@ def test_a_path_of_its_own_has_a_card_and_nodes_that_load(name, teacher, tmp_pat
         exec(snippet.replace("num_inference_steps=25", "num_inference_steps=1"), {})
 
 
+def test_a_model_that_lies_flat_is_read(tmp_path, repo, hub, small_pictures):
+    """As `google/ddpm-cifar10-32` does: all files beside `model_index.json`, a pickle of the same weights among them."""
+    from huggingface_hub import HfApi
+
+    flat, pipe = tmp_path / "flat", tiny.pixels()
+    pipe.save_pretrained(tmp_path / "teacher")
+    flat.mkdir()
+    for file in (tmp_path / "teacher").rglob("*.*"):
+        file.replace(flat / file.name)
+    (flat / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    (flat / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert equal(weights(DDPMPipeline.from_pretrained(flat).unet), weights(pipe.unet)), "as diffusers reads it"
+    HfApi().create_repo(repo)
+    commit = HfApi().upload_folder(repo_id=repo, folder_path=flat).oid
+    flags = {"push_to_hub": True, "hub_model_id": f"{repo}-student", "cache_dir": tmp_path / "cache"}
+    folder = distil(tmp_path / "run", repo, "pixels", **flags)
+    manifest = json.loads((folder / "path" / "path.json").read_text())
+    assert manifest["teacher"]["name_or_path"] == repo and manifest["teacher"]["commit"] == commit
+    assert "license: apache-2.0" in (folder / "README.md").read_text()
+    node = DDPMPipeline.from_pretrained(f"{repo}-student", revision="degradation-000004")
+    assert not equal(weights(node.unet), weights(pipe.unet))
+    for where in (repo, str(flat)):
+        assert equal(weights(load_family(where, str(tmp_path / "cache")).network), weights(pipe.unet))
+    assert command(["plan", "--pretrained_model_name_or_path", str(flat), "--cache_dir", str(tmp_path / "cache")]) == 0
+    start = ModelReference(repo).resolve_denoiser("unet", str(tmp_path / "cache"))
+    assert equal(weights(start.load_network(type(pipe.unet))), weights(pipe.unet))
+    (tmp_path / "elsewhere.json").write_text((flat / "config.json").read_text())
+    (flat / "config.json").unlink()
+    (flat / "config.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(ValueError, match="config.json"):
+        load_family(str(flat), str(tmp_path / "cache"))
+
+
 # Commands ------------------------------------------------------------------------------------------------------------
 
 

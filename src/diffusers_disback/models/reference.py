@@ -15,6 +15,7 @@ from ..hub.repository import Files, HubError
 from .autoencoder import autoencoder_folder, variant_of
 from .card import read_card
 from .components import has_weights, load_exactly, meta_model, parts_left_out, without_parts
+from .flat_layout import locate_in_folders
 from .model_files import (
     card_files,
     check_has_weights,
@@ -201,7 +202,7 @@ class ModelReference:
         self, place: str, revision: str | None, choose: Callable[[list[str]], list[str]], cache_dir: str | None
     ) -> Path:
         try:
-            return locate(place, revision, choose, cache_dir)[0]
+            return locate_in_folders(place, revision, choose, cache_dir)
         except HubError as error:
             if repo_of(self.name_or_path) is not None:
                 raise
