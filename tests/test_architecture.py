@@ -41,9 +41,9 @@ ORDER = {
     "data": [{"truncation", "cache", "prompts"}, {"captions", "conditions"}, {"images"}],
     "path": [{"manifest", "node_spacing", "target_schedule"}, {"storage"}, {"sharing", "nodes"}, {"path"}],
     "families": [
-        {"base", "other"},
+        {"base", "latents", "other"},
         {"text", "checks"},
-        {"pixels", "stable_diffusion"},
+        {"dit", "pixels", "stable_diffusion"},
         {"stable_diffusion_xl"},
         {"__init__"},
     ],

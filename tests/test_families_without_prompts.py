@@ -9,13 +9,14 @@ import pytest
 import tiny
 import torch
 import train_disback
-from diffusers import ConsistencyModelPipeline, DDIMPipeline, DDPMPipeline, DiffusionPipeline
+from diffusers import ConsistencyModelPipeline, DDIMPipeline, DDPMPipeline, DiffusionPipeline, DiTPipeline
 from script import arguments
 from stages import equal, weights
 
 from diffusers_disback import DegradationPath, ModelReference, OneStepGenerator, load_family
 from diffusers_disback.commands.cli import main as command
 from diffusers_disback.families import family_of, usage_of
+from diffusers_disback.models.discriminator import bottleneck_features
 
 
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
@@ -30,12 +31,14 @@ class Case:
         student (`type`): The stock pipeline of its students.
         flags (`dict`): Without which it cannot be distilled.
         captions (`list[str]`): Its conditions.
+        timestep (`int`): By default, where there is 2.5 times as much noise as signal.
     """
 
     make: Any
     student: type
     flags: dict[str, Any] = field(default_factory=dict)
     captions: list[str] = field(default_factory=lambda: ["sample"])
+    timestep: int = 440
 
 
 GREY = {"in_channels": 1, "out_channels": 1}
@@ -50,9 +53,12 @@ CASES = {
         {"null_class_label": 1, "guidance_scale": 3, "proportion_empty_prompts": 0.5},
         list("023"),
     ),
+    "dit": Case(
+        tiny.dit, DiTPipeline, {"guidance_scale": 3, "proportion_empty_prompts": 0.5}, list("0123456789"), 589
+    ),
 }
 cases = pytest.mark.parametrize("name", CASES)
-QUICK = ("null label",)
+QUICK = ("null label", "dit")
 quick = pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
@@ -76,12 +82,21 @@ def distil(folder, teacher, /, name, **flags):
 
 
 def asked_once(student, noise, condition):
-    """What a stock pipeline makes of noise, before its own clamp."""
+    """What a stock pipeline makes of noise before it decodes: its denoiser's prediction, and its scheduler's step."""
+    network = student.components.get("unet") or student.transformer
     student.scheduler.set_timesteps(1)
     (t,) = student.scheduler.timesteps
     with torch.no_grad():
-        output = student.unet(noise, t, return_dict=False, **condition)[0]
-    return student.scheduler.step(output, t, noise, return_dict=False)[0]
+        output = network(noise, timestep=t.expand(len(noise)), return_dict=False, **condition)[0]
+    return student.scheduler.step(output[:, : noise.shape[1]], t, noise, return_dict=False)[0]
+
+
+def stock_call(student, condition):
+    """Two images by the stock pipeline's own call, from the noise of seed 3."""
+    call = {"num_inference_steps": 1, "output_type": "pt", "generator": torch.Generator().manual_seed(3)}
+    if isinstance(student, DiTPipeline):
+        return student(condition["class_labels"].tolist(), guidance_scale=1, **call).images
+    return student(batch_size=2, **call, **condition).images
 
 
 # The student --------------------------------------------------------------------------------------------------------
@@ -104,11 +119,11 @@ def test_the_deployed_student_is_the_generator_bit_for_bit(name, prediction, tmp
         student.set_progress_bar_config(disable=True)
         assert type(student) is CASES[name].student
         assert (asked_once(student, noise, condition) - x0).abs().max() == 0.0
-        seed = torch.Generator().manual_seed(3)
-        call = {"batch_size": 2, "generator": seed, "num_inference_steps": 1, "output_type": "pt", **condition}
-        assert torch.equal(student(**call).images.expand(-1, 3, -1, -1), family.decode(x0))
-        given = family.arguments(["0", "0"])
-        assert torch.equal(family.sample(family.undecorated(student), given, noise), family.decode(x0))
+        deployed = family_of(student)  # with an autoencoder of its own, if there is one
+        with torch.no_grad():
+            images = deployed.decode(x0)
+        assert torch.equal(stock_call(student, condition).expand(-1, 3, -1, -1), images)
+        assert torch.equal(deployed.sample(student, deployed.arguments(["0", "0"]), noise), images)
 
 
 @cases
@@ -119,10 +134,11 @@ def test_from_settings_to_a_card_and_a_pushed_path(name, teacher, tmp_path, repo
 
     student = DiffusionPipeline.from_pretrained(repo)
     assert type(student) is case.student
-    assert not equal(weights(student.unet), weights(pipe.unet))
+    network, teachers = family_of(student).network, family_of(pipe).network
+    assert not equal(weights(network), weights(teachers))
     report = json.loads(hub.files(repo)["report.json"])
     timestep = report["settings"]["conditioning_timestep"]
-    assert timestep == family_of(pipe).default_timestep() == 440
+    assert timestep == family_of(pipe).default_timestep() == case.timestep
     assert report["example_prompt"] == case.captions[-1] and report["evaluation"]["num_pictures"] == 5
     assert [row["step"] for row in report["curve"]] == [0, 2, 4]
     assert {"samples.png", "path.png", "convergence.png"} <= hub.files(repo).keys()
@@ -132,9 +148,8 @@ def test_from_settings_to_a_card_and_a_pushed_path(name, teacher, tmp_path, repo
     path = DegradationPath.from_pretrained(repo, teacher=reference(teacher, name))
     path.verify(path.local_teacher().meta_network())
     assert sorted(hub.repos[repo].branches) == ["degradation-000002", "degradation-000004", "main"]
-    network = student.unet
     path.load(0, into=network)
-    assert equal(weights(network), weights(pipe.unet))
+    assert equal(weights(network), weights(teachers))
 
     card = hub.files(repo)["README.md"].decode()
     assert "pipeline_tag: unconditional-image-generation" in card and "DisBackOneStepPipeline" not in card
@@ -151,7 +166,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(name, teacher, tmp_path, 
     distil(tmp_path / "whole", teacher, name, **steps)
     distil(tmp_path / "half", teacher, name, max_train_steps=2, **steps)
     distil(tmp_path / "half", teacher, name, resume_from_checkpoint="latest", **steps)
-    one, two = (DiffusionPipeline.from_pretrained(tmp_path / folder).unet for folder in ("whole", "half"))
+    one, two = (load_family(str(tmp_path / folder)).network for folder in ("whole", "half"))
     assert equal(weights(one), weights(two))
 
 
@@ -219,11 +234,13 @@ def test_commands_know_it(name, teacher, tmp_path, capsys, small_pictures):
     out = capsys.readouterr().out
     assert "fits the teacher" in out and "peak on the device" in out and "16 x 16 pixels" in out
     flags = ["--timesteps", "399", "--num_inference_steps", "2", "--output", str(tmp_path / "sweep.png")]
-    flags += ["--guidance_scale", "1"] if null_label is None else ["--null_class_label", str(null_label)]
+    guidance = case.flags.get("guidance_scale", 1)
+    flags += ["--guidance_scale", str(guidance)]
+    flags += [] if null_label is None else ["--null_class_label", str(null_label)]
     assert command(["timestep-sweep", str(teacher), *flags]) == 0
     prompts = tmp_path / "captions.txt"
     prompts.write_text("\n".join(case.captions[:2]))
-    settings = ",guidance=1" if null_label is None else f",guidance=2,null_class_label={null_label}"
+    settings = f",guidance={guidance}" + ("" if null_label is None else f",null_class_label={null_label}")
     flags = ["--prompts_file", str(prompts), "--num_images_per_prompt", "2", "--output", str(tmp_path / "evaluation")]
     assert command(["evaluate", str(folder), "--reference", f"{teacher}@2{settings}", *flags]) == 0, (
         capsys.readouterr()
@@ -341,3 +358,74 @@ def test_cards_of_a_class_of_pipelines_are_called_as_their_captions_are():
     assert usage.call("3", 1) == "class_labels=3, num_inference_steps=1"
     with pytest.raises(ValueError):
         usage.call("__import__('os')", 1)
+
+
+# DiT -----------------------------------------------------------------------------------------------------------------
+
+
+def test_dit_is_asked_as_the_stock_pipeline_asks_it():
+    """With guidance: one step of the stock pipeline, whose null label is 1000."""
+    pipe = tiny.dit(num_embeds_ada_norm=1000, num_layers=1)
+    family, seen, forward = family_of(pipe), [], pipe.transformer.forward
+
+    def spy(sample, **arguments):
+        seen.append((sample, arguments))
+        return forward(sample, **arguments)
+
+    pipe.transformer.forward = spy
+    pipe([3, 5], guidance_scale=4.0, num_inference_steps=1, output_type="pt")
+    ((sample, given),) = seen
+    pipe.transformer.forward = forward
+    with torch.no_grad():
+        stock = forward(sample, **given).sample[:, :4]
+    source = family.conditions()
+    condition, negative = source.condition([3, 5], [False, False]), source.empty["class_labels"].expand(2)
+    both = {"class_labels": torch.cat([condition["class_labels"], negative])}
+    assert torch.equal(given["class_labels"], both["class_labels"])
+    with torch.no_grad():
+        assert torch.equal(family.call(family.network, sample, given["timestep"], both), stock)
+
+
+def test_dit_names_its_classes_and_may_be_called_by_its_older_name(tmp_path):
+    """`facebook/DiT-XL-2-256` names a `Transformer2DModel`."""
+    tiny.dit().save_pretrained(tmp_path / "teacher")
+    for file, changes in (
+        ("model_index.json", {"transformer": ["diffusers", "Transformer2DModel"], "id2label": {"7": "hen, bird"}}),
+        ("transformer/config.json", {"_class_name": "Transformer2DModel"}),
+    ):
+        content = json.loads((tmp_path / "teacher" / file).read_text())
+        (tmp_path / "teacher" / file).write_text(json.dumps({**content, **changes}))
+    family = load_family(str(tmp_path / "teacher"))
+    assert family.local_model.meta_network().state_dict().keys() == family.network.state_dict().keys()
+    family.one_step(family.network, 589).save_pretrained(tmp_path / "student")
+    student = DiffusionPipeline.from_pretrained(tmp_path / "student")
+    assert student.get_label_ids(["bird"]) == [7] and student.transformer.config.out_channels == 8
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"in_channels": 3, "out_channels": 6}, "takes 3 channels, but its autoencoder makes 4"),
+        ({"out_channels": 12}, "takes 4 channels and gives 12"),
+    ],
+)
+def test_a_dit_of_other_channels_is_refused(config, message):
+    with pytest.raises(ValueError, match=f"The teacher's transformer {message}"):
+        family_of(tiny.dit(**config))
+
+
+def test_dit_without_a_variance_is_taken_and_its_middle_is_a_bottleneck():
+    family = family_of(tiny.dit(out_channels=None))
+    with torch.no_grad():
+        condition = family.conditions().condition([9], [True])
+        features = bottleneck_features(
+            family.score_model(),
+            family.bottleneck(family.network),
+            torch.randn(1, 4, 8, 8),
+            torch.tensor([3]),
+            condition,
+        )
+    assert family.bottleneck(family.network) is family.network.transformer_blocks[1]
+    assert features.shape == (1, 16, 16) and condition["class_labels"].tolist() == [10]
+    shown = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert family.encode_images(shown).shape == (2, *family.latent_shape())

@@ -8,6 +8,8 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -154,7 +156,33 @@ def pixels(
     return pipe
 
 
-PIPELINES = {"stable_diffusion": pipeline, "stable_diffusion_xl": pipeline_xl, "pixels": pixels}
+def dit(prediction_type: str = "epsilon", seed: int = 0, **config) -> DiTPipeline:
+    """Of ten classes; half of its outputs are a variance."""
+    vae = pipeline(seed=seed).vae
+    torch.manual_seed(seed)
+    transformer = DiTTransformer2DModel(
+        **{
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 3,
+            "sample_size": 8,
+            "num_embeds_ada_norm": 10,
+            **config,
+        }
+    )
+    pipe = DiTPipeline(transformer.eval(), vae, scheduler(prediction_type, clip_sample=True))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PIPELINES = {
+    "stable_diffusion": pipeline,
+    "stable_diffusion_xl": pipeline_xl,
+    "pixels": pixels,
+    "dit": dit,
+}
 TEXT = {name: make for name, make in PIPELINES.items() if FAMILIES[name].takes_prompts}
 
 

@@ -131,6 +131,18 @@ class ClassLabels:
         return _with_empty({self.key: torch.tensor([self.labels[row] for row in rows])}, dropped, self.empty)
 
 
+def labels_of(captions: list[str], number: int) -> Tensor:
+    """Class labels that are written as texts, `[N]`.
+
+    Raises:
+        ValueError: If one is no number in 0..`number` - 1.
+    """
+    for caption in captions:
+        if not (caption.isascii() and caption.isdigit() and int(caption) < number):
+            raise ValueError(f"{caption!r} is no class label of the teacher: these are the numbers 0..{number - 1}.")
+    return torch.tensor([int(caption) for caption in captions])
+
+
 class NoCondition:
     """No condition: every sample is of the same distribution."""
 

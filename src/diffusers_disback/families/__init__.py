@@ -13,6 +13,8 @@ from ..models.pipeline_folder import UNREADABLE, components_of
 from ..models.reference import LocalModel, ModelReference
 from ..models.weights import owned
 from .base import ModelFamily
+from .dit import Dit
+from .latents import stride_of_autoencoder
 from .pixels import Pixels
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_xl import StableDiffusionXL
@@ -23,6 +25,7 @@ FAMILIES: dict[str, type[ModelFamily]] = {
     "stable_diffusion": StableDiffusion,
     "stable_diffusion_xl": StableDiffusionXL,
     "pixels": Pixels,
+    "dit": Dit,
 }
 
 
@@ -181,7 +184,7 @@ def check_same_latents(own: AutoencoderKL, other: AutoencoderKL, name: str) -> N
                 f"The autoencoder {name} has {key} {other.config[key]}, the teacher's own has {own.config[key]}: it belongs to "
                 "another family of models. (SD 1.x and 2.x have 4 channels and 0.18215, SDXL 4 and 0.13025, SD3 and Flux 16.)"
             )
-    strides = [2 ** (len(vae.config.block_out_channels) - 1) for vae in (own, other)]
+    strides = [stride_of_autoencoder(vae) for vae in (own, other)]
     if strides[0] != strides[1]:
         raise ValueError(
             f"The autoencoder {name} makes one latent of {strides[1]} x {strides[1]} pixels, the teacher's own of {strides[0]} x "
@@ -191,6 +194,7 @@ def check_same_latents(own: AutoencoderKL, other: AutoencoderKL, name: str) -> N
 
 __all__ = [
     "FAMILIES",
+    "Dit",
     "ModelFamily",
     "Pixels",
     "StableDiffusion",

@@ -8,7 +8,7 @@ import torch
 from diffusers import ConsistencyModelPipeline, DDIMPipeline, DiffusionPipeline
 from torch import Tensor, nn
 
-from ..data.conditions import ClassLabels, ConditionSource, NoCondition
+from ..data.conditions import ClassLabels, ConditionSource, NoCondition, labels_of
 from ..hub.cards import UNCONDITIONAL, Usage
 from ..models.batch import NO_LABEL, Condition
 from .base import ModelFamily
@@ -98,15 +98,3 @@ class Pixels(ModelFamily):
     def check_schedule(self) -> str | None:
         source = self.conditions()
         return check_prediction_type(self, self.device, source.condition([0], [False]))
-
-
-def labels_of(captions: list[str], number: int) -> Tensor:
-    """Class labels that are written as texts, `[N]`.
-
-    Raises:
-        ValueError: If one is no number in 0..`number` - 1.
-    """
-    for caption in captions:
-        if not (caption.isascii() and caption.isdigit() and int(caption) < number):
-            raise ValueError(f"{caption!r} is no class label of the teacher: these are the numbers 0..{number - 1}.")
-    return torch.tensor([int(caption) for caption in captions])

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..data.conditions import ConditionSource, PromptConditions
@@ -15,6 +15,7 @@ from ..data.truncation import told_once
 from ..hub.cards import Usage
 from ..models.weights import fingerprint
 from .base import ModelFamily
+from .latents import encode_to_latents, stride_of_autoencoder
 
 
 TOKENS = 77  # of a prompt, for CLIP
@@ -43,8 +44,7 @@ class TextFamily(ModelFamily):
 
     @classmethod
     def stride_of(cls, others: dict[str, nn.Module]) -> int:
-        vae: ModelMixin = others["vae"]
-        return 2 ** (len(vae.config.block_out_channels) - 1)
+        return stride_of_autoencoder(others["vae"])
 
     @property
     def text_encoders(self) -> list[Any]:
@@ -108,19 +108,10 @@ class TextFamily(ModelFamily):
             output_type="pt",
         ).images
 
-    @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """As of `ModelFamily`: the mode of the autoencoder's distribution, scaled as the stock pipelines scale latents. The
         autoencoder is moved to where the pixels are."""
-        vae = self.pipeline.vae.to(pixels.device)
-        latents, config = vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float(), vae.config
-        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            mean, std = (
-                torch.tensor(values, device=latents.device).view(1, -1, 1, 1)
-                for values in (config.latents_mean, config.latents_std)
-            )
-            return (latents - mean) * config.scaling_factor / std
-        return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+        return encode_to_latents(self.pipeline.vae, pixels)
 
     def undecorated(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
         """Without its safety checker, too."""
