@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_disback.models.batch import Batch
-from diffusers_disback.models.noise_schedule import FLOW, NoiseSchedule
+from diffusers_disback.models.noise_schedule import EDM, FLOW, NoiseSchedule
 from diffusers_disback.models.score_model import ScoreModel
 
 
@@ -30,11 +30,16 @@ class GaussianDenoiser(nn.Module):
 
     def forward(self, x_t: Tensor, timestep: Tensor, return_dict: bool = False, shift: Tensor | None = None):
         mean = self.mean if shift is None else self.mean + shift.view(-1, 1, 1, 1)
+        if self.schedule.prediction_type == EDM:  # which network is given c_in x_t and c_noise
+            timestep = (self.schedule.times - timestep[:, None]).abs().argmin(dim=1)
+            x_t = x_t / self.schedule.input_of(torch.ones_like(x_t), timestep)
         alpha, sigma = self.tables(timestep)
         gain = alpha.view(-1, 1, 1) * torch.linalg.solve(self.covariance(timestep), self.factor @ self.factor.mT)
         x0 = mean + torch.einsum("bji,bjhw->bihw", gain, x_t - alpha * mean)
         noise = (x_t - alpha * x0) / sigma
         outputs = {"sample": x0, "epsilon": noise, "v_prediction": alpha * noise - sigma * x0, FLOW: noise - x0}
+        if self.schedule.prediction_type == EDM:
+            return (self.schedule.regression_target(x0, noise, timestep),)
         return (outputs[self.schedule.prediction_type],)
 
     def log_density(self, x_t: Tensor, t: Tensor) -> Tensor:

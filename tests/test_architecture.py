@@ -28,7 +28,7 @@ ORDER = {
     "hub": [{"files", "errors"}, {"markdown"}, {"repository"}],
     "models": [
         {"batch", "noise_schedule"},
-        {"weights", "score_model", "timestep_sampling"},
+        {"edm_schedule", "weights", "score_model", "timestep_sampling"},
         {"discriminator"},
         {"pipeline_folder", "generator", "card"},
         {"model_files", "components"},
@@ -44,7 +44,7 @@ ORDER = {
         {"base", "latents", "other"},
         {"text", "checks"},
         {"dit", "pixels", "stable_diffusion"},
-        {"stable_diffusion_xl"},
+        {"edm", "stable_diffusion_xl"},
         {"__init__"},
     ],
     "training": [

@@ -1,7 +1,7 @@
 """Families without prompts, from the stock pipelines that they have to agree with to a card and a pushed path."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -9,14 +9,22 @@ import pytest
 import tiny
 import torch
 import train_disback
-from diffusers import ConsistencyModelPipeline, DDIMPipeline, DDPMPipeline, DiffusionPipeline, DiTPipeline
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDPMPipeline,
+    DiffusionPipeline,
+    DiTPipeline,
+)
 from script import arguments
 from stages import equal, weights
 
-from diffusers_disback import DegradationPath, ModelReference, OneStepGenerator, load_family
+from diffusers_disback import DegradationPath, DisBackConfig, ModelReference, OneStepGenerator, load_family
 from diffusers_disback.commands.cli import main as command
 from diffusers_disback.families import family_of, usage_of
 from diffusers_disback.models.discriminator import bottleneck_features
+from diffusers_disback.training.defaults import with_defaults
 
 
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
@@ -56,9 +64,17 @@ CASES = {
     "dit": Case(
         tiny.dit, DiTPipeline, {"guidance_scale": 3, "proportion_empty_prompts": 0.5}, list("0123456789"), 625
     ),
+    "edm": Case(tiny.edm, ConsistencyModelPipeline, timestep=499),
+    "edm labels": Case(
+        partial(tiny.edm, num_class_embeds=4),
+        ConsistencyModelPipeline,
+        {"null_class_label": 1, "guidance_scale": 3, "proportion_empty_prompts": 0.5},
+        list("023"),
+        499,
+    ),
 }
 cases = pytest.mark.parametrize("name", CASES)
-QUICK = ("null label", "dit")
+QUICK = ("null label", "dit", "edm labels")
 quick = pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
@@ -86,8 +102,10 @@ def asked_once(student, noise, condition):
     network = student.components.get("unet") or student.transformer
     student.scheduler.set_timesteps(1)
     (t,) = student.scheduler.timesteps
+    noise = noise * student.scheduler.init_noise_sigma
+    given = student.scheduler.scale_model_input(noise, t)
     with torch.no_grad():
-        output = network(noise, timestep=t.expand(len(noise)), return_dict=False, **condition)[0]
+        output = network(given, timestep=t.expand(len(noise)), return_dict=False, **condition)[0]
     return student.scheduler.step(output[:, : noise.shape[1]], t, noise, return_dict=False)[0]
 
 
@@ -102,16 +120,18 @@ def stock_call(student, condition):
 # The student --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@cases
+@pytest.mark.parametrize(
+    ("name", "prediction"),
+    [(name, one) for name in CASES for one in PREDICTIONS if one == "epsilon" or not name.startswith("edm")],
+)
 def test_the_deployed_student_is_the_generator_bit_for_bit(name, prediction, tmp_path):
     """Teachers' schedulers clip; the student's does not, and its images are the generator's before and after the clamp."""
     pipe = CASES[name].make(prediction)
-    assert pipe.scheduler.config.clip_sample
+    assert pipe.scheduler.config.get("clip_sample", True)
     family = family_of(pipe)
     noise = torch.randn(2, *family.latent_shape(), generator=torch.Generator().manual_seed(3))
     condition = family.conditions().condition([0, 0], [False, False])
-    for t in (0, 399, 999):
+    for t in (0, 399, 499, 999):
         with torch.no_grad():
             x0 = OneStepGenerator(family.score_model(), t)(noise, condition)
         family.one_step(family.network, t).save_pretrained(tmp_path / str(t))
@@ -429,3 +449,46 @@ def test_dit_without_a_variance_is_taken_and_its_middle_is_a_bottleneck():
     assert features.shape == (1, 16, 16) and condition["class_labels"].tolist() == [10]
     shown = torch.rand(2, 3, 16, 16) * 2 - 1
     assert family.encode_images(shown).shape == (2, *family.latent_shape())
+
+
+# EDM -----------------------------------------------------------------------------------------------------------------
+
+
+def test_pipelines_of_one_class_are_told_apart_by_their_scheduler(tmp_path):
+    consistency = ConsistencyModelPipeline(tiny.unet_2d(), CMStochasticIterativeScheduler())
+    with pytest.raises(ValueError, match="CMStochasticIterativeScheduler has no beta schedule"):
+        family_of(consistency)
+    with pytest.raises(ValueError, match="EDMEulerScheduler has no beta schedule"):
+        family_of(DDPMPipeline(tiny.unet_2d(), tiny.edm().scheduler))
+    for make, kind in ((tiny.edm, "Edm"), (partial(tiny.pixels, kind=ConsistencyModelPipeline), "Pixels")):
+        make().save_pretrained(tmp_path / kind)
+        family = load_family(str(tmp_path / kind))
+        family.one_step(family.network, 399).save_pretrained(tmp_path / "student")
+        assert type(family).__name__ == type(load_family(str(tmp_path / "student"))).__name__ == kind
+    with pytest.raises(ValueError, match="has prediction_type='v_prediction': supported is EDM's own precond"):
+        load_family(ModelReference(str(tmp_path / "Edm"), prediction_type="v_prediction"))
+    start = ModelReference(str(tmp_path / "Pixels")).resolve_denoiser("unet")
+    with pytest.raises(ValueError, match="says that it predicts epsilon, but the teacher predicts edm"):
+        load_family(str(tmp_path / "Edm")).initial_generator(start)
+
+
+def test_a_teacher_of_edm_is_sampled_as_its_stock_pipeline_samples_it():
+    pipe = tiny.edm(num_class_embeds=4)
+    family = family_of(pipe)
+    noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    call = {"num_inference_steps": 5, "generator": torch.Generator().manual_seed(3), "output_type": "pt"}
+    stock = pipe(batch_size=2, class_labels=torch.tensor([1, 3]), **call).images
+    assert torch.equal(family.sample(family.sampler(), family.arguments(["1", "3"]), noise, 5), stock)
+
+
+def test_sigma_names_the_timestep(tmp_path):
+    config = DisBackConfig(output_dir=str(tmp_path), sigma_init=80)
+    edm, pixels = family_of(tiny.edm()), family_of(tiny.pixels())
+    assert with_defaults(config, edm).conditioning_timestep == 999
+    assert [edm.timestep_of(sigma) for sigma in (0.002, 1.0, 2.5)] == [0, 403, 499]
+    assert abs(edm.schedule.sigma[edm.timestep_of(1.0)] - 1) < 0.005
+    assert with_defaults(replace(config, sigma_init=2.5), pixels).conditioning_timestep == pixels.default_timestep()
+    both = replace(config, sigma_init=2.5, conditioning_timestep=499)
+    assert with_defaults(both, edm) == both, "as the command says it that is written down"
+    with pytest.raises(ValueError, match="--sigma_init 2.5 names timestep 440, but --conditioning_timestep is 499"):
+        with_defaults(both, pixels)

@@ -3,9 +3,11 @@
 import pytest
 import tiny
 import torch
+from diffusers import EDMEulerScheduler
 from gaussian import OneGenerator, batch, best_discriminator, gaussian
 
-from diffusers_disback.models.noise_schedule import FLOW, PREDICTION_TYPES, NoiseSchedule
+from diffusers_disback.models.edm_schedule import EdmSchedule
+from diffusers_disback.models.noise_schedule import EDM, FLOW, PREDICTION_TYPES, NoiseSchedule
 from diffusers_disback.objectives import OBJECTIVES
 
 
@@ -19,13 +21,15 @@ def objective(request):
 
 
 def schedule_of(prediction_type):
+    if prediction_type == EDM:
+        return EdmSchedule.from_scheduler(EDMEulerScheduler())
     if prediction_type != FLOW:
         return NoiseSchedule.from_scheduler(tiny.scheduler(prediction_type))
     sigma = torch.arange(1, 1001) / 1000
     return NoiseSchedule(1 - sigma, sigma, FLOW)
 
 
-@pytest.fixture(params=[*PREDICTION_TYPES, FLOW])
+@pytest.fixture(params=[*PREDICTION_TYPES, FLOW, EDM])
 def schedule(request):
     return schedule_of(request.param)
 

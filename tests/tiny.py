@@ -5,11 +5,13 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    ConsistencyModelPipeline,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    EDMEulerScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -177,11 +179,19 @@ def dit(prediction_type: str = "epsilon", seed: int = 0, **config) -> DiTPipelin
     return pipe
 
 
+def edm(prediction_type: str = "epsilon", seed: int = 0, **unet_config) -> ConsistencyModelPipeline:
+    """On pixels, in EDM's preconditioning."""
+    pipe = ConsistencyModelPipeline(unet_2d(seed, **unet_config), EDMEulerScheduler(prediction_type=prediction_type))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 PIPELINES = {
     "stable_diffusion": pipeline,
     "stable_diffusion_xl": pipeline_xl,
     "pixels": pixels,
     "dit": dit,
+    "edm": edm,
 }
 TEXT = {name: make for name, make in PIPELINES.items() if FAMILIES[name].takes_prompts}
 

@@ -14,6 +14,7 @@ from ..models.reference import LocalModel, ModelReference
 from ..models.weights import owned
 from .base import ModelFamily
 from .dit import Dit
+from .edm import Edm
 from .latents import stride_of_autoencoder
 from .pixels import Pixels
 from .stable_diffusion import StableDiffusion
@@ -26,6 +27,7 @@ FAMILIES: dict[str, type[ModelFamily]] = {
     "stable_diffusion_xl": StableDiffusionXL,
     "pixels": Pixels,
     "dit": Dit,
+    "edm": Edm,
 }
 
 
@@ -195,6 +197,7 @@ def check_same_latents(own: AutoencoderKL, other: AutoencoderKL, name: str) -> N
 __all__ = [
     "FAMILIES",
     "Dit",
+    "Edm",
     "ModelFamily",
     "Pixels",
     "StableDiffusion",

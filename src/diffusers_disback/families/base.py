@@ -99,9 +99,11 @@ class ModelFamily:
         """The timestep at which a student is evaluated if none is asked for: the family's `conditioning_timestep`, or else the
         one at which there is 2.5 times as much noise as signal, whatever the schedule. That is SiD's initial noise level on
         pixels (arXiv 2404.04057: sigma_init = 2.5); on Stable Diffusion's schedule it is timestep 625, as SiD-LSG has it."""
-        if self.conditioning_timestep is not None:
-            return self.conditioning_timestep
-        return int((self.schedule.sigma - 2.5 * self.schedule.alpha).abs().argmin())
+        return self.timestep_of(2.5) if self.conditioning_timestep is None else self.conditioning_timestep
+
+    def timestep_of(self, sigma: float) -> int:
+        """The timestep whose ratio of noise to signal is nearest to a number."""
+        return int((self.schedule.sigma - sigma * self.schedule.alpha).abs().argmin())
 
     @staticmethod
     def call(network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -22,7 +22,7 @@ class Pixels(ModelFamily):
     guides. Images have three channels, or one, which evaluators are shown three times.
     """
 
-    pipeline_classes = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
+    pipeline_classes: tuple[str, ...] = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
     agree_in = ("in_channels", "out_channels", "num_class_embeds")
     takes_null_class_label = True
     usage = replace(UNCONDITIONAL, condition="class_labels={label}", example=NO_LABEL)

@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler, SchedulerMixin
 from torch import Tensor
 
 from .batch import Condition
-from .noise_schedule import NoiseSchedule, ddpm_scheduler
+from .noise_schedule import EDM_SCHEDULERS, NoiseSchedule, ddpm_scheduler
 from .score_model import ScoreModel
 
 
@@ -28,7 +28,7 @@ class OneStepGenerator:
     def __call__(self, noise: Tensor, condition: Condition) -> Tensor:
         """x0, `[B, C, H, W]`, of standard normal noise of the same shape."""
         t = torch.full((len(noise),), self.timestep, device=noise.device)
-        return self.model.denoise(noise, t, condition)
+        return self.model.denoise(self.model.schedule.start(noise, self.timestep), t, condition)
 
 
 def one_step_scheduler(scheduler: SchedulerMixin, timestep: int) -> DDIMScheduler:
@@ -59,8 +59,10 @@ def one_step_scheduler(scheduler: SchedulerMixin, timestep: int) -> DDIMSchedule
 
 
 def is_one_step_scheduler(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler is one that `one_step_scheduler` makes: its model is a student."""
+    """Whether a scheduler is one that `one_step_scheduler` or `edm_one_step_scheduler` makes: its model is a student."""
     config = scheduler.config
+    if type(scheduler).__name__ in EDM_SCHEDULERS:
+        return config.get("num_train_timesteps") == 1
     ends = config.get("timestep_spacing") == "trailing" and config.get("set_alpha_to_one") is True
     return ends and config.get("trained_betas") is not None
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FLOW = "flow_prediction"
+EDM = "edm"
+EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 RECIPES = "SDXL recipes use 399, those of Stable Diffusion 1.x and 2.x 625 or 999"
 # Of a scheduler that asks its network at other times than the integers of its betas, and the value with which it does not.
 _OTHER_TIMES = {"timestep_type": "discrete", "use_flow_sigmas": False}
@@ -72,6 +74,19 @@ class NoiseSchedule:
                 f"{name}={timestep} has zero signal, and from a prediction of the noise there x0 cannot be had. "
                 f"Use a smaller timestep, such as {timestep - 1}."
             )
+
+    def input_of(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """What a network is given of `x_t`, `[B, ...]`, at integer timesteps of the schedule, `[B]`: `x_t` itself, unless it is
+        preconditioned."""
+        return x_t
+
+    def time_of(self, t: Tensor) -> Tensor:
+        """What a network is given of integer timesteps of the schedule, `[B]`."""
+        return t
+
+    def start(self, noise: Tensor, timestep: int) -> Tensor:
+        """What a one-step generator takes for `x_t`: standard normal noise, in the scale of the schedule's `x_t`."""
+        return noise
 
     def diffuse(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t, given x0 and the noise.
@@ -179,6 +194,11 @@ def with_overrides(
             scheduler_class = diffusers.DDIMScheduler
             changes["clip_sample"] = config.get("clip_sample", False)
     return scheduler_class.from_config(config, **changes) if changes else scheduler
+
+
+def predicted_by(config: dict[str, Any]) -> str:
+    """What a `scheduler_config.json` says that its network predicts."""
+    return EDM if config.get("_class_name") in EDM_SCHEDULERS else str(config.get("prediction_type", "epsilon"))
 
 
 def scheduler_of(config: dict[str, Any], what: str) -> SchedulerMixin:

@@ -25,7 +25,7 @@ from .model_files import (
     with_dtype,
     without_variant,
 )
-from .noise_schedule import scheduler_of, with_overrides
+from .noise_schedule import predicted_by, scheduler_of, with_overrides
 from .pipeline_folder import (
     INDEX,
     UNREADABLE,
@@ -325,7 +325,7 @@ class LocalModel:
             ValueError: If they cannot be read.
         """
         file = inside(self.folder, _SCHEDULER, self.reference.what)
-        return str(read_json(file).get("prediction_type", "epsilon")) if file.is_file() else None
+        return predicted_by(read_json(file)) if file.is_file() else None
 
     def card(self) -> dict[str, Any]:
         """What the model's card declares of its licence and its origin; see `read_card`."""

@@ -15,6 +15,10 @@ def call_network(network: nn.Module, x_t: Tensor, t: Tensor, condition: Conditio
     return network(x_t, timestep=t, return_dict=False, **condition)[0]
 
 
+AS_IT_IS = NoiseSchedule(torch.ones(1), torch.ones(1), "sample")
+"""The schedule of a network that is given what it takes, and of whose output nothing is made."""
+
+
 class ScoreModel:
     """Asks a network for x0, for the score, and for its denoising loss.
 
@@ -24,7 +28,7 @@ class ScoreModel:
     Args:
         network (`nn.Module`): A diffusers denoiser, possibly wrapped for distributed training.
         schedule (`NoiseSchedule`): What its timesteps and its output mean.
-        call (`Callable`): `(network, x_t, t, condition) -> output`.
+        call (`Callable`): `(network, x_t, t, condition) -> output`, of what the schedule makes of `x_t` and `t` for it.
         guidance_scale (`float`): Classifier-free guidance of `denoise`; 1 means none, 0 the unconditional branch alone.
 
     Attributes:
@@ -53,7 +57,8 @@ class ScoreModel:
         """The network's own output in float32, `[B, C, H, W]`; the network computes in its own precision."""
         dtype = next(self.network.parameters()).dtype
         condition = {key: value.to(dtype) if value.is_floating_point() else value for key, value in condition.items()}
-        return self.call(self.network, x_t.to(dtype), t, condition).float()
+        given = self.schedule.input_of(x_t, t).to(dtype)
+        return self.call(self.network, given, self.schedule.time_of(t), condition).float()
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Condition, negative: Condition | None = None) -> Tensor:
         """E[x0 | x_t], guided away from `negative` by `guidance_scale`.

@@ -24,9 +24,20 @@ def as_begun(config: Config) -> Config:
 
 
 def with_defaults(config: Config, family: ModelFamily) -> Config:
-    """The settings with a conditioning timestep: the one that they name, or that of the run that was begun in their output
-    folder, or else the family's default."""
+    """The settings with a conditioning timestep: the one that they name, by number or by `sigma_init`, or that of the run that was
+    begun in their output folder, or else the family's default.
+
+    Raises:
+        ValueError: If number and `sigma_init` name different ones.
+    """
     config = as_begun(config)
-    if config.conditioning_timestep is not None:
-        return config
-    return replace(config, conditioning_timestep=family.default_timestep())
+    asked = config.conditioning_timestep
+    if config.sigma_init is None:
+        return config if asked is not None else replace(config, conditioning_timestep=family.default_timestep())
+    named = family.timestep_of(config.sigma_init)
+    if asked not in (None, named):
+        raise ValueError(
+            f"--sigma_init {config.sigma_init:g} names timestep {named}, but --conditioning_timestep is {asked}, or was where the "
+            "run was begun: pass one of them."
+        )
+    return replace(config, conditioning_timestep=named)

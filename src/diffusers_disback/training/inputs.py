@@ -30,6 +30,7 @@ _OF_THE_SCHEDULE = {
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
     *("prediction_type", "shift", "use_dynamic_shifting"),
 }
+_OF_EDM = {"sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho"}
 
 
 def check_inputs(
@@ -47,7 +48,9 @@ def check_inputs(
     """
     if config.lora_rank is not None:
         check_takes_adapters(teacher.network)
-    schedule = {name: value for name, value in teacher.pipeline.scheduler.config.items() if name in _OF_THE_SCHEDULE}
+    scheduler = teacher.pipeline.scheduler.config
+    names = _OF_THE_SCHEDULE | (_OF_EDM if "sigma_data" in scheduler else set())
+    schedule = {name: value for name, value in scheduler.items() if name in names}
     inputs = {
         "prompts": digest(prompts),
         "teacher": fingerprint(teacher.network),

@@ -76,6 +76,12 @@ class ModelSettings(Settings):
         "diffusers-disback timestep-sweep shows what a teacher draws at others.",
         minimum=0,
     )
+    sigma_init: float | None = setting(
+        None,
+        "Names the conditioning timestep by its ratio of noise to signal, which is EDM's sigma: 2.5 (SiD), 80 (DMD2), 1 "
+        "(Diff-Instruct).",
+        above=0,
+    )
     resolution: int | None = setting(
         None, "The images' side in pixels; by default what the teacher was made for.", minimum=8, maximum=16384
     )
