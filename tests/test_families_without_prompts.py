@@ -64,7 +64,7 @@ CASES = {
     "dit": Case(
         tiny.dit, DiTPipeline, {"guidance_scale": 3, "proportion_empty_prompts": 0.5}, list("0123456789"), 625
     ),
-    "edm": Case(tiny.edm, ConsistencyModelPipeline, timestep=499),
+    "edm": Case(tiny.edm, ConsistencyModelPipeline, {"sigma_init": 2.5}, timestep=499),
     "edm labels": Case(
         partial(tiny.edm, num_class_embeds=4),
         ConsistencyModelPipeline,

@@ -601,6 +601,7 @@ def test_every_flag_has_a_test():
             "train_script",
             "upload",
             "families",
+            "families_without_prompts",
             "adapters",
             "single_file",
             "discriminator",
