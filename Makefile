@@ -1,4 +1,4 @@
-# `make quickstart`, `make test`, `make quality`: each makes .venv if need be, and can be repeated.
+# `make quickstart`, `make quickstart-pixels`, `make test`, `make quality`: each makes .venv if need be, and can be repeated.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -8,15 +8,18 @@ BIN := $(VENV)/bin
 # What .venv was made with is kept until another is asked for.
 TORCH ?= $(or $(shell cat $(VENV)/.torch 2>/dev/null),$(shell grep '^torch==' constraints.txt))
 CORES := $(shell nproc)
-OUTPUT := outputs/quickstart$(if $(FRESH),-$(shell date +%Y%m%d-%H%M%S))
+OUTPUT = outputs/$@$(if $(FRESH),-$(shell date +%Y%m%d-%H%M%S))
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(CORES)
 SOURCES := src tests examples benchmarks setup.py
 
-.PHONY: quickstart test style quality FORCE
+.PHONY: quickstart quickstart-pixels test style quality FORCE
 
 quickstart: $(VENV)/.installed
-	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		--num_cpu_threads_per_process $(CORES) examples/text_to_image/train_disback.py \
-		--output_dir $(OUTPUT) --resume_from_checkpoint latest
+	$(LAUNCH) examples/text_to_image/train_disback.py --output_dir $(OUTPUT) --resume_from_checkpoint latest
+
+quickstart-pixels: $(VENV)/.installed
+	$(LAUNCH) examples/unconditional_image_generation/train_disback.py --output_dir $(OUTPUT) --resume_from_checkpoint latest
 
 # More arguments of pytest: make test ARGS="-m slow"
 test: $(VENV)/.installed

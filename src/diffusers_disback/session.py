@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 
 SCRIPT = "examples/text_to_image/train_disback.py"
+PIXEL_SCRIPT = "examples/unconditional_image_generation/train_disback.py"
 PROMPTS = "prompts.txt"
 # What the teacher's images depend on, of a run's inputs.
 _OF_THE_TEACHER = ("teacher", "text_encoders", "scheduler", "autoencoder")
@@ -103,7 +104,7 @@ class DisBackTrainer:
         own_prompts = [name for name in ("evaluation_prompts_file", "num_evaluation_prompts") if getattr(config, name)]
         if evaluation is not None and own_prompts:
             raise ValueError(
-                f"--{own_prompts[0]} is of no use: this evaluation brings its own prompts, as that of the shapes teacher does."
+                f"--{own_prompts[0]} is of no use: this evaluation brings its own prompts, as that of an embedded teacher does."
             )
         names_timestep = config.conditioning_timestep is not None
         self.args = config = as_begun(config)
@@ -113,8 +114,10 @@ class DisBackTrainer:
         prompts_file = [] if self._prompts is None else ["--prompts_file", str(self.folder / PROMPTS)]
         own_command = [SCRIPT, "--config", str(self.folder / SETTINGS), *prompts_file]
         self._command = own_command if command is None else without_token(command)
-        # The training script's command is completed by a default of the teacher's; an own script is its author's.
-        self._completes_command = not names_timestep and command is not None and self._command[:1] == [SCRIPT]
+        # A training script's command is completed by a default of the teacher's; an own script is its author's.
+        self._completes_command = (
+            not names_timestep and command is not None and self._command[:1] in ([SCRIPT], [PIXEL_SCRIPT])
+        )
         check_settings(config)
         check_evaluators(config.evaluators, config.evaluator_args)
         if config.push_to_hub:
