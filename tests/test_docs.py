@@ -59,13 +59,11 @@ def cli_flags() -> set[str]:
 def test_flags_in_the_docs_exist():
     import train_disback
 
-    from shapes.make_teacher import parser as maker
-
     text = " ".join(page.read_text() for page in PAGES if "teacher" not in page.parts)  # whose measurer has its own
     known = {"config", *train_disback.DisBackConfig.__dataclass_fields__}
-    known |= cli_flags() | {option.lstrip("-") for option in maker()._option_string_actions}
-    for script in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests" / "reliability").glob("*.py")]:
-        known |= set(re.findall(r'add_argument\("--(\w+)"', script.read_text()))
+    known |= cli_flags()
+    for script in (file for name in ("benchmarks", "examples", "tests") for file in (ROOT / name).rglob("*.py")):
+        known |= set(re.findall(r'add_argument\(\s*"--(\w+)"', script.read_text()))
     others = {
         "num_cpu_threads_per_process",
         "num_processes",
