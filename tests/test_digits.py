@@ -72,7 +72,7 @@ def test_the_card_tells_the_measured_quality():
     assert quality["real"]["class_accuracy"] >= 0.98 and quality["teacher"]["class_accuracy"] >= 0.95
     card = (TEACHER / "README.md").read_text()
     for measures in quality.values():
-        assert " | ".join(f"{measures[key]:.4g}" for key in ("distance", "class_accuracy", "diversity")) in card
+        assert " | ".join(f"{measures[key]:.4g}" for key in ("distance", "class_accuracy", "class_diversity")) in card
 
 
 def test_the_teacher_draws_what_it_is_told(drawn):
@@ -92,7 +92,7 @@ def test_what_the_evaluator_measures(drawn):
     assert evaluator(images, others)["class_accuracy"] < 0.1
     one_of_each = torch.cat([images[:10]] * 10)
     repeated = evaluator(one_of_each, prompts)
-    assert repeated["diversity"] == pytest.approx(0, abs=1e-4) and repeated["distance"] > measures["distance"]
+    assert repeated["class_diversity"] == pytest.approx(0, abs=1e-4) and repeated["distance"] > measures["distance"]
     noise = torch.randint(256, images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert evaluator(noise, prompts)["distance"] > 5 * measures["distance"]
 

@@ -27,7 +27,7 @@ def is_digits_teacher(name_or_path: str) -> bool:
 
 
 class DigitsEvaluator(FeatureEvaluator):
-    """`distance` (Frechet, in the classifier's features, to real digits), `class_accuracy`, and `diversity`, the mean distance
+    """`distance` (Frechet, in the classifier's features, to real digits), `class_accuracy`, and `class_diversity`, the mean distance
     of the features of two images of one class.
 
     Args:
@@ -37,7 +37,7 @@ class DigitsEvaluator(FeatureEvaluator):
     metrics = {
         **FrechetDistance.metrics,
         "class_accuracy": Metric("class accuracy", "accuracy", "higher"),
-        "diversity": Metric("diversity within a class", "diversity", "higher"),
+        "class_diversity": Metric("diversity within a class", "diversity", "higher"),
     }
 
     def __init__(self, folder: Path = HERE / "classifier"):
@@ -63,7 +63,7 @@ class DigitsEvaluator(FeatureEvaluator):
         return {
             "distance": frechet_distance(FeatureStatistics.of_features(of_classifier), self.reference),
             "class_accuracy": right.mean().item(),
-            "diversity": torch.stack(within).mean().item(),
+            "class_diversity": torch.stack(within).mean().item(),
         }
 
 

@@ -24,7 +24,7 @@ from .make_teacher import DROPPED, NO_CLASS
 STEPS = 25
 COLUMNS = 10
 BARS = {"real": 0.98, "teacher": 0.95}
-MEASURES = ("distance", "class_accuracy", "diversity")
+MEASURES = ("distance", "class_accuracy", "class_diversity")
 
 
 def plot_curves(work_dir: Path, file: Path) -> dict[str, dict[str, float]]:
