@@ -1,5 +1,7 @@
 """The benchmark: what is read off its curves against what is known, and its smallest setting end to end."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -157,3 +159,19 @@ def test_objectives_are_run_once_and_compared(tmp_path, monkeypatch, capsys):
 )
 def test_arms_are_told_apart_by_the_rule(ratios, verdict):
     assert objectives.judgement(ratios) == verdict
+
+
+@pytest.mark.slow
+def test_what_is_to_be_measured_on_a_gpu_runs_at_tiny_size(tmp_path):
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "gpu.py", "--tiny", "--output", tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(": done, ") == 8 and "call again" not in done.stdout
+    arms = {arm: json.loads((tmp_path / f"pixels-{arm}.json").read_text())["figures"]["0"] for arm in ("none", "path")}
+    assert arms["path"]["stage_1"]["steps"] == 2 and arms["none"]["stage_1"] == {}
+    assert all([row["step"] for row in arm["curve"]] == [0, 1, 2] for arm in arms.values())

@@ -1,0 +1,158 @@
+"""Everything that only a GPU can show, in parts of at most nine minutes, each of which is skipped where its result is there.
+
+    python benchmarks/gpu.py                      # all parts, one after another
+    python benchmarks/gpu.py --parts sdxl step
+    python benchmarks/gpu.py --tiny               # a rehearsal of all of it on a CPU, in a minute
+
+A part is a command; its result is `PART.json` in `--output`: the command, the seconds, the exit status, the device, the end of what
+it printed, and the figures that it wrote. A part that was cut off by its time is resumed by the next call, where its command
+can be. Needs 80 GB of GPU memory at most, bitsandbytes, 40 GB of CPU memory and 12 GB of disk; weights are random or made here.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+LIMIT = 540  # seconds of a part
+TAIL = 4000  # characters of what a part printed that are kept
+SDXL = ["--memory", "--models", "sdxl", "--stages", "1", "2", "--batch_size", "1"]
+FULL = ["--factor", "1", "--latents", "128", "--lora_rank", "64", "--precision", "bf16", "--steps", "50"]
+TINY = ["--factor", "0.05", "--latents", "8", "--lora_rank", "2", "--steps", "2"]
+BF16, NF4 = "adapters, checkpointing", "adapters, nf4, checkpointing"
+
+
+@dataclass
+class Part:
+    """A command, and what is left out of it or changed for a rehearsal.
+
+    Args:
+        command (`list[str]`): Arguments of Python; `{out}` and `{work}` are the folders for figures and for what is resumed.
+        full, tiny (`list[str]`): What is added on a GPU, and in a rehearsal.
+        figures (`str`, *optional*): The JSON file that it writes, in `{out}`.
+    """
+
+    command: list[str]
+    full: list[str] = field(default_factory=list)
+    tiny: list[str] = field(default_factory=list)
+    figures: str | None = None
+
+
+def bench_step(*flags: str, name: str, full: list[str], tiny: list[str]) -> Part:
+    output = ["--output", f"{{out}}/{name}"]
+    return Part([str(HERE / "bench_step.py"), *flags, *output], full, tiny, name)
+
+
+def pixels(what: str, *flags: str) -> Part:
+    script = str(HERE / "gpu_pixels.py")
+    name = f"pixels-{'-'.join([what, *flags[1::2]])}.figures.json"
+    common = ["--work_dir", "{work}", "--figures", f"{{out}}/{name}"]
+    return Part([script, what, *flags, *common], [], ["--tiny"], name)
+
+
+PARTS = {
+    "tests": Part(["-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests")], [], ["--collect-only"]),
+    "sdxl-bf16": bench_step(
+        *SDXL, "--modes", BF16, name="sdxl-bf16.figures.json", full=FULL, tiny=[*TINY, "--stages", "2"]
+    ),
+    # Quantised kernels are of a GPU: the rehearsal is without them.
+    "sdxl-nf4": bench_step(
+        *SDXL,
+        name="sdxl-nf4.figures.json",
+        full=[*FULL, "--modes", NF4],
+        tiny=[*TINY, "--stages", "1", "--modes", "adapters"],
+    ),
+    "step": bench_step(
+        *("--models", "sd15", "--stages", "2"),
+        name="step.figures.json",
+        full=["--factor", "1", "--latents", "64", "--batch_size", "4", "--precision", "bf16", "--rounds", "10"],
+        tiny=["--factor", "0.05", "--latents", "8", "--rounds", "1", "--only", "full"],
+    ),
+    "pixels-teacher": pixels("teacher"),
+    "pixels-none": pixels("distil", "--arm", "none"),
+    "pixels-path": pixels("distil", "--arm", "path"),
+    "shapes-teacher": Part(
+        ["-m", "shapes.make_teacher", "--output_dir", "{work}/shapes", "--work_dir", "{work}/shapes-work"],
+        ["--denoiser_steps", "60000"],
+        ["--classifier_steps", "2", "--vae_steps", "2", "--denoiser_steps", "2", "--num_latents", "200"],
+    ),
+}
+
+
+def run(name: str, output: Path, tiny: bool) -> dict:
+    """Runs a part, and writes its result if it ended in its time."""
+    part, work = PARTS[name], output / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    places = {"out": str(output), "work": str(work)}
+    arguments = [word.format(**places) for word in [*part.command, *(part.tiny if tiny else part.full)]]
+    paths = {"PYTHONPATH": ":".join(map(str, [ROOT / "src", ROOT / "examples" / "text_to_image"]))}
+    started = time.monotonic()
+    with open(output / f"{name}.log", "w") as log:
+        try:
+            done = subprocess.run(
+                [sys.executable, *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=LIMIT,
+                check=False,
+                env={**os.environ, **paths},
+            )
+            status: int | None = done.returncode
+        except subprocess.TimeoutExpired:
+            status = None
+    said = (output / f"{name}.log").read_text(errors="replace")
+    figures = output / part.figures if part.figures else None
+    result = {
+        "part": name,
+        "command": shlex.join(["python", *arguments]),
+        "seconds": round(time.monotonic() - started, 1),
+        "status": status,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+        "figures": json.loads(figures.read_text()) if figures is not None and figures.is_file() else None,
+        "printed": said[-TAIL:],
+    }
+    if status == 0:
+        (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def main(line: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "gpu")
+    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no part after so long")
+    parsed = parser.parse_args(line)
+    if not parsed.tiny and not torch.cuda.is_available():
+        print("There is no GPU: --tiny rehearses on a CPU.", file=sys.stderr)
+        return 1
+    started, failed = time.monotonic(), False
+    for name in parsed.parts:
+        if (parsed.output / f"{name}.json").exists():
+            print(f"{name}: is there")
+            continue
+        if time.monotonic() - started > parsed.seconds:
+            print(f"{name}: not begun")
+            continue
+        result = run(name, parsed.output, parsed.tiny)
+        ended = {0: "done", None: "not done in its time; call again"}.get(result["status"], "FAILED")
+        print(f"{name}: {ended}, {result['seconds']} s", flush=True)
+        if result["status"] not in (0, None):
+            failed = True
+            print(result["printed"][-1500:], file=sys.stderr)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
