@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def test_a_finished_run_prints_its_summary_again(run, capsys):
     assert equal(student(folder), before)
 
 
-@pytest.mark.parametrize("where", ["first", "second"])
+@pytest.mark.parametrize("where", [pytest.param("first", marks=pytest.mark.slow), "second"])
 def test_an_interrupted_run_goes_on_and_ends_the_same(run, monkeypatch, where):
     from diffusers_disback.backtracking import BacktrackingTrainer
     from diffusers_disback.degradation import DegradationRecorder
@@ -652,22 +653,15 @@ def test_bad_input_is_told_before_anything_is_written(run, tmp_path, changes, me
     assert not list((tmp_path / "run").glob("*")) if (tmp_path / "run").exists() else True
 
 
-def test_a_pipeline_that_is_no_stable_diffusion(run, tmp_path):
-    from diffusers import DDPMPipeline, UNet2DModel
-
-    unet = UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        norm_num_groups=4,
-        layers_per_block=1,
-    )
-    DDPMPipeline(unet, tiny.scheduler()).save_pretrained(tmp_path / "ddpm")
+def test_a_pipeline_of_no_family(run, teacher_folder, tmp_path):
+    """By its class alone, before anything is loaded."""
+    shutil.copytree(teacher_folder, tmp_path / "other")
+    index = json.loads((tmp_path / "other" / "model_index.json").read_text())
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps({**index, "_class_name": "LTXPipeline"}))
     with pytest.raises(
-        ValueError, match="The teacher is a DDPMPipeline; supported are stable_diffusion: StableDiffusionPipeline"
+        ValueError, match="The teacher is a LTXPipeline; supported are stable_diffusion: StableDiffusionPipeline"
     ):
-        run(pretrained_model_name_or_path=tmp_path / "ddpm")
+        run(pretrained_model_name_or_path=tmp_path / "other")
     tiny.pipeline(in_channels=9).save_pretrained(tmp_path / "inpainting")
     with pytest.raises(ValueError, match="UNet takes 9 channels, but its autoencoder makes 4"):
         run(pretrained_model_name_or_path=tmp_path / "inpainting")

@@ -84,9 +84,8 @@ def sample_batches(
                 torch.manual_seed(seed + number + own)
                 started = time.monotonic()
                 part = sample(batches[own], noise[own].to(device))
-                part = (
-                    (part.float().clamp(0, 1) * 255).round().to("cpu", torch.uint8).contiguous()
-                )  # which waits for it
+                part = (part.float().clamp(0, 1) * 255).round()
+                part = part.to("cpu", torch.uint8).contiguous()  # which waits for the device
                 seconds = time.monotonic() - started
         parts, times = _gathered(part, seconds, len(batches), state) if processes > 1 else ([part], [seconds])
         sampled.seconds.extend(times)
