@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -89,32 +90,43 @@ PARTS = {
 }
 
 
+def arguments_of(name: str, output: Path, tiny: bool) -> list[str]:
+    """What Python is called with for a part."""
+    part, places = PARTS[name], {"out": str(output), "work": str(output / "work")}
+    return [word.format(**places) for word in [*part.command, *(part.tiny if tiny else part.full)]]
+
+
+def is_there(name: str, output: Path, tiny: bool) -> bool:
+    """Whether a part's result is there, of this very command."""
+    file = output / f"{name}.json"
+    return file.exists() and json.loads(file.read_text())["command"] == command_of(arguments_of(name, output, tiny))
+
+
+def command_of(arguments: list[str]) -> str:
+    return shlex.join(["python", *arguments])
+
+
 def run(name: str, output: Path, tiny: bool) -> dict:
     """Runs a part, and writes its result if it ended in its time."""
-    part, work = PARTS[name], output / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    places = {"out": str(output), "work": str(work)}
-    arguments = [word.format(**places) for word in [*part.command, *(part.tiny if tiny else part.full)]]
+    part, arguments = PARTS[name], arguments_of(name, output, tiny)
+    (output / "work").mkdir(parents=True, exist_ok=True)
     paths = {"PYTHONPATH": ":".join(map(str, [ROOT / "src", ROOT / "examples" / "text_to_image"]))}
     started = time.monotonic()
     with open(output / f"{name}.log", "w") as log:
+        line = [sys.executable, *arguments]
+        group = {"start_new_session": True, "env": {**os.environ, **paths}}
+        process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, **group)
         try:
-            done = subprocess.run(
-                [sys.executable, *arguments],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=LIMIT,
-                check=False,
-                env={**os.environ, **paths},
-            )
-            status: int | None = done.returncode
+            status: int | None = process.wait(LIMIT)
         except subprocess.TimeoutExpired:
             status = None
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+            process.wait()
     said = (output / f"{name}.log").read_text(errors="replace")
     figures = output / part.figures if part.figures else None
     result = {
         "part": name,
-        "command": shlex.join(["python", *arguments]),
+        "command": command_of(arguments),
         "seconds": round(time.monotonic() - started, 1),
         "status": status,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
@@ -130,22 +142,25 @@ def run(name: str, output: Path, tiny: bool) -> dict:
 def main(line: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "gpu")
+    parser.add_argument(
+        "--output", type=Path, help="by default benchmarks/results/gpu, of a rehearsal outputs/gpu-tiny"
+    )
     parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no part after so long")
     parsed = parser.parse_args(line)
     if not parsed.tiny and not torch.cuda.is_available():
         print("There is no GPU: --tiny rehearses on a CPU.", file=sys.stderr)
         return 1
+    output = parsed.output or (ROOT / "outputs" / "gpu-tiny" if parsed.tiny else HERE / "results" / "gpu")
     started, failed = time.monotonic(), False
     for name in parsed.parts:
-        if (parsed.output / f"{name}.json").exists():
+        if is_there(name, output, parsed.tiny):
             print(f"{name}: is there")
             continue
         if time.monotonic() - started > parsed.seconds:
             print(f"{name}: not begun")
             continue
-        result = run(name, parsed.output, parsed.tiny)
+        result = run(name, output, parsed.tiny)
         ended = {0: "done", None: "not done in its time; call again"}.get(result["status"], "FAILED")
         print(f"{name}: {ended}, {result['seconds']} s", flush=True)
         if result["status"] not in (0, None):

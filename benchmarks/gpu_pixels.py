@@ -136,9 +136,8 @@ def make_teacher(parsed: argparse.Namespace) -> dict[str, Any]:
     one = evaluation(80 if parsed.tiny else 2000)
     sampler = family.sampler().to(device)
     found, seconds = one.sample(family, sampler, num_inference_steps=2 if parsed.tiny else 50, guidance_scale=1.0)
-    floor = one.evaluators[0](
-        drawn(len(one.prompts), REAL_SEED + 1)[0], [str(i) for i in drawn(len(one.prompts), REAL_SEED + 1)[1].tolist()]
-    )
+    real, shapes = drawn(len(one.prompts), REAL_SEED + 1)
+    floor = one.evaluators[0](real, [str(shape) for shape in shapes.tolist()])
     return {"steps": steps, "teacher": {**one.measure(found), "seconds_per_image": seconds}, "floor": floor}
 
 

@@ -52,7 +52,10 @@ def one_step(stage):
         assert {parameter.device for parameter in learner.parameters()} == {META}
 
 
-@pytest.mark.parametrize("mode", [{}, {"gradient_checkpointing": True}, ADAPTERS])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("mode", [{}, pytest.param({"gradient_checkpointing": True}, marks=SLOW), ADAPTERS])
 def test_stage_1(tmp_path, teacher_folder, on_meta, mode):
     one_step(recorder(training(tmp_path, **mode), teacher_folder))
 
@@ -61,10 +64,10 @@ def test_stage_1(tmp_path, teacher_folder, on_meta, mode):
     "objective, mode, changes",
     [
         ("dmd", {}, {"use_ema": True}),
-        ("dmd", {"gradient_checkpointing": True}, {}),
+        pytest.param("dmd", {"gradient_checkpointing": True}, {}, marks=SLOW),
         ("sid", {}, {"fake_score_guidance_scale": 2.0}),
         ("f_distill", {}, {}),
-        ("diff_instruct", ADAPTERS, {}),
+        pytest.param("diff_instruct", ADAPTERS, {}, marks=SLOW),
         ("sid", {**ADAPTERS, "gradient_checkpointing": True}, {}),
     ],
 )

@@ -101,6 +101,7 @@ def test_its_numbers_have_intervals(drawn):
     evaluator = DigitsEvaluator()
     features, groups = evaluator.features(*drawn), groups_of(drawn[1])
     found = confidence_intervals(evaluator, features, groups, resamples=3)
+    assert {"class_accuracy", "class_diversity"} <= found.keys()
     assert all(low < evaluator.measure(features, groups)[name] < high for name, (low, high) in found.items())
 
 

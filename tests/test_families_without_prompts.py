@@ -128,7 +128,7 @@ def stock_call(student, condition):
 def test_the_deployed_student_is_the_generator_bit_for_bit(name, prediction, tmp_path):
     """Teachers' schedulers clip; the student's does not, and its images are the generator's before and after the clamp."""
     pipe = CASES[name].make(prediction)
-    assert pipe.scheduler.config.get("clip_sample", True)
+    assert pipe.scheduler.config.get("clip_sample", name.startswith("edm")), "of EDM's schedulers none clips"
     family = family_of(pipe)
     noise = torch.randn(2, *family.latent_shape(), generator=torch.Generator().manual_seed(3))
     condition = family.conditions().condition([0, 0], [False, False])
@@ -181,7 +181,7 @@ def test_from_settings_to_a_card_and_a_pushed_path(name, teacher, tmp_path, repo
     assert scope["image"].size == (16, 16)
 
 
-@some("null label", "edm labels")
+@some("edm labels")
 def test_a_resumed_run_ends_where_an_unbroken_one_does(name, teacher, tmp_path, small_pictures):
     steps = {"num_path_nodes": 1, "steps_per_target": 1, "checkpointing_steps": 1, "validation_steps": 4}
     distil(tmp_path / "whole", teacher, name, **steps)
@@ -243,7 +243,7 @@ def test_a_model_that_lies_flat_is_read(tmp_path, repo, hub, small_pictures):
 # Commands ------------------------------------------------------------------------------------------------------------
 
 
-@some("null label", "dit", "edm labels")
+@some("dit", "edm labels")
 def test_commands_know_it(name, teacher, tmp_path, capsys, small_pictures):
     case, null_label = CASES[name], CASES[name].flags.get("null_class_label")
     folder = distil(tmp_path / "run", teacher, name)
@@ -492,3 +492,37 @@ def test_sigma_names_the_timestep(tmp_path):
     assert with_defaults(both, edm) == both, "as the command says it that is written down"
     with pytest.raises(ValueError, match="--sigma_init 2.5 names timestep 440, but --conditioning_timestep is 499"):
         with_defaults(both, pixels)
+
+
+def test_a_dit_is_made_for_one_size():
+    """Its positions would be others when the student is loaded again."""
+    family = family_of(tiny.dit())
+    own = family.resolution()
+    assert family.resolution(own) == own and family.latent_shape(own)[-1] == family.network.config.sample_size
+    with pytest.raises(
+        ValueError, match=f"--resolution {2 * own}: the positions of this DiT are made for {own} pixels"
+    ):
+        family.initial_generator(resolution=2 * own)
+
+
+@pytest.mark.parametrize(("make", "sigma"), [(tiny.edm, 200), (tiny.edm, 1e-4), (tiny.dit, 1e4)])
+def test_a_noise_level_outside_the_schedule_is_refused(make, sigma):
+    with pytest.raises(ValueError, match=f"--sigma_init {sigma:g} is outside the teacher's schedule"):
+        family_of(make()).timestep_of(sigma)
+
+
+def test_files_that_lie_flat_in_a_folder_of_an_odd_name(tmp_path):
+    """A local folder's name is no part of the place where its copy lies, and its files are copied, not linked."""
+    from diffusers_disback.models.reference import ModelReference
+
+    folder = tmp_path / "models" / "inner"
+    flat = folder / ".."
+    tiny.pixels().save_pretrained(tmp_path / "usual")
+    folder.mkdir(parents=True)
+    for file in ("model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"):
+        (flat / file.split("/")[-1]).write_bytes((tmp_path / "usual" / file).read_bytes())
+    (flat / "scheduler_config.json").write_bytes((tmp_path / "usual/scheduler/scheduler_config.json").read_bytes())
+    family = load_family(ModelReference(str(flat)), cache_dir=str(tmp_path / "cache"))
+    made = list((tmp_path / "cache" / "single_files").glob("*/model/unet/*.safetensors"))
+    assert len(made) == 1 and made[0].stat().st_nlink == 1
+    assert family.network.config.sample_size == tiny.pixels().unet.config.sample_size

@@ -222,6 +222,7 @@ def test_adapters_take_what_is_known(name, adapter):
         assert planned.own("fake_score") // 2 <= 0.4e9 < planned.own("fake_score")
 
 
+@pytest.mark.slow
 def test_settings_that_save_memory_do():
     plain = small(mixed_precision="bf16")
     total = plain.total(2)

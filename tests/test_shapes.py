@@ -104,6 +104,7 @@ def test_the_card_tells_the_measured_quality():
     assert f"{quality['quality']['teacher']['distance']:.4g}" in card
 
 
+@pytest.mark.slow
 def test_the_teacher_draws_what_it_is_told():
     """A hundred images; the whole measure is `python -m shapes.measure_teacher`."""
     from shapes.evaluator import ShapesEvaluator, load_classifier

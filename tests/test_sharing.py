@@ -467,7 +467,9 @@ def main_and_nodes(hub, repo_id):
     return snapshot | {"main": {**snapshot["main"], "path.json": json.dumps(manifest)}}
 
 
-@pytest.mark.parametrize("lost", ["before", "after"], ids=["no-request", "no-answer"])
+@pytest.mark.parametrize(
+    "lost", [pytest.param("before", marks=pytest.mark.slow), "after"], ids=["no-request", "no-answer"]
+)
 def test_an_outage_at_any_request_loses_and_doubles_nothing(path, repo, hub, impatient, lost):
     """The Hub goes down at request k, which it may still have served, and stays down until the push has failed."""
     path.push_to_hub(repo)

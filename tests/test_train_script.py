@@ -833,13 +833,34 @@ def test_two_processes_train_both_stages_and_agree(tmp_path, teacher_folder, pro
         (load_file(tmp_path / "one" / node), load_file(tmp_path / "two" / node)),
     ]:
         assert all(torch.allclose(one[key], two[key], atol=2e-4) for key in one)
+
+
+@pytest.mark.slow
+def test_two_processes_are_resumed_bit_for_bit(tmp_path, teacher_folder, prompts_file):
+    """From the checkpoint at half of stage 2."""
+    flags = {"train_batch_size": 1, "checkpointing_steps": 2, "use_ema": True, "validation_steps": 2}
+    line = arguments(tmp_path / "two", teacher_folder, prompts_file, **flags)
+    in_two_processes(tmp_path / "ranks", line)
     two = student(tmp_path / "two")
-    # Again from the checkpoint at half of stage 2: the same student, bit for bit.
     for file in ("report.json", "model_index.json"):
         (tmp_path / "two" / file).unlink()
     resume = ["--resume_from_checkpoint", tmp_path / "two" / "checkpoints" / "backtracking" / "checkpoint-000002"]
     in_two_processes(tmp_path / "again", [*line, *resume])
     assert equal(student(tmp_path / "two"), two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [{}, {"lora_rank": 2}])
+def test_two_processes_publish_the_best_student_with_its_own_measures(tmp_path, teacher_folder, prompts_file, mode):
+    """Which the main process alone knows; the report's figures are those of the curve's best row."""
+    flags = {"train_batch_size": 1, "validation_steps": 1, "metric_for_best_model": "drift_mean", "max_train_steps": 6}
+    line = arguments(tmp_path / "two", teacher_folder, prompts_file, **flags, **mode, generator_learning_rate=3e-2)
+    in_two_processes(tmp_path / "ranks", [*line, "--load_best_model_at_end"])
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    best = report["best_model"]
+    assert best["is_student"] and best["step"] < 6, "the last one would be no test"
+    (row,) = [row for row in report["curve"] if row["step"] == best["step"]]
+    assert report["student"]["drift_mean"] == pytest.approx(row["drift_mean"], abs=2e-3 if mode else 0)
 
 
 @pytest.mark.slow

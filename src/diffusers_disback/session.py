@@ -160,12 +160,10 @@ class DisBackTrainer:
         if not self._is_trained:
             return
         with in_use(self.folder):  # which all processes agree on
-            if self._report is None:
+            if self._report is None or not self.state.is_main_process:
                 return
             if self._student is not None:
                 self._save_student(self._student)
-            if not self.state.is_main_process:
-                return
             with self.teacher.on_device(self.state.device):
                 print(
                     write_results(
@@ -276,11 +274,13 @@ class DisBackTrainer:
         self.teacher.offload_to_cpu()
         self.state.wait_for_everyone()
 
-    def _measure(self, network: nn.Module, name: str = "student") -> dict[str, float]:
-        """Measures a student's network as it would be deployed; the measures are empty but on the main process."""
+    def _measure(self, network: nn.Module, name: str = "student", is_shared: bool = True) -> dict[str, float]:
+        """Measures a student's network as it would be deployed; the measures are empty but on the main process. See
+        `Report.add_student`."""
         assert self._report is not None  # of _measure_first
         with self.teacher.on_device(self.state.device):
-            return self._report.add_student(name, self.teacher.one_step(network, self.args.conditioning_timestep))
+            deployed = self.teacher.one_step(network, self.args.conditioning_timestep)
+            return self._report.add_student(name, deployed, is_shared)
 
     def _record(self) -> None:
         """Runs stage 1, if there is a path to record."""
@@ -302,14 +302,13 @@ class DisBackTrainer:
         trainer.release()
 
     def _save_student(self, student: nn.Module) -> None:
-        """Writes the student's pipeline. What is not what was measured last is measured again: the best student, and what was
-        trained as an adapter, now that it is fused."""
+        """Writes the student's pipeline, on the main process. What is not what was measured last is measured again, by this process
+        alone, which knows the best student: that one, and what was trained as an adapter, now that it is fused."""
         deployed = self.teacher.one_step(student, self.args.conditioning_timestep)
         lora = None if self.result is None else self.result.lora
-        if self.state.is_main_process:
-            save_student(deployed, self.teacher.local_model, self.folder, lora)
+        save_student(deployed, self.teacher.local_model, self.folder, lora)
         best = {} if self.result is None else self.result.outcome.get("best_model", {})
         if lora is not None or best.get("is_student"):
             with inference_copy(student, self.state.device, self.dtype) as network:
-                self._measure(network)
+                self._measure(network, is_shared=False)
         self._student = None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..families import ModelFamily
     from ..models.reference import ModelReference
     from ..path.path import DegradationPath
+    from ..training.config import DisBackConfig
 
 
 def open_path(parsed: argparse.Namespace) -> "DegradationPath":
@@ -203,12 +204,10 @@ def plan(parsed: argparse.Namespace) -> int:
     if config.pretrained_model_name_or_path is None:
         raise ValueError("Say whose distillation is planned: --pretrained_model_name_or_path.")
     planner = Planner.of(config, config)
-    own = config.conditioning_timestep
-    timestep = planner.family.conditioning_timestep if own is None else own
     print(
         f"{config.pretrained_model_name_or_path}: {planner.resolution} x {planner.resolution} pixels, batches of "
         f"{config.train_batch_size}, mixed precision {config.mixed_precision or 'no'}"
-        f"{'' if timestep is None else f', conditioning timestep {timestep}'}\n\n{table(planner)}\n\n{REMARKS}"
+        f"{_evaluated_at(config, planner.family.conditioning_timestep)}\n\n{table(planner)}\n\n{REMARKS}"
     )
     memory = device_memory() if parsed.device_memory_gb is None else parsed.device_memory_gb * 1e9
     if memory is None:
@@ -216,6 +215,14 @@ def plan(parsed: argparse.Namespace) -> int:
     found = verdict(planner, memory)
     print(f"\n{found}")
     return 0 if found.fits else THEIRS
+
+
+def _evaluated_at(config: "DisBackConfig", default: int | None) -> str:
+    """Where a student is evaluated, as far as it is known without the teacher's schedule."""
+    if config.sigma_init is not None:
+        return f", sigma_init {config.sigma_init:g}"
+    timestep = default if config.conditioning_timestep is None else config.conditioning_timestep
+    return "" if timestep is None else f", conditioning timestep {timestep}"
 
 
 def push(parsed: argparse.Namespace) -> None:

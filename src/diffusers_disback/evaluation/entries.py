@@ -18,6 +18,7 @@ from ..families.other import OtherPipeline, embeds_guidance, is_text_to_image
 from ..hub.files import inside, parse_json, read_text
 from ..hub.repository import HubError
 from ..models.generator import is_one_step_scheduler
+from ..models.noise_schedule import ddpm_scheduler
 from ..models.pipeline_folder import INDEX
 from ..models.reference import LocalModel, ModelReference
 from ..models.weights import fingerprint
@@ -197,6 +198,7 @@ class PipelineEntry:
             return own, {"num_inference_steps": 1, "guidance_scale": 1.0}
         scheduler = own
         if entry.scheduler == "lcm":
+            ddpm_scheduler(own)  # or its betas would be LCM's defaults
             scheduler = LCMScheduler.from_config(own.config)
         few = type(scheduler).__name__ in _OF_FEW_STEPS and entry.scheduler != "ddim"
         if not few and entry.scheduler != "own":

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .. import __version__
@@ -28,7 +28,7 @@ from .teacher_images import TeacherImages
 
 TEACHER_STEPS = 25
 RESAMPLES = 50  # of the prompts, for the intervals of teacher, initial student and student
-_OF_ANOTHER = (torch.empty(0, 3, 0, 0, dtype=torch.uint8), 0.0)  # images that the main process has
+_NO_IMAGES = (torch.empty(0, 3, 0, 0, dtype=torch.uint8), 0.0)  # where another process has them
 
 
 @contextmanager
@@ -49,8 +49,15 @@ def inference_copy(network: ModelMixin, device: torch.device, dtype: torch.dtype
     def cast(values: Any, to: torch.dtype) -> Any:
         return tree_map(lambda v: v.to(to) if torch.is_tensor(v) and v.is_floating_point() else v, values)
 
+    def cast_inputs(
+        _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # The timestep, second or by name, may be a logarithm of the noise level: it keeps its precision.
+        places = tuple(value if place == 1 else cast(value, dtype) for place, value in enumerate(given))
+        return places, {name: value if name == "timestep" else cast(value, dtype) for name, value in named.items()}
+
     half = base_of(network, device, dtype)
-    half.register_forward_pre_hook(lambda _, given, named: (cast(given, dtype), cast(named, dtype)), with_kwargs=True)
+    half.register_forward_pre_hook(cast_inputs, with_kwargs=True)
     half.register_forward_hook(lambda _, given, output: cast(output, torch.float32))
     yield half
 
@@ -118,9 +125,7 @@ class Report:
         sampled: list[tuple[Tensor, float]] = []
         with self._teacher_on_device(needed=not all(are_kept)):
             for (evaluation, seed), kept, is_kept in zip(wanted, found, are_kept, strict=True):
-                sampled.append(
-                    (kept or _OF_ANOTHER) if is_kept else self._teachers_images(evaluation, seed, arguments)
-                )
+                sampled.append((kept or _NO_IMAGES) if is_kept else self._teachers_images(evaluation, seed, arguments))
         (images, seconds), (shown, _), *others = sampled
         self.evaluation.prepare(images, *(reference for reference, _ in others))
         self._keep("teacher", images, seconds, shown)
@@ -158,11 +163,17 @@ class Report:
         name = type(self.teacher.scheduler).__name__
         return {**arguments, "scheduler": name, "seed": seed, "dtype": str(self.dtype)}
 
-    def add_student(self, name: str, pipeline: DiffusionPipeline) -> dict[str, float]:
-        """Measures a one-step pipeline under a name (`initial`, `student`); its safety checker is taken off."""
-        pipeline = self.family.undecorated(pipeline)
-        images, seconds = self.evaluation.sample(self.family, pipeline, self.state)
-        return self._keep(name, images, seconds, self.gallery.sample(self.family, pipeline, self.state)[0])
+    def add_student(self, name: str, pipeline: DiffusionPipeline, is_shared: bool = True) -> dict[str, float]:
+        """Measures a one-step pipeline under a name (`initial`, `student`); its safety checker is taken off.
+
+        Args:
+            name (`str`): Of the measures.
+            pipeline (`DiffusionPipeline`): The same on every process.
+            is_shared (`bool`): Whether all processes sample it; else only the main one calls this.
+        """
+        pipeline, state = self.family.undecorated(pipeline), self.state if is_shared else None
+        images, seconds = self.evaluation.sample(self.family, pipeline, state)
+        return self._keep(name, images, seconds, self.gallery.sample(self.family, pipeline, state)[0])
 
     @property
     def _is_main(self) -> bool:

@@ -14,7 +14,7 @@ from ..models.batch import Condition
 from ..models.generator import many_step_scheduler, one_step_scheduler
 from ..models.noise_schedule import NoiseSchedule
 from ..models.reference import LocalModel, title_of
-from ..models.score_model import ScoreModel, call_network
+from ..models.score_model import UNSCALED, ScoreModel, call_network
 
 
 class ModelFamily:
@@ -99,10 +99,23 @@ class ModelFamily:
         """The timestep at which a student is evaluated if none is asked for: the family's `conditioning_timestep`, or else the
         one at which there is 2.5 times as much noise as signal, whatever the schedule. That is SiD's initial noise level on
         pixels (arXiv 2404.04057: sigma_init = 2.5); on Stable Diffusion's schedule it is timestep 625, as SiD-LSG has it."""
-        return self.timestep_of(2.5) if self.conditioning_timestep is None else self.conditioning_timestep
+        return self._nearest_to(2.5) if self.conditioning_timestep is None else self.conditioning_timestep
 
     def timestep_of(self, sigma: float) -> int:
-        """The timestep whose ratio of noise to signal is nearest to a number."""
+        """The timestep whose ratio of noise to signal is nearest to a number.
+
+        Raises:
+            ValueError: If the schedule has no such noise.
+        """
+        ratios = self.schedule.sigma / self.schedule.alpha
+        if not 0.99 * ratios[0] <= sigma <= 1.01 * ratios[-1]:
+            raise ValueError(
+                f"--sigma_init {sigma:g} is outside the teacher's schedule, whose ratio of noise to signal goes from "
+                f"{ratios[0]:.3g} to {ratios[-1]:.3g}."
+            )
+        return self._nearest_to(sigma)
+
+    def _nearest_to(self, sigma: float) -> int:
         return int((self.schedule.sigma - sigma * self.schedule.alpha).abs().argmin())
 
     @staticmethod
@@ -191,15 +204,17 @@ class ModelFamily:
             num_inference_steps (`int`): Of the pipeline's scheduler.
             guidance_scale (`float`): Classifier-free; 1 means none.
         """
-        network = getattr(pipeline, self.network_name)
-        model = ScoreModel(network, self.schedule, self.call, guidance_scale)
-        negative = {key: value.expand(len(noise), *value.shape[1:]) for key, value in self.conditions().empty.items()}
-        negative = {key: value.to(noise.device) for key, value in negative.items()}
-        pipeline.scheduler.set_timesteps(num_inference_steps, device=noise.device)
-        x_t = noise
-        for t in pipeline.scheduler.timesteps:
-            output = model.guided(x_t, t.expand(len(noise)), given, negative)
-            x_t = pipeline.scheduler.step(output, t, x_t).prev_sample
+        scheduler = pipeline.scheduler
+        # The scheduler scales the network's input, where that has to be, and its times are the network's.
+        model = ScoreModel(getattr(pipeline, self.network_name), UNSCALED, self.call, guidance_scale)
+        empty = self.conditions().empty
+        negative = {key: value.expand(len(noise), *value.shape[1:]).to(noise.device) for key, value in empty.items()}
+        scheduler.set_timesteps(num_inference_steps)
+        x_t = noise * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(x_t, t)
+            output = model.guided(scaled, t.expand(len(noise)).to(noise.device), given, negative)
+            x_t = scheduler.step(output, t, x_t, return_dict=False)[0]
         return self.decode(x_t)
 
     def decode(self, x0: Tensor) -> Tensor:

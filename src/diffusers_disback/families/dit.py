@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from ..data.conditions import ClassLabels, ConditionSource, labels_of
-from ..hub.cards import UNCONDITIONAL
+from ..hub.cards import UNCONDITIONAL, Usage
 from ..models.batch import Condition
 from ..models.weights import fingerprint
 from .base import ModelFamily
@@ -27,7 +27,7 @@ class Dit(ModelFamily):
     pipeline_classes = ("DiTPipeline",)
     network_name = "transformer"
     needed = ("transformer", "vae", "scheduler")
-    agree_in = ("in_channels", "out_channels", "num_embeds_ada_norm")
+    agree_in = ("in_channels", "out_channels", "num_embeds_ada_norm", "sample_size", "patch_size")
     usage = replace(UNCONDITIONAL, condition="class_labels=[{label}]", example="0", takes_guidance=True)
 
     def check(self) -> None:
@@ -47,6 +47,25 @@ class Dit(ModelFamily):
                 f"{what} takes {given} channels and gives {made}: as many, or twice as many, are a prediction, or one with a "
                 "variance."
             )
+
+    @classmethod
+    def usage_with(cls, config: Any) -> Usage:
+        # The stock pipeline guides away from label 1000, whatever the number of classes.
+        return replace(cls.usage, calls_teacher=config.num_embeds_ada_norm == 1000)
+
+    def resolution(self, resolution: int | None = None) -> int:
+        """As of `ModelFamily`.
+
+        Raises:
+            ValueError: If it is not the teacher's own: positions of patches are made for that one, and for another one would be
+                others when the student is loaded again.
+        """
+        own = super().resolution()
+        if resolution not in (None, own):
+            raise ValueError(
+                f"--resolution {resolution}: the positions of this DiT are made for {own} pixels. Leave it out."
+            )
+        return own
 
     @staticmethod
     def call(network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

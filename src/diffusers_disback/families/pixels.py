@@ -48,7 +48,7 @@ class Pixels(ModelFamily):
 
     @classmethod
     def usage_with(cls, config: Any) -> Usage:
-        # Of the stock pipelines of teachers only one can be called with labels, and that is no sampler of theirs.
+        # Of diffusers' pipelines only ConsistencyModelPipeline can be called with labels, and it does not sample these teachers.
         return UNCONDITIONAL if config.num_class_embeds is None else replace(cls.usage, calls_teacher=False)
 
     @property

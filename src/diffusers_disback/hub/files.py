@@ -204,6 +204,20 @@ def to_bytes(content: Any) -> bytes:
 _CONTROL = re.compile(r"[^\x20-\x7e\xa0-\U0010ffff]|[\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Makes a hard link to a file into which nothing is ever written; or a copy, on disks that have none.
+
+    Raises:
+        FileExistsError: If the target is there.
+    """
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def printable(text: Any) -> str:
     """A text of somebody else for a terminal or a page: control characters, among them terminal escapes and marks that
     reverse the direction, are shown as escapes; line breaks and tabs, too."""

@@ -2,12 +2,11 @@
 
 Such are `google/ddpm-cifar10-32` and others of that time, which diffusers reads to this day."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ..hub.files import inside, known_sha256
+from ..hub.files import inside, known_sha256, link_or_copy
 from .model_files import locate
 from .pipeline_folder import INDEX, WEIGHTS
 from .single_file import made_once
@@ -41,15 +40,18 @@ def locate_in_folders(
     if not is_flat or chosen == [INDEX]:
         return root
     files = {_foldered(one): inside(root, one, f"the model {name!r}") for one in chosen}
+    # A snapshot's folder is named by its commit, and nothing is written into its files; a user's own may be written to.
+    is_local = Path(name).is_dir()
+    folder, put = ("model", shutil.copyfile) if is_local else (root.name, link_or_copy)
 
     def write(draft: Path) -> None:
         for place, file in files.items():
-            made = draft / root.name / place
+            made = draft / folder / place
             made.parent.mkdir(parents=True, exist_ok=True)
-            _link(file.resolve(), made)
+            put(file.resolve(), made)
 
-    content = " ".join(["flat", root.name, *(f"{place} {known_sha256(file)}" for place, file in files.items())])
-    return made_once(content, name, write, cache_dir) / root.name
+    content = " ".join(["flat", folder, *(f"{place} {known_sha256(file)}" for place, file in files.items())])
+    return made_once(content, name, write, cache_dir) / folder
 
 
 def _is_flat(names: list[str]) -> bool:
@@ -65,11 +67,3 @@ def _foldered(name: str) -> str:
 
 def _flat(name: str) -> str:
     return name.split("/")[-1] if name.startswith((f"{_DENOISER}/", f"{_SCHEDULER}/")) else name
-
-
-def _link(file: Path, place: Path) -> None:
-    """A hard link, since nothing is ever written into these files; or a copy, on disks that have none."""
-    try:
-        os.link(file, place)
-    except OSError:
-        shutil.copyfile(file, place)

@@ -324,8 +324,13 @@ class LocalModel:
         Raises:
             ValueError: If they cannot be read.
         """
+        config = self.scheduler_config()
+        return predicted_by(config) if config else None
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The `scheduler_config.json` of the model's own files; empty if they hold none."""
         file = inside(self.folder, _SCHEDULER, self.reference.what)
-        return predicted_by(read_json(file)) if file.is_file() else None
+        return read_json(file) if file.is_file() else {}
 
     def card(self) -> dict[str, Any]:
         """What the model's card declares of its licence and its origin; see `read_card`."""

@@ -15,8 +15,8 @@ def call_network(network: nn.Module, x_t: Tensor, t: Tensor, condition: Conditio
     return network(x_t, timestep=t, return_dict=False, **condition)[0]
 
 
-AS_IT_IS = NoiseSchedule(torch.ones(1), torch.ones(1), "sample")
-"""The schedule of a network that is given what it takes, and of whose output nothing is made."""
+UNSCALED = NoiseSchedule(torch.ones(1), torch.ones(1), "sample")
+"""Of a score model that passes inputs and timesteps on as they are, for samplers."""
 
 
 class ScoreModel:

@@ -17,7 +17,7 @@ from ..models.components import has_weights
 from ..models.discriminator import Discriminator, DiscriminatorHead, bottleneck_features
 from ..models.pipeline_folder import UNREADABLE, components_of
 from ..models.reference import LocalModel, model_class, title_of
-from ..models.score_model import AS_IT_IS, ScoreModel
+from ..models.score_model import UNSCALED, ScoreModel
 from ..objectives import OBJECTIVES
 from ..training.config import BacktrackingConfig, TrainingConfig
 from ..training.networks import PRECISIONS
@@ -151,7 +151,7 @@ class Planner:
     def head(self) -> DiscriminatorHead:
         """A discriminator's, on the meta device."""
         network = self.skeleton()
-        model = ScoreModel(network, AS_IT_IS, self.family.call)
+        model = ScoreModel(network, UNSCALED, self.family.call)
         inputs = example_inputs(self.family, network.config, 1, self.resolution // self.stride, torch.float32)
         with torch.no_grad():
             features = bottleneck_features(model, self.family.bottleneck(network), *inputs)
@@ -171,7 +171,7 @@ class Planner:
             network = nn.ModuleList([network, self.head])
 
             def judged(both: nn.ModuleList, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-                return discriminator(ScoreModel(both[0], AS_IT_IS, self.family.call), x_t, t, condition)
+                return discriminator(ScoreModel(both[0], UNSCALED, self.family.call), x_t, t, condition)
 
             call = judged
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..families import ModelFamily
-from ..hub.files import read_json, write_json, writing
+from ..hub.files import link_or_copy, read_json, write_json, writing
 from ..hub.published import clean_configs
 from .checkpoint import damage_of, files_of
 from .learner import Learner
@@ -70,7 +70,7 @@ class BestStudent:
     def add_to(self, checkpoint: Path) -> None:
         """Puts it into a checkpoint that is written, if there is one."""
         if self.folder.exists():
-            shutil.copytree(self.folder, checkpoint / BEST, copy_function=_link)
+            shutil.copytree(self.folder, checkpoint / BEST, copy_function=link_or_copy)
 
     def restore(self, checkpoint: Path | None) -> None:
         """Puts that of a checkpoint in its place, or none, if the checkpoint has none. The checkpoint's files were looked at."""
@@ -80,7 +80,7 @@ class BestStudent:
         elif self._damage() is not None or read_json(checkpoint / BEST / BEST_FILE) != read_json(
             self.folder / BEST_FILE
         ):
-            shutil.copytree(checkpoint / BEST, draft, copy_function=_link)
+            shutil.copytree(checkpoint / BEST, draft, copy_function=link_or_copy)
             self._put(draft)
 
     def load_into(self, student: Learner) -> None:
@@ -126,11 +126,3 @@ class BestStudent:
                 os.replace(self._discarded, self.folder)
             raise
         remove(self._discarded)
-
-
-def _link(source: str, target: str) -> None:
-    """A hard link, as nothing is ever written into these files; or a copy, on disks that have none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
