@@ -485,7 +485,8 @@ def test_stage_1_leaves_nothing_behind(tmp_path, teacher_folder, lora_rank):
 # Memory and speed ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lora_rank", [pytest.param(None, marks=pytest.mark.slow), 4], ids=["full", "adapters"])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [None, 4], ids=["full", "adapters"])
 def test_where_things_lie_changes_nothing(tmp_path, path, lora_rank):
     """Offloading changes no bit, channels last and checkpointing no more than rounding does."""
     students = []
@@ -582,7 +583,7 @@ def test_nodes_that_are_more_than_a_plain_lora_are_refused(tmp_path, path):
 
 
 @pytest.mark.parametrize(
-    "name, alpha", [pytest.param("stable_diffusion", None, marks=pytest.mark.slow), ("stable_diffusion_xl", 2.0)]
+    "name, alpha", [("stable_diffusion", None), pytest.param("stable_diffusion_xl", 2.0, marks=pytest.mark.slow)]
 )
 def test_the_lora_loads_in_the_stock_pipeline(run, tmp_path, name, alpha):
     """Convolutions and attention alike, tensor by tensor; the images are those of the fused student."""

@@ -75,6 +75,7 @@ def test_the_bare_unet_draws_the_same_picture_bit_for_bit(pipe, folder, teacher_
     assert torch.equal(draw(pipe), (images / 2 + 0.5).clamp(0, 1))
 
 
+@pytest.mark.slow
 def test_the_folder_loads_where_the_package_is_not_installed(pipe, folder, tmp_path):
     program = f"""
 import sys

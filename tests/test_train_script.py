@@ -799,6 +799,12 @@ def test_accelerate_launch(tmp_path, teacher_folder, prompts_file, baseline):
     assert done.returncode == 0, done.stderr
     assert "samples.png" in done.stdout
     assert equal(student(tmp_path / "run"), baseline), "a run is a function of its settings"
+
+
+@pytest.mark.slow
+def test_accelerate_launch_of_what_is_refused(tmp_path, teacher_folder, prompts_file):
+    line = arguments(tmp_path / "run", teacher_folder, prompts_file)
+    train_disback.main(line)
     done = launch([Path(sys.executable).with_name("accelerate"), "launch", "--quiet", "--cpu", SCRIPT, *line])
     assert done.returncode == 1, "the launcher's own code, whatever the script's is"
     told = done.stderr.strip().splitlines()[-1]

@@ -99,6 +99,7 @@ def test_a_repository_by_default_has_the_folders_name(run, hub, alice, tmp_path)
     assert "path.json" not in hub.files("alice/my-student")
 
 
+@pytest.mark.slow
 def test_the_student_of_another_run_is_not_overwritten(run, repo, hub, capsys, impatient):
     run("first", push_to_hub=True, hub_model_id=repo)
     before = hub.snapshot(repo)
