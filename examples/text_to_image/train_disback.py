@@ -7,7 +7,6 @@
 `README.md` beside this file explains the flags. `--debug`, which is no setting, shows the traceback of an error.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import transformers
 from diffusers.utils import check_min_version
 
 from diffusers_disback import DisBackConfig, DisBackTrainer
-from diffusers_disback.commands.command_line import read_flags, run
+from diffusers_disback.commands.command_line import read_flags_or_embedded, run
+from diffusers_disback.session import SCRIPT
 from shapes.evaluator import is_shapes_teacher, shapes_evaluation
 
 
@@ -27,15 +27,7 @@ SHAPES = Path(__file__).parent / "shapes"
 
 def parse(arguments: list[str]) -> DisBackConfig:
     """Reads the settings. Without a teacher, it is the embedded one, with the settings of `shapes/quickstart.args`."""
-    given = read_flags(DisBackConfig, arguments, description=__doc__)
-    if "pretrained_model_name_or_path" not in given:
-        # Relative, so that what is published names no machine's folders.
-        embedded = {"pretrained_model_name_or_path": os.path.relpath(SHAPES / "teacher")}
-        if not given.keys() & {"prompts_file", "dataset_name", "train_data_dir"}:
-            embedded["prompts_file"] = os.path.relpath(SHAPES / "prompts.txt")
-        quickstart = read_flags(DisBackConfig, (SHAPES / "quickstart.args").read_text().split())
-        given = {**quickstart, **embedded, **given}
-    return DisBackConfig(**given)
+    return DisBackConfig(**read_flags_or_embedded(DisBackConfig, arguments, SHAPES, description=__doc__))
 
 
 def main(arguments: list[str]) -> None:
@@ -44,7 +36,7 @@ def main(arguments: list[str]) -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     evaluation = shapes_evaluation if is_shapes_teacher(config.pretrained_model_name_or_path) else None
-    command = ["examples/text_to_image/train_disback.py", *arguments]
+    command = [SCRIPT, *arguments]
     trainer = DisBackTrainer(args=config, evaluation=evaluation, command=command)
     trainer.train()
     trainer.save_model()

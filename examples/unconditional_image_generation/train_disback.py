@@ -7,7 +7,6 @@
 `README.md` beside this file explains the flags. `--debug`, which is no setting, shows the traceback of an error.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import diffusers
 from diffusers.utils import check_min_version
 
 from diffusers_disback import DisBackConfig, DisBackTrainer
-from diffusers_disback.commands.command_line import read_flags, run
+from diffusers_disback.commands.command_line import read_flags_or_embedded, run
+from diffusers_disback.session import PIXEL_SCRIPT
 from digits.evaluator import digits_evaluation, is_digits_teacher
 
 
@@ -26,13 +26,7 @@ DIGITS = Path(__file__).parent / "digits"
 
 def parse(arguments: list[str]) -> DisBackConfig:
     """Reads the settings. Without a teacher, it is the embedded one, with the settings of `digits/quickstart.args`."""
-    given = read_flags(DisBackConfig, arguments, description=__doc__)
-    if "pretrained_model_name_or_path" not in given:
-        # Relative, so that what is published names no machine's folders.
-        embedded = {"pretrained_model_name_or_path": os.path.relpath(DIGITS / "teacher")}
-        quickstart = read_flags(DisBackConfig, (DIGITS / "quickstart.args").read_text().split())
-        given = {**quickstart, **embedded, **given}
-    return DisBackConfig(**given)
+    return DisBackConfig(**read_flags_or_embedded(DisBackConfig, arguments, DIGITS, description=__doc__))
 
 
 def main(arguments: list[str]) -> None:
@@ -40,7 +34,7 @@ def main(arguments: list[str]) -> None:
     config = parse(arguments)
     diffusers.utils.logging.disable_progress_bar()
     evaluation = digits_evaluation if is_digits_teacher(config.pretrained_model_name_or_path) else None
-    command = ["examples/unconditional_image_generation/train_disback.py", *arguments]
+    command = [PIXEL_SCRIPT, *arguments]
     trainer = DisBackTrainer(args=config, evaluation=evaluation, command=command)
     trainer.train()
     trainer.save_model()

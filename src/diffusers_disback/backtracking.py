@@ -216,7 +216,8 @@ class BacktrackingTrainer(Stage):
         node = self.schedule.node(done - 1, self.measures)
         with self.student.deployed() as network:
             measures = {} if self.evaluate is None else self.evaluate(network)
-        return {"node": node, **measures, **self.mismatch(node)}
+        mismatch = self.mismatch(node) if self.accelerator.is_main_process else {}
+        return {"node": node, **measures, **mismatch}
 
     def result(self) -> BacktrackingResult:
         """What the stage found out, for report and card."""

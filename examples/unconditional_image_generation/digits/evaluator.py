@@ -59,11 +59,8 @@ class DigitsEvaluator(FeatureEvaluator):
     def measure(self, features: Tensor, groups: Tensor) -> dict[str, float]:
         """The distance, the share of right classes, and the mean over classes of the mean distance of two images."""
         of_classifier, right = features[:, :-1], features[:, -1]
-        within = [
-            torch.pdist(of_classifier[groups == group]).mean()
-            for group in groups.unique()
-            if (groups == group).sum() > 1
-        ]
+        of_classes = [of_classifier[groups == group] for group in groups.unique()]
+        within = [torch.pdist(own).mean() for own in of_classes if len(own) > 1]
         if not within:
             raise ValueError("No class has two images: their diversity is not defined.")
         return {

@@ -155,6 +155,25 @@ def read_flags(config: type[Settings], arguments: list[str], **how: Any) -> dict
     return given if file is None else {**read_settings(file, config), **given}
 
 
+def read_flags_or_embedded(config: type[Settings], arguments: list[str], folder: Path, **how: Any) -> dict[str, Any]:
+    """As `read_flags`. Without a teacher it is the one that is embedded in a folder, `teacher`, with the settings of
+    `quickstart.args` and the prompts of `prompts.txt`, if there is one, where the arguments say nothing else.
+
+    Args:
+        config, arguments, how: As of `read_flags`.
+        folder (`Path`): Of the embedded teacher.
+    """
+    given = read_flags(config, arguments, **how)
+    if "pretrained_model_name_or_path" in given:
+        return given
+    # Relative, so that what is published names no machine's folders.
+    embedded = {"pretrained_model_name_or_path": os.path.relpath(folder / "teacher")}
+    prompts = folder / "prompts.txt"
+    if prompts.exists() and not given.keys() & {"prompts_file", "dataset_name", "train_data_dir"}:
+        embedded["prompts_file"] = os.path.relpath(prompts)
+    return {**read_flags(config, (folder / "quickstart.args").read_text().split()), **embedded, **given}
+
+
 def add_flag(parser: Any, one: Field) -> None:
     """Adds the flag of a setting, also with dashes, to a parser or a group of one.
 

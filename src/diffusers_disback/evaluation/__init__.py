@@ -7,7 +7,6 @@ from typing import Any, get_args
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -28,7 +27,7 @@ from .distributions import (
 )
 from .drift import DriftEvaluator
 from .networks import FeatureNetworks
-from .sampling import Sampled, sample_batches
+from .sampling import Sampled, agreed, sample_batches
 from .scores import ClipScore, HumanPreferenceScore, PickScore
 
 
@@ -168,14 +167,11 @@ class Evaluation:
             evaluation (`Evaluation`, *optional*): On the main process.
             state (`PartialState`): This process among the others, all of which have to call this.
         """
-        names = ("prompts", "seed", "batch_size", "name", "type")
-        sampled = [None if evaluation is None else {name: getattr(evaluation, name) for name in names}]
-        (given,) = broadcast_object_list(sampled) if state.num_processes > 1 else sampled
-        if evaluation is None:
-            if given is None:
-                raise ValueError("There is no evaluation on the main process to be shared.")
-            evaluation = cls(**given)
-        return evaluation
+        own = None if evaluation is None else (evaluation.prompts, evaluation.seed, evaluation.batch_size)
+        given = agreed(own, state)
+        if given is None:
+            raise ValueError("There is no evaluation on the main process to be shared.")
+        return cls(*given) if evaluation is None else evaluation
 
     def add(
         self,

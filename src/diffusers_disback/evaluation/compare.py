@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from ..hub.files import write_json, write_text
@@ -15,6 +14,7 @@ from . import Evaluation
 from .entries import HowSampled, ImageFolder, PipelineEntry
 from .plots import image_grid
 from .report import versions
+from .sampling import is_main
 
 
 LEVEL = 0.95
@@ -191,11 +191,6 @@ class Comparison:
         loss = self.metrics[metric].loss
         distance = abs(loss(best.measures[metric]) - loss(other.measures[metric]))
         return distance <= _half(best, metric) + _half(other, metric)
-
-
-def is_main(state: PartialState | None) -> bool:
-    """Whether this process is the one that measures and writes."""
-    return state is None or state.is_main_process
 
 
 def _half(row: Row, metric: str) -> float:

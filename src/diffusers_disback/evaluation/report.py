@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -23,6 +22,7 @@ from ..path.path import DegradationPath
 from . import Evaluation
 from .plots import convergence_plot, image_grid
 from .report_format import REPORT, read_report
+from .sampling import agreed, is_main
 from .teacher_images import TeacherImages
 
 
@@ -118,10 +118,10 @@ class Report:
         arguments = {"num_inference_steps": self.teacher_steps, "guidance_scale": self.guidance_scale}
         seed = self.evaluation.seed
         wanted = [(self.evaluation, seed), (self.gallery, seed)]
-        if self._agreed(self.evaluation.compares_distributions):
+        if agreed(self.evaluation.compares_distributions, self.state):
             wanted.append((self.evaluation, seed + 1))
         found = [self._kept_images(evaluation, seed, arguments) for evaluation, seed in wanted]
-        are_kept = self._agreed([kept is not None for kept in found])
+        are_kept = agreed([kept is not None for kept in found], self.state)
         sampled: list[tuple[Tensor, float]] = []
         with self._teacher_on_device(needed=not all(are_kept)):
             for (evaluation, seed), kept, is_kept in zip(wanted, found, are_kept, strict=True):
@@ -147,14 +147,14 @@ class Report:
         self, evaluation: Evaluation, seed: int, arguments: dict[str, Any]
     ) -> tuple[Tensor, float] | None:
         """What the teacher drew when the run was begun; `None` if that is not kept, or this is not the main process."""
-        if self.teacher_images is None or not self._is_main:
+        if self.teacher_images is None or not is_main(self.state):
             return None
         return self.teacher_images.read(evaluation, **self._sampler(seed, arguments))
 
     def _teachers_images(self, evaluation: Evaluation, seed: int, arguments: dict[str, Any]) -> tuple[Tensor, float]:
         """Samples the teacher, and keeps that."""
         images, seconds = evaluation.sample(self.family, self.teacher, self.state, seed=seed, **arguments)
-        if self.teacher_images is not None and self._is_main:
+        if self.teacher_images is not None and is_main(self.state):
             self.teacher_images.write(images, seconds, evaluation, **self._sampler(seed, arguments))
         return images, seconds
 
@@ -174,14 +174,6 @@ class Report:
         pipeline, state = self.family.undecorated(pipeline), self.state if is_shared else None
         images, seconds = self.evaluation.sample(self.family, pipeline, state)
         return self._keep(name, images, seconds, self.gallery.sample(self.family, pipeline, state)[0])
-
-    @property
-    def _is_main(self) -> bool:
-        return self.state is None or self.state.is_main_process
-
-    def _agreed(self, value: Any) -> Any:
-        """The main process's value, on every process."""
-        return value if self.state is None else broadcast_object_list([value])[0]
 
     def write_samples(self, file: Path) -> None:
         """Rows of prompts; columns: teacher in many steps, initial student, student."""

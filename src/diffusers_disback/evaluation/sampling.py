@@ -4,12 +4,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather, pad_across_processes
+from accelerate.utils import broadcast_object_list, gather, pad_across_processes
 from torch import Tensor
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,16 @@ def sample_batches(
         if rank == 0:
             images += [part[: len(batch)] for part, batch in zip(parts, batches, strict=True)]
     return Sampled(torch.cat(images), sampled.seconds, sampled.sizes) if images else sampled
+
+
+def is_main(state: PartialState | None) -> bool:
+    """Whether this process is the one that measures and writes."""
+    return state is None or state.is_main_process
+
+
+def agreed(value: T, state: PartialState | None) -> T:
+    """The main process's value, on every process that shares the sampling."""
+    return value if state is None else broadcast_object_list([value])[0]
 
 
 def _gathered(

@@ -209,11 +209,11 @@ class ModelFamily:
         model = ScoreModel(getattr(pipeline, self.network_name), UNSCALED, self.call, guidance_scale)
         empty = self.conditions().empty
         negative = {key: value.expand(len(noise), *value.shape[1:]).to(noise.device) for key, value in empty.items()}
-        scheduler.set_timesteps(num_inference_steps)
+        scheduler.set_timesteps(num_inference_steps, device=noise.device)
         x_t = noise * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             scaled = scheduler.scale_model_input(x_t, t)
-            output = model.guided(scaled, t.expand(len(noise)).to(noise.device), given, negative)
+            output = model.guided(scaled, t.expand(len(noise)), given, negative)
             x_t = scheduler.step(output, t, x_t, return_dict=False)[0]
         return self.decode(x_t)
 
