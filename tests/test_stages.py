@@ -12,6 +12,7 @@ from stages import close, equal, images_for, interrupted_at, record, recorder, t
 from diffusers_disback.backtracking import BacktrackingTrainer
 from diffusers_disback.degradation import DegradationRecorder
 from diffusers_disback.objectives import OBJECTIVES
+from diffusers_disback.path.node_spacing import is_far
 from diffusers_disback.path.path import DegradationPath
 from diffusers_disback.training.config import (
     BacktrackingConfig,
@@ -480,8 +481,50 @@ def test_the_warm_up_of_stage_1_is_a_tenth_of_it_and_over_before_it_may_stop(tmp
     (group,) = stage.fake_score.optimizer.param_groups
     assert group["initial_lr"] == pytest.approx(3 * config.fake_score_learning_rate)
     path = stage.record()
-    assert stage.warmup_steps == 4 and 8 <= stage.steps < 40, "not before twice the warm-up"
+    assert stage.earliest_end == 8 <= stage.steps < 40, "not before twice the warm-up of a tenth"
     assert [node["step"] for node in path.nodes][-1] == stage.steps
+
+
+@pytest.mark.parametrize(
+    ("times", "warmup", "steps", "told"),
+    [
+        (1e9, 0, [1], "the teacher will be the only target"),
+        (0.0, 0, [3, 6, 9, 12], "a path is recorded"),
+        (1e9, 4, [2], "the teacher will be the only target"),
+        pytest.param(0.0, 4, [3, 6, 9, 12], "a path is recorded", marks=pytest.mark.slow),
+    ],
+)
+def test_a_path_is_recorded_if_the_start_is_far(
+    tmp_path, teacher_folder, monkeypatch, capsys, times, warmup, steps, told
+):
+    """Judged once, when stage 1 may end; a start that is near has one node: the fake score that stage 2 begins with."""
+    monkeypatch.setattr("diffusers_disback.path.node_spacing.FAR_START", times)
+    monkeypatch.setattr("diffusers_disback.training.config.AUTO_NODES", 4)
+    auto = {"steps": 12, "nodes": "auto"}
+    stage = recorder(training(tmp_path, lr_warmup_steps=warmup), teacher_folder, **auto)
+    path = stage.record()
+    assert [node["step"] for node in path.nodes] == steps
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "a start is far above" in line]
+    assert told in line
+    first, judged = stage.loss_history[0], next(row for row in stage.loss_history if row["step"] == stage.judged_step)
+    assert f"is {sum(first['losses']) / sum(judged['losses']):.3g} times" in line
+    again = recorder(
+        training(tmp_path, lr_warmup_steps=warmup, resume_from_checkpoint="latest"), teacher_folder, **auto
+    )
+    assert len(again.record()) == len(steps)
+
+
+def test_how_far_a_start_is():
+    assert is_far(2.1, 1.0) and not is_far(2.0, 1.0) and not is_far(0.5, 1.0)
+    assert DegradationConfig().most_path_nodes == 10 and DegradationConfig(degradation_steps=7).most_path_nodes == 7
+    assert DegradationConfig(num_path_nodes=3).most_path_nodes == 3
+    for wrong, message in (
+        (True, "has to be a whole number"),
+        ("often", "'often' is none of auto"),
+        (-1, "at least 0"),
+    ):
+        with pytest.raises(ValueError, match=f"--num_path_nodes .*{message}"):
+            DegradationConfig(num_path_nodes=wrong)
 
 
 def test_a_resumed_run_takes_another_learning_rate_from_there_on(tmp_path, teacher_folder, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from .families import ModelFamily
 from .hub.files import writing
 from .models.batch import Batch
 from .models.generator import OneStepGenerator
-from .path.node_spacing import candidate_steps, earliest_end, is_flat
+from .path.node_spacing import FAR_START, candidate_steps, earliest_end, is_far, is_flat
 from .path.path import DegradationPath
 from .training.config import DegradationConfig, TrainingConfig
 from .training.probe import MismatchProbe, denoising_losses, mean, predictions
@@ -55,12 +55,17 @@ class DegradationRecorder(Stage):
         self.recorded = recorded or (lambda: None)
         self.node_steps = degradation.node_steps
         self.measured_steps = set(self.node_steps)
-        if degradation.degradation_stop:
+        if degradation.degradation_stop or degradation.num_path_nodes == "auto":
             self.measured_steps |= set(candidate_steps(degradation.degradation_steps))
         self.loss_history: list[dict[str, Any]] = []  # the fake score's denoising loss in each band, step by step
         updates = degradation.degradation_steps
-        self.warmup_steps = min(config.lr_warmup_steps, updates // 10)
-        own = replace(config, lr_warmup_steps=self.warmup_steps)
+        warmup_steps = min(config.lr_warmup_steps, updates // 10)
+        own = replace(config, lr_warmup_steps=warmup_steps)
+        self.earliest_end = earliest_end(updates, warmup_steps)
+        self.judged_step: int | None = None  # after which it is judged how far the start is
+        if degradation.num_path_nodes == "auto":
+            self.judged_step = min(step for step in self.measured_steps if step >= self.earliest_end)
+            self.node_steps = [step for step in self.node_steps if step >= self.judged_step]
         rate = degradation.degradation_lr_multiplier * config.fake_score_learning_rate
         scores = scores_of(config)(family, own, rate, updates)
         self.fake_score = scores.fake_score
@@ -92,7 +97,16 @@ class DegradationRecorder(Stage):
         self.measure(done)
         loss = mean(self.loss_history[-1]["losses"])
         self.accelerator.log({f"{self.name}/denoising_loss": loss}, step=done)
-        if self.has_flattened() and done < self.steps:
+        if done == self.judged_step:
+            ratio = mean(self.loss_history[0]["losses"]) / loss
+            chosen = "the teacher will be the only target" if self.begins_near() else "a path is recorded"
+            self.notify(
+                f"on the initial student's samples the teacher's denoising loss is {ratio:.3g} times the fake score's (a start is "
+                f"far above {FAR_START:g}): {chosen}"
+            )
+        if self.begins_near():
+            self.steps = done
+        elif self.has_flattened() and done < self.steps:
             self.notify(f"the denoising loss, {loss:.4g}, has flattened after {done} steps")
             self.steps = done
         if done in self.node_steps or done == self.steps:
@@ -104,11 +118,15 @@ class DegradationRecorder(Stage):
         outputs = predictions(self.fake_score.score_model(self.family), batches)
         self.loss_history.append({"step": done, "losses": self.agreed(denoising_losses(batches, outputs))})
 
+    def begins_near(self) -> bool:
+        """Whether the initial student was found to be near the teacher, so that stage 1 has come to its end."""
+        losses = {row["step"]: mean(row["losses"]) for row in self.loss_history}
+        return self.judged_step in losses and not is_far(losses[0], losses[self.judged_step])
+
     def has_flattened(self) -> bool:
         """Whether stage 1 has come to its end by itself."""
         steps, losses = [row["step"] for row in self.loss_history], [mean(row["losses"]) for row in self.loss_history]
-        earliest = earliest_end(self.degradation.degradation_steps, self.warmup_steps)
-        return is_flat(steps, losses, self.degradation.degradation_stop, earliest)
+        return is_flat(steps, losses, self.degradation.degradation_stop, self.earliest_end)
 
     def append(self, done: int) -> None:
         """Records a node, with its own loss and the teacher's in each band."""
@@ -171,5 +189,5 @@ class DegradationRecorder(Stage):
         self.loss_history = state[
             "loss_history" if "loss_history" in state else "walk"
         ]  # which version 0.1.0 called it
-        if self.has_flattened():
+        if self.begins_near() or self.has_flattened():
             self.steps = state["step"]

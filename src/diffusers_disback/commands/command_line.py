@@ -8,11 +8,22 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import Field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TextIO, get_origin
 
 from ..hub.files import printable
-from ..training.settings.fields import Range, Settings, check_number, choices_of, default_of, groups, kind_of, title
+from ..training.settings.fields import (
+    Range,
+    Settings,
+    check_number,
+    choices_of,
+    default_of,
+    groups,
+    kind_of,
+    title,
+    words_of,
+)
 from ..training.settings_file import read_settings
 from ..training.signals import Interrupted, SignalHandler
 
@@ -191,12 +202,24 @@ def add_flag(parser: Any, one: Field) -> None:
         how = {"action": NamedValues, "nargs": "+", "metavar": "name=value"}
     elif get_origin(kind) is Literal:
         how = {"type": str}
+    elif words_of(one):
+        how = {"type": partial(_word_or, words_of(one), kind), "metavar": f"{{{','.join(words_of(one))}}} or a number"}
     if choices and len(choices) < 5:
         how["metavar"] = f"{{{','.join(choices)}}}"
     shown = " ".join(default) if isinstance(default, (list, dict)) else default
     text = one.metadata["help"] + ("" if shown in (None, "") or shown is False else f" (default: {shown})")
     flags = dict.fromkeys([f"--{one.name}", f"--{one.name.replace('_', '-')}"])
     parser.add_argument(*flags, help=text.replace("%", "%%"), **how)
+
+
+def _word_or(words: tuple[str, ...], kind: type, text: str) -> Any:
+    """A word as it is, and any other text as a number."""
+    if text in words:
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {' nor '.join(words)} nor a number") from None
 
 
 class NamedValues(argparse.Action):

@@ -8,6 +8,12 @@ import math
 from collections.abc import Sequence
 
 
+FAR_START = 2.0
+"""Of `is_far`: the loss of a teacher that explains less than half of what can be explained (docs/evidence.md)."""
+AUTO_NODES = 10
+"""Recorded, at most, where the start is far. DisBack, for SDXL: 10."""
+
+
 def evenly_spaced_steps(steps: int, num_nodes: int) -> list[int]:
     """The updates after which nodes 1..N are recorded; the last is `steps`."""
     return [round(i * steps / num_nodes) for i in range(1, num_nodes + 1)]
@@ -24,6 +30,17 @@ def candidate_steps(steps: int) -> list[int]:
 def earliest_end(steps: int, warmup_steps: int = 0) -> int:
     """The updates before which a walk of at most `steps` does not count as flat: a tenth of it, twice its warm-up."""
     return max(steps // 10, 2 * warmup_steps)
+
+
+def is_far(teacher_loss: float, loss: float) -> bool:
+    """Whether an initial student is far from the teacher, so that a path is worth its time.
+
+    Args:
+        teacher_loss (`float`): The teacher's denoising loss on the student's samples.
+        loss (`float`): That of the fake score, fitted to them. What lies between the two is the mismatch of teacher and fake
+            score.
+    """
+    return teacher_loss > FAR_START * loss
 
 
 def is_flat(steps: Sequence[int], losses: Sequence[float], share: float, earliest: int = 0) -> bool:

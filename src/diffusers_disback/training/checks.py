@@ -35,7 +35,7 @@ def check_settings(config: DisBackConfig) -> None:
             "with --push_to_hub."
         )
     if config.stage == "all" and not config.path_is_shared and not (config.path_folder / MANIFEST).exists():
-        target_schedule(config, config.num_path_nodes)
+        target_schedule(config, config.most_path_nodes)
 
 
 def stages_of(config: DisBackConfig) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from ..hub.repository import is_repo_id
 from ..models.reference import ModelReference
 from ..models.timestep_sampling import TimestepSampling
 from ..objectives import OBJECTIVES, make_objective
-from ..path.node_spacing import evenly_spaced_steps
+from ..path.node_spacing import AUTO_NODES, evenly_spaced_steps
 from ..path.target_schedule import FALL, SHARE, TARGET_SCHEDULES, AdaptiveSchedule, TargetSchedule
 from .settings.fields import Settings, default_of, free_setting, named, setting
 from .settings.groups import (
@@ -160,10 +160,12 @@ class DegradationConfig(Settings):
         "paper's are not known to us).",
         minimum=1,
     )
-    num_path_nodes: int = setting(
-        10,
-        "N, the nodes recorded, evenly spaced; fewer if stage 1 ends by itself. DisBack, for SDXL: 10. 0 records nothing: "
-        "plain DMD or Diff-Instruct.",
+    num_path_nodes: int | Literal["auto"] = setting(
+        "auto",
+        "N, the nodes recorded, evenly spaced; fewer if stage 1 ends by itself. 0 records nothing: plain DMD or Diff-Instruct. "
+        "auto: 10 where the initial student is far from the teacher (after the first tenth of stage 1 the teacher's "
+        "denoising loss on its samples is more than twice the fake score's); otherwise stage 1 ends there, and the teacher "
+        "is the only target. DisBack, for SDXL: 10.",
         minimum=0,
     )
     degradation_lr_multiplier: float = setting(
@@ -191,16 +193,21 @@ class DegradationConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_path_nodes > self.degradation_steps:
+        if self.most_path_nodes > self.degradation_steps:
             raise ValueError(
                 f"--num_path_nodes {self.num_path_nodes} is more than --degradation_steps {self.degradation_steps}: "
                 "there is at most one node per step."
             )
 
     @property
+    def most_path_nodes(self) -> int:
+        """N, if stage 1 does not end by itself."""
+        return min(AUTO_NODES, self.degradation_steps) if self.num_path_nodes == "auto" else self.num_path_nodes
+
+    @property
     def node_steps(self) -> list[int]:
         """The steps after which nodes are recorded; the last is the last step."""
-        return evenly_spaced_steps(self.degradation_steps, self.num_path_nodes)
+        return evenly_spaced_steps(self.degradation_steps, self.most_path_nodes)
 
 
 @dataclass(kw_only=True)
@@ -305,7 +312,7 @@ class DisBackConfig(BacktrackingConfig, DegradationConfig, TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not nodes_are_guided(self, self.num_path_nodes):  # then no node's unconditional branch is evaluated
+        if not nodes_are_guided(self, self.most_path_nodes):  # then no node's unconditional branch is evaluated
             self.proportion_empty_prompts = 0.0
 
 

@@ -160,6 +160,16 @@ def kind_of(one: Field) -> Any:
     return _kinds(one.type)[0]
 
 
+def words_of(one: Field) -> tuple[str, ...]:
+    """The words that a number's setting takes in place of a number, such as `auto`."""
+    first, *others = _kinds(one.type)
+    return (
+        ()
+        if get_origin(first) is Literal
+        else tuple(w for k in others if get_origin(k) is Literal for w in get_args(k))
+    )
+
+
 def choices_of(one: Field) -> tuple[str, ...]:
     """The texts that a setting takes; none if it takes any."""
     kind = kind_of(one)
@@ -187,6 +197,8 @@ def check(one: Field, value: Any, name: str) -> None:
     if value is None:
         if NoneType not in get_args(one.type) and one.default is not None:
             raise ValueError(f"{name} has to have a value, but is None.")
+    elif isinstance(value, str) and words_of(one):
+        check_text(name, value, words_of(one))
     elif kind in (int, float):
         check_number(name, value, one.metadata["range"], whole=kind is int)
     elif kind is bool:
