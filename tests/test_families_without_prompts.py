@@ -65,6 +65,7 @@ CASES = {
         tiny.dit, DiTPipeline, {"guidance_scale": 3, "proportion_empty_prompts": 0.5}, list("0123456789"), 625
     ),
     "edm": Case(tiny.edm, ConsistencyModelPipeline, {"sigma_init": 2.5}, timestep=499),
+    "edm rescaled": Case(tiny.rescaled_edm, ConsistencyModelPipeline, {"sigma_init": 2.5}, timestep=499),
     "edm labels": Case(
         partial(tiny.edm, num_class_embeds=4),
         ConsistencyModelPipeline,
@@ -456,11 +457,15 @@ def test_dit_without_a_variance_is_taken_and_its_middle_is_a_bottleneck():
 
 def test_pipelines_of_one_class_are_told_apart_by_their_scheduler(tmp_path):
     consistency = ConsistencyModelPipeline(tiny.unet_2d(), CMStochasticIterativeScheduler())
-    with pytest.raises(ValueError, match="CMStochasticIterativeScheduler has no beta schedule"):
+    with pytest.raises(ValueError, match="CMStochasticIterativeScheduler has sigma_min=0.002: that is a consistency"):
         family_of(consistency)
     with pytest.raises(ValueError, match="EDMEulerScheduler has no beta schedule"):
         family_of(DDPMPipeline(tiny.unet_2d(), tiny.edm().scheduler))
-    for make, kind in ((tiny.edm, "Edm"), (partial(tiny.pixels, kind=ConsistencyModelPipeline), "Pixels")):
+    for make, kind in (
+        (tiny.edm, "Edm"),
+        (tiny.rescaled_edm, "RescaledEdm"),
+        (partial(tiny.pixels, kind=ConsistencyModelPipeline), "Pixels"),
+    ):
         make().save_pretrained(tmp_path / kind)
         family = load_family(str(tmp_path / kind))
         family.one_step(family.network, 399).save_pretrained(tmp_path / "student")

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
     DDPMPipeline,
     DDPMScheduler,
@@ -186,12 +187,21 @@ def edm(prediction_type: str = "epsilon", seed: int = 0, **unet_config) -> Consi
     return pipe
 
 
+def rescaled_edm(prediction_type: str = "epsilon", seed: int = 0, **unet_config) -> ConsistencyModelPipeline:
+    """On pixels, in EDM's preconditioning, with the time of OpenAI's networks. There is one prediction type."""
+    scheduler = CMStochasticIterativeScheduler(num_train_timesteps=1000, sigma_min=0.0, clip_denoised=False)
+    pipe = ConsistencyModelPipeline(unet_2d(seed, **unet_config), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 PIPELINES = {
     "stable_diffusion": pipeline,
     "stable_diffusion_xl": pipeline_xl,
     "pixels": pixels,
     "dit": dit,
     "edm": edm,
+    "rescaled_edm": rescaled_edm,
 }
 TEXT = {name: make for name, make in PIPELINES.items() if FAMILIES[name].takes_prompts}
 

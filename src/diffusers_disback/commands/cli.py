@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..hub.files import printable
+from . import convert_edm
 from .command_line import THEIRS, number, read_flags, run
 from .evaluate import add_flags, evaluate
 
@@ -346,6 +347,7 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--output", default="timesteps.png", help="the image; the table goes beside it, as JSON")
 
     add_flags(command(commands, "evaluate", evaluate, cache))
+    convert_edm.add_flags(command(commands, "convert-edm", convert_edm.convert_edm))
 
     halving = command(commands, "half", half)
     halving.add_argument("folder", help="a student's, as training wrote it")

@@ -14,7 +14,7 @@ from ..models.reference import LocalModel, ModelReference
 from ..models.weights import owned
 from .base import ModelFamily
 from .dit import Dit
-from .edm import Edm
+from .edm import Edm, RescaledEdm
 from .latents import stride_of_autoencoder
 from .pixels import Pixels
 from .stable_diffusion import StableDiffusion
@@ -28,6 +28,7 @@ FAMILIES: dict[str, type[ModelFamily]] = {
     "pixels": Pixels,
     "dit": Dit,
     "edm": Edm,
+    "rescaled_edm": RescaledEdm,
 }
 
 
@@ -200,6 +201,7 @@ __all__ = [
     "Edm",
     "ModelFamily",
     "Pixels",
+    "RescaledEdm",
     "StableDiffusion",
     "StableDiffusionXL",
     "TextFamily",

@@ -3,8 +3,14 @@
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline, EDMEulerScheduler, SchedulerMixin
 from torch import nn
 
-from ..models.edm_schedule import EdmSchedule, edm_one_step_scheduler
-from ..models.noise_schedule import EDM_SCHEDULERS
+from ..models.edm_schedule import (
+    EdmSchedule,
+    RescaledEdmSchedule,
+    edm_one_step_scheduler,
+    rescaled_edm_many_step_scheduler,
+    rescaled_edm_one_step_scheduler,
+)
+from ..models.noise_schedule import EDM_SCHEDULERS, RESCALED_EDM_SCHEDULER
 from ..models.reference import LocalModel
 from .pixels import Pixels
 
@@ -17,7 +23,7 @@ class Edm(Pixels):
     """
 
     pipeline_classes = ("ConsistencyModelPipeline",)
-    scheduler_classes = EDM_SCHEDULERS
+    scheduler_classes: tuple[str, ...] = EDM_SCHEDULERS
     schedule: EdmSchedule
 
     def noise_schedule(self) -> EdmSchedule:
@@ -44,3 +50,24 @@ class Edm(Pixels):
 
     def check_schedule(self) -> str | None:
         return None  # at the highest noise level F is x0, of which nothing is known
+
+
+class RescaledEdm(Edm):
+    """As `Edm`, of a network whose time is 1000 c_noise: those that were published with Consistency Models (Song et al., 2023,
+    arXiv 2303.01469), which `diffusers-disback convert-edm` converts.
+
+    They are told by a `CMStochasticIterativeScheduler` with `sigma_min` 0, with which its boundary condition is EDM's own
+    preconditioning. The stock pipeline would sample a teacher of it as a consistency model; it samples a student as it is.
+    """
+
+    scheduler_classes = (RESCALED_EDM_SCHEDULER,)
+    schedule: RescaledEdmSchedule
+
+    def noise_schedule(self) -> RescaledEdmSchedule:
+        return RescaledEdmSchedule.from_scheduler(self.pipeline.scheduler)
+
+    def many_step_scheduler(self) -> SchedulerMixin:
+        return rescaled_edm_many_step_scheduler(self.pipeline.scheduler)
+
+    def one_step_scheduler(self, timestep: int) -> SchedulerMixin:
+        return rescaled_edm_one_step_scheduler(self.noise_schedule(), timestep)

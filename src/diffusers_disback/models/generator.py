@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler, SchedulerMixin
 from torch import Tensor
 
 from .batch import Condition
-from .noise_schedule import EDM_SCHEDULERS, NoiseSchedule, ddpm_scheduler
+from .noise_schedule import EDM_SCHEDULERS, RESCALED_EDM_SCHEDULER, NoiseSchedule, ddpm_scheduler
 from .score_model import ScoreModel
 
 
@@ -59,10 +59,13 @@ def one_step_scheduler(scheduler: SchedulerMixin, timestep: int) -> DDIMSchedule
 
 
 def is_one_step_scheduler(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler is one that `one_step_scheduler` or `edm_one_step_scheduler` makes: its model is a student."""
-    config = scheduler.config
-    if type(scheduler).__name__ in EDM_SCHEDULERS:
+    """Whether a scheduler is one that `one_step_scheduler`, `edm_one_step_scheduler` or `rescaled_edm_one_step_scheduler` makes:
+    its model is a student."""
+    config, name = scheduler.config, type(scheduler).__name__
+    if name in EDM_SCHEDULERS:
         return config.get("num_train_timesteps") == 1
+    if name == RESCALED_EDM_SCHEDULER:
+        return config.get("num_train_timesteps") == 2 and config.get("sigma_min") == 0
     ends = config.get("timestep_spacing") == "trailing" and config.get("set_alpha_to_one") is True
     return ends and config.get("trained_betas") is not None
 

@@ -14,6 +14,8 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FLOW = "flow_prediction"
 EDM = "edm"
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+RESCALED_EDM = "edm_rescaled_time"
+RESCALED_EDM_SCHEDULER = "CMStochasticIterativeScheduler"
 RECIPES = "SDXL recipes use 399, those of Stable Diffusion 1.x and 2.x 625 or 999"
 # Of a scheduler that asks its network at other times than the integers of its betas, and the value with which it does not.
 _OTHER_TIMES = {"timestep_type": "discrete", "use_flow_sigmas": False}
@@ -180,12 +182,16 @@ def with_overrides(
         rescale_betas_zero_snr (`bool`): Whether its betas end with zero signal, rescaled.
 
     Raises:
-        ValueError: If the scheduler has no betas.
+        ValueError: If the scheduler has no betas to rescale, or no prediction type.
     """
     scheduler_class: Any = type(scheduler)
     config = dict(scheduler.config)
     changes: dict[str, Any] = {}
     if prediction_type is not None:
+        if "prediction_type" not in inspect.signature(scheduler_class.__init__).parameters:
+            raise ValueError(
+                f"{scheduler_class.__name__} has no prediction_type that could be said otherwise; leave --prediction_type out."
+            )
         changes["prediction_type"] = prediction_type
     if rescale_betas_zero_snr and not config.get("rescale_betas_zero_snr"):
         ddpm_scheduler(scheduler)
@@ -198,7 +204,10 @@ def with_overrides(
 
 def predicted_by(config: dict[str, Any]) -> str:
     """What a `scheduler_config.json` says that its network predicts."""
-    return EDM if config.get("_class_name") in EDM_SCHEDULERS else str(config.get("prediction_type", "epsilon"))
+    name = config.get("_class_name")
+    if name == RESCALED_EDM_SCHEDULER:
+        return RESCALED_EDM if config.get("sigma_min") == 0 else "consistency"
+    return EDM if name in EDM_SCHEDULERS else str(config.get("prediction_type", "epsilon"))
 
 
 def scheduler_of(config: dict[str, Any], what: str) -> SchedulerMixin:

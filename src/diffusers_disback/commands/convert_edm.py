@@ -1,0 +1,88 @@
+"""`diffusers-disback convert-edm`: OpenAI's EDM checkpoints as teachers."""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+from .. import __version__
+from ..hub.files import sha256_of, write_text, writing
+from ..hub.markdown import inline_code
+from .command_line import number
+
+
+_CARD = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+---
+
+# {name}
+
+Converted by `diffusers-disback convert-edm` {version} from {name} (SHA-256 `{sha256}`), with `{flags}`.
+
+An EDM denoiser (arXiv 2206.00364) whose time is 1000 ln(sigma) / 4. The scheduler tells that convention; sampled by the stock
+`ConsistencyModelPipeline` it is taken for a consistency model, which it is not. It is a teacher for `diffusers-disback`.
+
+The licence is that of the checkpoint, which its file does not name: look it up before you share this or a student of it, and
+name it above (`license:`).
+"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `convert-edm`."""
+    parser.add_argument(
+        "file", help="of torch.save (read without running code) or safetensors, such as edm_imagenet64_ema.pt"
+    )
+    parser.add_argument("folder", help="of the teacher; new, or empty")
+    parser.add_argument(
+        "--resolution",
+        type=number(True, minimum=1),
+        required=True,
+        help="of its images in pixels, which no tensor tells",
+    )
+    parser.add_argument(
+        "--attention_head_dim",
+        type=number(True, minimum=1),
+        default=64,
+        help="channels of an attention head (num_head_channels), which no tensor tells; default: 64, as published",
+    )
+    parser.add_argument(
+        "--attention_order",
+        choices=["new", "legacy"],
+        default="new",
+        help="how queries, keys and values are laid out, which no tensor tells: new (OpenAI's flash attention; the published EDM "
+        "checkpoints), or legacy (each head's together, QKVAttentionLegacy); default: new",
+    )
+
+
+def convert_edm(parsed: argparse.Namespace) -> None:
+    """Converts an EDM checkpoint in OpenAI's ADM layout (edm_imagenet64_ema.pt, edm_cat256_ema.pt, ...) into a teacher's folder."""
+    from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
+
+    from ..models.adm_layout import read_checkpoint, to_unet
+
+    file, folder = Path(parsed.file), Path(parsed.folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty; nothing was written. Choose another folder.")
+    weights = read_checkpoint(file)
+    network = to_unet(weights, str(file), parsed.resolution, parsed.attention_head_dim, parsed.attention_order)
+    # With sigma_min 0 the boundary condition of consistency models is EDM's own preconditioning.
+    scheduler = CMStochasticIterativeScheduler(num_train_timesteps=1000, sigma_min=0.0, clip_denoised=False)
+    flags = " ".join(
+        f"--{name} {getattr(parsed, name)}" for name in ("resolution", "attention_head_dim", "attention_order")
+    )
+    card = _CARD.format(name=inline_code(file.name), version=__version__, sha256=sha256_of(file), flags=flags)
+    draft = folder.with_name(f"{folder.name}.draft")
+    draft.mkdir(parents=True)
+    try:
+        with writing(folder):
+            ConsistencyModelPipeline(network, scheduler).save_pretrained(draft)
+        write_text(draft / "README.md", card)
+        os.replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    config = network.config
+    print(
+        f"{folder}: {sum(tensor.numel() for tensor in weights.values()):,} weights, {config.sample_size} x {config.sample_size} pixels, "
+        f"{config.num_class_embeds or 'no'} classes, channels {' '.join(map(str, config.block_out_channels))}"
+    )
