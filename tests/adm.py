@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 
-LEVELS = (32, 64)  # channels; the second level attends
+LEVELS = (32, 64)  # channels
 HEAD = 16
 
 
@@ -43,6 +43,8 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
+    """Each pixel sees all others, in heads of `HEAD` channels."""
+
     def __init__(self, channels, order):
         super().__init__()
         self.order, self.heads = order, channels // HEAD
@@ -78,12 +80,14 @@ class Adm(nn.Module):
         order (`str`): Of queries, keys and values.
         scale_shift (`bool`): Whether the time scales and shifts, as on ImageNet, or is added, as on LSUN.
         layers (`int`): Residual blocks of a level.
+        levels (`tuple[int]`): Channels.
+        attending (`int`): The first level that attends.
     """
 
-    def __init__(self, classes=None, order="new", scale_shift=True, layers=1, seed=0):
+    def __init__(self, classes=None, order="new", scale_shift=True, layers=1, levels=LEVELS, attending=1, seed=0):
         super().__init__()
         torch.manual_seed(seed)
-        first, width = LEVELS[0], 4 * LEVELS[0]
+        first, width = levels[0], 4 * levels[0]
         self.time_embed = nn.Sequential(nn.Linear(first, width), nn.SiLU(), nn.Linear(width, width))
         if classes is not None:
             self.label_emb = nn.Embedding(classes, width)
@@ -93,26 +97,26 @@ class Adm(nn.Module):
 
         self.input_blocks = nn.ModuleList([Chain(nn.Conv2d(3, first, 3, padding=1))])
         stack, now = [first], first
-        for level, channels in enumerate(LEVELS):
+        for level, channels in enumerate(levels):
             for _ in range(layers):
                 parts, now = [block(now, channels)], channels
-                self.input_blocks.append(Chain(*parts, *[Attention(now, order)] * level))
+                self.input_blocks.append(Chain(*parts, *[Attention(now, order)] * (level >= attending)))
                 stack.append(now)
-            if level < len(LEVELS) - 1:
+            if level < len(levels) - 1:
                 self.input_blocks.append(Chain(block(now, now, 0.5)))
                 stack.append(now)
         self.middle_block = Chain(block(now, now), Attention(now, order), block(now, now))
         self.output_blocks = nn.ModuleList()
-        for level, channels in reversed(list(enumerate(LEVELS))):
+        for level, channels in reversed(list(enumerate(levels))):
             for layer in range(layers + 1):
                 parts, now = [block(now + stack.pop(), channels)], channels
-                parts += [Attention(now, order)] * level
+                parts += [Attention(now, order)] * (level >= attending)
                 parts += [block(now, now, 2)] * (level > 0 and layer == layers)
                 self.output_blocks.append(Chain(*parts))
         self.out = nn.Sequential(nn.GroupNorm(32, first), nn.SiLU(), nn.Conv2d(first, 3, 3, padding=1))
 
     def forward(self, x, time, label=None):
-        half = LEVELS[0] // 2
+        half = self.time_embed[0].in_features // 2
         angles = time[:, None] * torch.exp(-math.log(10_000) * torch.arange(half) / half)
         emb = self.time_embed(torch.cat([angles.cos(), angles.sin()], 1))
         if label is not None:

@@ -6,14 +6,14 @@ import adm
 import pytest
 import torch
 import train_disback
-from diffusers import ConsistencyModelPipeline, EDMEulerScheduler
+from diffusers import ConsistencyModelPipeline, EDMEulerScheduler, UNet2DModel
 from safetensors.torch import save_file
 from script import arguments
 
-from diffusers_disback import OneStepGenerator, load_family
+from diffusers_disback import ModelReference, OneStepGenerator, load_family
 from diffusers_disback.commands.cli import main as command
 from diffusers_disback.hub.files import sha256_of
-from diffusers_disback.models.adm_layout import read_checkpoint, to_unet
+from diffusers_disback.models.adm_layout import _config, read_checkpoint, to_unet
 
 
 FLAGS = ["--resolution", "16", "--attention_head_dim", str(adm.HEAD)]
@@ -53,6 +53,36 @@ def test_the_converted_network_is_the_same_function(kind):
     wrong = converted(network, attention_order="new" if kind == "legacy" else "legacy")
     with torch.no_grad():
         assert (wrong(x, time, labels, return_dict=False)[0] - theirs).abs().max() > 1e-3, "the order matters"
+
+
+@pytest.mark.parametrize(
+    ("network", "resolution", "known"),
+    [
+        (
+            {"classes": 1000, "layers": 3, "levels": (192, 384, 576, 768), "attending": 1},
+            64,
+            (1000, "scale_shift"),
+        ),
+        (
+            {"layers": 2, "levels": (256, 256, 512, 512, 1024, 1024), "attending": 3, "scale_shift": False},
+            256,
+            (None, "default"),
+        ),
+    ],
+    ids=["edm_imagenet64", "edm_cat256"],
+)
+def test_the_published_sizes_are_recognised(network, resolution, known):
+    """As the flags in `scripts/launch.sh` of openai/consistency_models build them."""
+    with torch.device("meta"):
+        found = adm.Adm(**network)
+        config = _config(found.state_dict(), "it", resolution, 64)
+        unet = UNet2DModel(**config)
+    assert config["block_out_channels"] == network["levels"] and config["layers_per_block"] == network["layers"]
+    assert (config["num_class_embeds"], config["resnet_time_scale_shift"]) == known
+    attends = [kind == "AttnDownBlock2D" for kind in config["down_block_types"]]
+    assert attends == [level >= network["attending"] for level in range(len(attends))]
+    counts = [sum(tensor.numel() for tensor in made.parameters()) for made in (found, unet)]
+    assert counts[0] == counts[1]
 
 
 def test_both_forms_of_a_file_and_half_precision(tmp_path):
@@ -220,8 +250,6 @@ def test_a_consistency_model_and_a_start_of_another_time_are_refused(teacher, tm
     pipe = ConsistencyModelPipeline.from_pretrained(folder)
     pipe.scheduler = EDMEulerScheduler()
     pipe.save_pretrained(tmp_path / "edm")
-    from diffusers_disback import ModelReference
-
     start = ModelReference(str(tmp_path / "edm")).resolve_denoiser("unet")
     with pytest.raises(ValueError, match="says that it predicts edm, but the teacher predicts edm_rescaled_time"):
         load_family(str(folder)).initial_generator(start)

@@ -3,11 +3,16 @@
 import pytest
 import tiny
 import torch
-from diffusers import DDPMScheduler, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers import CMStochasticIterativeScheduler, DDPMScheduler, EDMDPMSolverMultistepScheduler, EDMEulerScheduler
 
 from diffusers_disback import OneStepGenerator
 from diffusers_disback.families import family_of
-from diffusers_disback.models.edm_schedule import EdmSchedule, edm_one_step_scheduler
+from diffusers_disback.models.edm_schedule import (
+    EdmSchedule,
+    RescaledEdmSchedule,
+    edm_one_step_scheduler,
+    rescaled_edm_one_step_scheduler,
+)
 from diffusers_disback.models.generator import is_one_step_scheduler
 
 
@@ -95,6 +100,24 @@ def test_a_one_step_scheduler_is_exact_at_every_level(schedule):
         assert torch.equal(stepped, schedule.x0_of_output(output, started, times))
 
 
+def test_a_rescaled_time_is_the_stock_schedulers_at_every_level(schedule):
+    """And what it makes of noise and of outputs, bit for bit; the levels are EDM's."""
+    rescaled = RescaledEdmSchedule.from_scheduler(CMStochasticIterativeScheduler(1000, sigma_min=0.0))
+    assert torch.equal(rescaled.sigma, schedule.sigma)
+    assert torch.allclose(rescaled.times, 1000 * schedule.times, rtol=1e-6, atol=1e-4)
+    x_t, output = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
+    for t in range(1000):
+        made, times = rescaled_edm_one_step_scheduler(rescaled, t), torch.tensor([t])
+        made.set_timesteps(1)
+        assert is_one_step_scheduler(made) and not is_one_step_scheduler(CMStochasticIterativeScheduler(2))
+        assert torch.equal(made.timesteps.float(), rescaled.time_of(times))
+        started = rescaled.start(x_t, t)
+        assert torch.equal(started, x_t * made.init_noise_sigma)
+        assert torch.equal(made.scale_model_input(started, made.timesteps[0]), rescaled.input_of(started, times))
+        stepped = made.step(output, made.timesteps[0], started, return_dict=False)[0]
+        assert torch.equal(stepped, rescaled.x0_of_output(output, started, times))
+
+
 @pytest.mark.parametrize("t", [0, 499, 999])
 def test_euler_gives_the_generator_up_to_rounding(t):
     """Within four units in the last place of x_t, from which it subtracts what it adds again."""
@@ -115,6 +138,8 @@ def test_euler_gives_the_generator_up_to_rounding(t):
 def test_what_is_no_scheduler_of_edm_is_refused(schedule):
     with pytest.raises(ValueError, match="DDPMScheduler is none of EDMEulerScheduler, EDMDPMSolver"):
         EdmSchedule.from_scheduler(DDPMScheduler())
+    with pytest.raises(ValueError, match="EDMEulerScheduler is no CMStochasticIterativeScheduler"):
+        RescaledEdmSchedule.from_scheduler(EDMEulerScheduler())
     with pytest.raises(ValueError, match="has prediction_type='v_prediction'"):
         EdmSchedule.from_scheduler(EDMEulerScheduler(prediction_type="v_prediction"))
     with pytest.raises(ValueError, match=r"timestep=1000 is outside the teacher's schedule \(0..999\)"):

@@ -72,13 +72,15 @@ def convert_edm(parsed: argparse.Namespace) -> None:
         f"--{name} {getattr(parsed, name)}" for name in ("resolution", "attention_head_dim", "attention_order")
     )
     card = _CARD.format(name=inline_code(file.name), version=__version__, sha256=sha256_of(file), flags=flags)
-    draft = folder.with_name(f"{folder.name}.draft")
-    draft.mkdir(parents=True)
+    place = folder.resolve()
+    draft = place.with_name(f"{place.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)  # of one that was cut off
     try:
+        draft.mkdir(parents=True)
         with writing(folder):
             ConsistencyModelPipeline(network, scheduler).save_pretrained(draft)
         write_text(draft / "README.md", card)
-        os.replace(draft, folder)
+        os.replace(draft, place)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     config = network.config

@@ -5,6 +5,7 @@ Such a file holds weights alone. What they tell of the network is read from thei
 an attention head and the order of queries, keys and values they do not tell."""
 
 import pickle
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from ..hub.files import check_no_pointer
+from .pipeline_folder import UNREADABLE
 from .weights import check_finite, read_weights
 
 
@@ -21,6 +23,7 @@ ORDERS = ("new", "legacy")
 """How `qkv` is laid out: all queries, all keys, all values (OpenAI's flash attention and `QKVAttention`), or each head's three
 after one another (`QKVAttentionLegacy`)."""
 
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _GROUPS = 32  # of every normalisation
 _OUTER = {
     "time_embed.0": "time_embedding.linear_1",
@@ -62,10 +65,10 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         return read_weights(file)
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
+    except (pickle.UnpicklingError, EOFError, struct.error, *UNREADABLE) as error:
         raise ValueError(
-            f"{file} cannot be read: it is no whole state dict of torch.save ({str(error).splitlines()[0]}). Anything but tensors in "
-            "it would run code, and is not read: in its own code base, write the network's state_dict() alone."
+            f"{file} cannot be read: it is no whole state dict of torch.save ({type(error).__name__}). Anything but tensors in it "
+            "would run code, and is not read: in its own code base, write the network's state_dict() alone."
         ) from error
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise ValueError(
@@ -126,11 +129,10 @@ def to_unet(
         raise ValueError(
             f"{what} has {_listed(other)} in {weights[other[0]].dtype}, which float32 does not hold exactly."
         )
-    network.load_state_dict({key: tensor.float().contiguous() for key, tensor in found.items()}, assign=True)
+    # Queries, keys and values are parts of one tensor of the file, and get memory of their own.
+    own_memory = {key: tensor.float().clone(memory_format=torch.contiguous_format) for key, tensor in found.items()}
+    network.load_state_dict(own_memory, assign=True)
     return network.eval()
-
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _config(weights: dict[str, Tensor], what: str, resolution: int, attention_head_dim: int) -> dict[str, Any]:
