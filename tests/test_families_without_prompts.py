@@ -192,18 +192,18 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(name, teacher, tmp_path, 
     assert equal(weights(one), weights(two))
 
 
-@pytest.mark.parametrize("name", ["pixels", "null label"])
+@pytest.mark.parametrize("name", ["pixels", "null label", pytest.param("edm rescaled", marks=pytest.mark.slow)])
 def test_a_path_of_its_own_has_a_card_and_nodes_that_load(name, teacher, tmp_path, repo, hub, monkeypatch):
-    """A stock pipeline that cannot be called with labels is not said to be."""
+    """A stock pipeline that cannot be called with labels, or samples otherwise, is not said to be."""
     folder = distil(tmp_path / "run", teacher, name, stage="record")
     assert command(["push", str(folder), repo, "--pretrained_model_name_or_path", str(teacher)]) == 0
     card = hub.files(repo)["README.md"].decode()
     node = DiffusionPipeline.from_pretrained(repo, revision="degradation-000004")
-    assert type(node) is DDPMPipeline and not equal(weights(node.unet), weights(CASES[name].make().unet))
+    assert type(node) is type(CASES[name].make()) and not equal(weights(node.unet), weights(CASES[name].make().unet))
     assert ("--null_class_label 1" in card) == (name == "null label")
     monkeypatch.chdir(tmp_path)
     snippets = [part.split("```")[0] for part in card.split("```python")[1:]]
-    assert len(snippets) == (1 if name == "null label" else 2)
+    assert len(snippets) == (2 if name == "pixels" else 1)
     for snippet in snippets:
         exec(snippet.replace("num_inference_steps=25", "num_inference_steps=1"), {})
 
@@ -374,6 +374,9 @@ def test_a_scheduler_that_contradicts_the_network_is_told():
 
 
 def test_cards_of_a_class_of_pipelines_are_called_as_their_captions_are():
+    rescaled = tiny.rescaled_edm()
+    named = ("ConsistencyModelPipeline", rescaled.unet.config)
+    assert usage_of(*named).calls_teacher and not usage_of(*named, type(rescaled.scheduler).__name__).calls_teacher
     usage = usage_of("DDPMPipeline")
     assert usage.call("sample", 1) == "num_inference_steps=1"
     assert usage.call("3", 1) == "class_labels=3, num_inference_steps=1"

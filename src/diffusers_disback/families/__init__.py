@@ -71,7 +71,12 @@ def family_of_index(index: dict[str, Any]) -> type[ModelFamily]:
     Raises:
         ValueError: If there is none.
     """
-    return family_class(str(index["_class_name"]), components_of(index).get("scheduler", [None, None])[1])
+    return family_class(str(index["_class_name"]), scheduler_class_of(index))
+
+
+def scheduler_class_of(index: dict[str, Any]) -> str | None:
+    """The class of a pipeline's scheduler, by the content of its `model_index.json`; `None` if it has none."""
+    return components_of(index).get("scheduler", [None, None])[1]
 
 
 def network_name_of(pipeline_class: str) -> str:
@@ -83,15 +88,16 @@ def network_name_of(pipeline_class: str) -> str:
     return family_class(pipeline_class).network_name
 
 
-def usage_of(pipeline_class: str | None, config: Any = None) -> Usage:
+def usage_of(pipeline_class: str | None, config: Any = None, scheduler_class: str | None = None) -> Usage:
     """How pipelines of a class are used, as their family says; as little as can be said, if none is known here.
 
     Args:
         pipeline_class (`str`, *optional*): Its name.
         config (`FrozenDict`, *optional*): Of the denoiser, if it is known.
+        scheduler_class (`str`, *optional*): As of `family_class`.
     """
     try:
-        family = family_class(str(pipeline_class))
+        family = family_class(str(pipeline_class), scheduler_class)
     except ValueError:
         return Usage(condition="", takes_guidance=False, takes_lora=False)
     return family.usage if config is None else family.usage_with(config)
@@ -211,6 +217,7 @@ __all__ = [
     "load_family",
     "network_name_of",
     "resolve_teacher",
+    "scheduler_class_of",
     "to_pipeline",
     "usage_of",
 ]

@@ -1,8 +1,12 @@
 """Denoisers on pixels in EDM's preconditioning."""
 
+from dataclasses import replace
+from typing import Any
+
 from diffusers import ConsistencyModelPipeline, DiffusionPipeline, EDMEulerScheduler, SchedulerMixin
 from torch import nn
 
+from ..hub.cards import Usage
 from ..models.edm_schedule import (
     EdmSchedule,
     RescaledEdmSchedule,
@@ -62,6 +66,10 @@ class RescaledEdm(Edm):
 
     scheduler_classes = (RESCALED_EDM_SCHEDULER,)
     schedule: RescaledEdmSchedule
+
+    @classmethod
+    def usage_with(cls, config: Any) -> Usage:
+        return replace(super().usage_with(config), calls_teacher=False)
 
     def noise_schedule(self) -> RescaledEdmSchedule:
         return RescaledEdmSchedule.from_scheduler(self.pipeline.scheduler)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from ..families import usage_of
+from ..families import scheduler_class_of, usage_of
 from ..hub.cards import path_card
 from ..hub.files import inside, sha256_of, to_bytes, write_json
 from ..hub.published import clean_configs, component_of
@@ -266,7 +266,8 @@ class DegradationPath(PathNodes):
             image = inside(Path(self.where), "path.png", self.where)
             files |= {"path.png": image} if image.is_file() else {}
             teacher = self.local_teacher()
-            usage = usage_of(teacher.index.get("_class_name"), teacher.meta_network().config)
+            config, index = teacher.meta_network().config, teacher.index
+            usage = usage_of(index.get("_class_name"), config, scheduler_class_of(index))
             card = path_card(manifest, repository.repo_id, teacher.card(), image.is_file(), usage)
             files["README.md"] = card.encode()
         repository.commit(
