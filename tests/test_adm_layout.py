@@ -171,8 +171,9 @@ class Runs:
         ("edm.pkl", {}, "NVIDIA's checkpoints are pickles of classes, which run code .* with an EDMEulerScheduler"),
         ("it.pt", Runs, "Anything but tensors in it would run code, and is not read"),
         ("it.pt", b"not a pickle", "is no whole state dict of torch.save"),
-        ("it.pt", {"model": {"a": torch.ones(1)}}, "holds a dict, and not tensors by their names alone"),
-        ("it.pt", torch.ones(1), "holds a Tensor, and not tensors"),
+        ("it.pt", {"model": {"a": torch.ones(1)}}, "holds a dict, and not dense tensors by their names alone"),
+        ("it.pt", {"a": torch.ones(1).to_sparse()}, "holds a dict, and not dense tensors"),
+        ("it.pt", torch.ones(1), "holds a Tensor, and not dense tensors"),
         ("it.safetensors", b"nothing", "is no whole safetensors file"),
         ("it.pt", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
         ("it.pt", None, "There is no file"),
@@ -234,7 +235,10 @@ def test_weights_that_are_refused(change, message):
     ("given", "message"),
     [
         ({"resolution": 15}, "--resolution 15 cannot be halved 1 times"),
-        ({"attention_head_dim": 48}, "not .*divisible by .*48"),
+        (
+            {"attention_head_dim": 48},
+            "attends in .64. channels, which are not all divisible by --attention_head_dim 48",
+        ),
         ({"attention_order": "old"}, "attention_order='old' is none of new, legacy"),
     ],
 )

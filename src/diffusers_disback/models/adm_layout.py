@@ -70,9 +70,11 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
             f"{file} cannot be read: it is no whole state dict of torch.save ({type(error).__name__}). Anything but tensors in it "
             "would run code, and is not read: in its own code base, write the network's state_dict() alone."
         ) from error
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(tensor, Tensor) and tensor.layout == torch.strided for tensor in found.values()
+    ):
         raise ValueError(
-            f"{file} holds a {type(found).__name__}, and not tensors by their names alone: in its own code base, write the network's "
+            f"{file} holds a {type(found).__name__}, and not dense tensors by their names alone: in its own code base, write the network's "
             "state_dict()."
         )
     return {str(name): tensor for name, tensor in found.items()}
@@ -102,10 +104,8 @@ def to_unet(
     wanted = network.state_dict()
     places = dict(_places(config))
     sources = {key: _source(key, places) for key in wanted}
-    missing, unexpected = (
-        sorted(set(sources.values()) - weights.keys()),
-        sorted(weights.keys() - set(sources.values())),
-    )
+    names = set(sources.values())
+    missing, unexpected = sorted(names - weights.keys()), sorted(weights.keys() - names)
     if missing or unexpected:
         raise ValueError(
             f"{what} is no ADM UNet of {len(config['block_out_channels'])} levels with {config['layers_per_block']} residual blocks: "
@@ -171,16 +171,13 @@ def _config(weights: dict[str, Tensor], what: str, resolution: int, attention_he
             f"{what} takes {given} channels and gives {gives}: as of a learned variance, which ADM's own diffusion models have and "
             "EDM's have not."
         )
-    for name, count in (
-        ("channels", channels),
-        ("channels that attend", [c for c, a in zip(channels, attends, strict=True) if a]),
-    ):
-        divisor = _GROUPS if name == "channels" else attention_head_dim
-        if any(c % divisor for c in count):
-            raise ValueError(f"{what} has {count} {name}, which are not all divisible by {divisor}.")
-    if channels[-1] % attention_head_dim:
+    if any(width % _GROUPS for width in channels):
+        raise ValueError(f"{what} has levels of {channels} channels, which are not all divisible by {_GROUPS}.")
+    # The last level attends in its middle, whatever its blocks do.
+    seen = [channels[level] for level in range(levels) if attends[level] or level == levels - 1]
+    if any(width % attention_head_dim for width in seen):
         raise ValueError(
-            f"{what} attends in {channels[-1]} channels, which is not divisible by --attention_head_dim {attention_head_dim}."
+            f"{what} attends in {seen} channels, which are not all divisible by --attention_head_dim {attention_head_dim}."
         )
     if resolution % 2 ** (levels - 1):
         raise ValueError(f"--resolution {resolution} cannot be halved {levels - 1} times, as {what} does.")
