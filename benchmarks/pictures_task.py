@@ -478,7 +478,9 @@ class Task:
     def arms_of(self, regime: str) -> list[str]:
         """The arms that are run in a regime; of the others the results of the regime that it shares stand."""
         whole = self.REGIMES[regime]
-        return list(whole.own if whole.shares else ARMS)
+        if whole.shares:
+            return list(whole.own)
+        return [arm for arm in ARMS if whole.start != "half" or arm not in ("reset", "shuffled")]
 
     def run(self, regime: str, arm: str, seeds: list[int], small: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The settings, and the record of each seed."""

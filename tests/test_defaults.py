@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -55,6 +56,9 @@ def test_a_run_goes_on_where_it_was_begun_whatever_the_default_is_now(tmp_path):
     RunFolder(tmp_path).claim("degradation", {"conditioning_timestep": 399})
     assert as_begun(config).conditioning_timestep == 399
     assert with_defaults(config, family_of(tiny.pipeline())).conditioning_timestep == 399
+    assert as_begun(config).num_path_nodes == "auto"
+    RunFolder(tmp_path).claim("degradation", {"conditioning_timestep": 399, "num_path_nodes": 10})
+    assert as_begun(config).num_path_nodes == 10 and as_begun(replace(config, num_path_nodes=3)).num_path_nodes == 3
     RunFolder(tmp_path).claim("degradation", {"conditioning_timestep": "399"})
     with pytest.raises(ValueError, match="--conditioning_timestep has to be a whole number, but is '399'"):
         as_begun(config)

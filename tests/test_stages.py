@@ -520,7 +520,7 @@ def test_how_far_a_start_is():
     assert DegradationConfig(num_path_nodes=3).most_path_nodes == 3
     for wrong, message in (
         (True, "has to be a whole number"),
-        ("often", "'often' is none of auto"),
+        ("often", "has to be a whole number, but is 'often'"),
         (-1, "at least 0"),
     ):
         with pytest.raises(ValueError, match=f"--num_path_nodes .*{message}"):

@@ -9,18 +9,21 @@ from .run_folder import RunFolder
 
 
 Config = TypeVar("Config", bound=TrainingConfig)
+_UNNAMED = {"conditioning_timestep": None, "num_path_nodes": "auto"}  # what they are if nothing is said
 
 
 def as_begun(config: Config) -> Config:
-    """The settings with the conditioning timestep of the run that was begun in their output folder, if there is one and they
-    name none: a default that has changed since does not make it another run.
+    """The settings with the conditioning timestep and the number of nodes of the run that was begun in their output folder, if there
+    is one and they name none: a default that has changed since does not make it another run.
 
     Raises:
         ValueError: If the folder's settings cannot be read.
     """
-    if config.conditioning_timestep is not None:
+    unnamed = {name for name, value in _UNNAMED.items() if getattr(config, name, ...) == value}
+    if not unnamed:
         return config
-    return replace(config, conditioning_timestep=RunFolder(config.output_dir).settings().get("conditioning_timestep"))
+    begun = RunFolder(config.output_dir).settings()
+    return replace(config, **{name: begun[name] for name in unnamed & begun.keys()})
 
 
 def with_defaults(config: Config, family: ModelFamily) -> Config:
