@@ -161,12 +161,12 @@ TUNED: dict[str, dict[str, Settings]] = {
     "digits": {
         "copy": rates(1e-3, 4, 2) | walk(50, 10),
         "random": rates(1e-3, 2, 1) | walk(50, 10),
-        "half": rates(1e-3, 2, 1) | walk(50, 10),
+        "half": rates(1e-3, 2, 1) | walk(100, 30),
     },
     "mnist": {
         "copy": rates(3e-4, 1, 2) | walk(50, 10),
-        "random": rates(1e-3, 2, 3) | walk(50, 10),
-        "half": rates(1e-3, 2, 3) | walk(50, 10),
+        "random": rates(1e-3, 2, 3) | walk(100, 10),
+        "half": rates(1e-3, 2, 2) | walk(50, 10),
     },
 }
 # As papers have them: low, one update of the fake score, at twice the generator's rate.
@@ -183,6 +183,12 @@ OWN: dict[str, dict[str, dict[str, Settings]]] = {
     "digits": {
         "copy": {"ramp": ramp(60)},
         "random": {"ramp": ramp(20), "warm": {"degradation_steps": 200}},
+        "half": {
+            "ramp": ramp(20),
+            "warm": {"degradation_steps": 200},
+            "path": rates(1e-3, 4, 1) | walk(50, 10),
+            "default": rates(1e-3, 4, 1) | walk(50, 10),
+        },
     },
     "mnist": {
         "copy": {
@@ -190,6 +196,13 @@ OWN: dict[str, dict[str, dict[str, Settings]]] = {
             "warm": rates(3e-4, 4, 1) | {"degradation_steps": 100},
             "path": rates(3e-4, 2, 1) | walk(200, 10),
             "default": rates(3e-4, 2, 1) | walk(200, 10),
+        },
+        "random": {"ramp": ramp(20)},
+        "half": {
+            "ramp": rates(1e-3, 2, 3) | ramp(20),
+            "warm": rates(1e-3, 2, 3) | {"degradation_steps": 100},
+            "path": rates(1e-3, 2, 3) | walk(50, 10),
+            "default": rates(1e-3, 2, 3) | walk(50, 10),
         },
     },
 }
