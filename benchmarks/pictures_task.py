@@ -89,9 +89,16 @@ class Regime:
     own: dict[str, dict[str, Any]] = field(default_factory=dict)
     shares: str = ""
 
+    @property
+    def evaluations_per_update(self) -> int:
+        """Generator 3, target 1, fake score 1, and 3 to fit it; each further time 1 to draw and 3 to fit."""
+        return 8 + 4 * (self.fake_score_updates - 1)
+
     def of_arm(self, name: str) -> "Regime":
-        """The settings of an arm."""
+        """The settings of an arm; its budget is the regime's in evaluations, not in updates."""
         mine = replace(self, **self.own.get(name, {}), own={})
+        updates = round(self.updates * self.evaluations_per_update / mine.evaluations_per_update)
+        mine = replace(mine, updates=updates, evaluate_every=round(self.evaluate_every * updates / self.updates))
         if ARMS[name].is_default:
             return replace(mine, num_path_nodes=AUTO_NODES, degradation_steps=mine.default_steps)
         if not ARMS[name].ramps:
@@ -390,8 +397,7 @@ class Run:
                 with torch.no_grad():
                     x0 = generator(batch.noise, {})
                 self.fit(fake_score, fake_optimizer, x0, batch)
-            # Generator 3, target 1, fake score 1, and 3 to fit it; each further time 1 to draw and 3 to fit.
-            self.evaluations += 8 + 4 * (regime.fake_score_updates - 1)
+            self.evaluations += regime.evaluations_per_update
             done = step + 1
             if policy.needs_measures and done % every == 0 and any(nodes):
                 other.fill(take(path, [max(node - 1, 0) for node in nodes]))

@@ -74,6 +74,15 @@ def test_the_worlds_teacher_and_judge_tell_good_from_bad(name):
     assert good["classes"][0] > 9 and one["classes"][0] == pytest.approx(1) and one["distance"][0] > 5
 
 
+def test_arms_have_equal_budgets_in_evaluations():
+    regime = pictures_task.Regime(
+        updates=1200, evaluate_every=15, fake_score_updates=2, own={"path": {"fake_score_updates": 1}}
+    )
+    path, none = regime.of_arm("path"), regime.of_arm("none")
+    assert (none.updates, none.evaluate_every, path.updates, path.evaluate_every) == (1200, 15, 1800, 22)
+    assert 12 * none.updates == 8 * path.updates
+
+
 def test_the_judged_table_compares_seed_by_seed(tmp_path):
     def row(arm, seed, distances, first=0):
         settings = {"num_path_nodes": 2, "steps_per_target": 1}
