@@ -99,6 +99,28 @@ def test_a_repository_by_default_has_the_folders_name(run, hub, alice, tmp_path)
     assert "path.json" not in hub.files("alice/my-student")
 
 
+def test_a_path_that_was_left_empty_is_none(run, repo, hub, capsys):
+    """From a teacher's copy stage 1 ends with its first look, and the student is that of a run without a path."""
+    auto = {
+        "num_path_nodes": "auto",
+        "push_to_hub": True,
+        "hub_model_id": repo,
+        "max_train_steps": 4,
+        "steps_per_target": 1,
+    }
+    folder = run("auto", **auto)
+    assert "there will be no path" in capsys.readouterr().err
+    report = json.loads((folder / "report.json").read_text())
+    assert report["path"] is None and report["settings"]["num_path_nodes"] == "auto"
+    assert list(hub.repos[repo].branches) == ["main"] and "path.json" not in hub.files(repo)
+    assert equal(student(folder), student(run("none", num_path_nodes=0, steps_per_target=1)))
+    run("auto", **auto | {"max_train_steps": 6}, resume_from_checkpoint="latest")
+    assert "was left empty: the start is near the teacher" in capsys.readouterr().out
+    run("recorded", stage="record", num_path_nodes="auto")
+    assert command(["push", f"{run.folder}/recorded", repo]) == 2
+    assert "holds neither a finished student nor a degradation path" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_student_of_another_run_is_not_overwritten(run, repo, hub, capsys, impatient):
     run("first", push_to_hub=True, hub_model_id=repo)

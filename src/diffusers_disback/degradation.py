@@ -99,7 +99,7 @@ class DegradationRecorder(Stage):
         self.accelerator.log({f"{self.name}/denoising_loss": loss}, step=done)
         if done == self.judged_step:
             ratio = mean(self.loss_history[0]["losses"]) / loss
-            chosen = "the teacher will be the only target" if self.begins_near() else "a path is recorded"
+            chosen = "there will be no path" if self.begins_near() else "a path is recorded"
             self.notify(
                 f"on the initial student's samples the teacher's denoising loss is {ratio:.3g} times the fake score's (a start is "
                 f"far above {FAR_START:g}): {chosen}"
@@ -109,7 +109,7 @@ class DegradationRecorder(Stage):
         elif self.has_flattened() and done < self.steps:
             self.notify(f"the denoising loss, {loss:.4g}, has flattened after {done} steps")
             self.steps = done
-        if done in self.node_steps or done == self.steps:
+        if not self.begins_near() and (done in self.node_steps or done == self.steps):
             self.append(done)
 
     def measure(self, done: int) -> None:
@@ -119,7 +119,7 @@ class DegradationRecorder(Stage):
         self.loss_history.append({"step": done, "losses": self.agreed(denoising_losses(batches, outputs))})
 
     def begins_near(self) -> bool:
-        """Whether the initial student was found to be near the teacher, so that stage 1 has come to its end."""
+        """Whether the initial student was found to be near the teacher, so that stage 1 has come to its end, without a node."""
         losses = {row["step"]: mean(row["losses"]) for row in self.loss_history}
         return self.judged_step in losses and not is_far(losses[0], losses[self.judged_step])
 
@@ -171,7 +171,10 @@ class DegradationRecorder(Stage):
         self.accelerator.wait_for_everyone()
         self.path.reread()
         expected = [step for step in self.node_steps if step <= done]
-        expected += [done] if 0 < done == self.steps and done not in self.node_steps else []  # stopped between two
+        if 0 < done == self.steps and done not in self.node_steps:  # stopped between two
+            expected.append(done)
+        if self.begins_near():
+            expected = []
         if [node["step"] for node in self.path.nodes] != expected:
             raise ValueError(
                 f"{self.path.folder} has the nodes of steps {[node['step'] for node in self.path.nodes]}, but at step "

@@ -287,7 +287,7 @@ class DisBackTrainer:
         if self.path is not None and not self.path.complete:
             recorded = None if self._upload is None else self._upload.submit_path
             common = (self.teacher, self.generator, self.conditions, self.path)
-            self.path = DegradationRecorder(self.args, self.args, *common, recorded, self.inputs).record()
+            self.path = DegradationRecorder(self.args, self.args, *common, recorded, self.inputs).record() or None
 
     def _backtrack(self) -> None:
         """Runs stage 2, if that is asked for."""

@@ -164,8 +164,8 @@ class DegradationConfig(Settings):
         "auto",
         "N, the nodes recorded, evenly spaced; fewer if stage 1 ends by itself. 0 records nothing: plain DMD or Diff-Instruct. "
         "auto: 10 where the initial student is far from the teacher (after the first tenth of stage 1 the teacher's "
-        "denoising loss on its samples is more than twice the fake score's); otherwise stage 1 ends there, and the teacher "
-        "is the only target. DisBack, for SDXL: 10.",
+        "denoising loss on its samples is more than twice the fake score's); otherwise stage 1 ends there, and there is no "
+        "path. DisBack, for SDXL: 10.",
         minimum=0,
     )
     degradation_lr_multiplier: float = setting(

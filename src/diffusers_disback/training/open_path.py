@@ -31,7 +31,7 @@ def open_path(
     state: PartialState,
     inputs: dict[str, str] | None = None,
 ) -> DegradationPath | None:
-    """The path to record or to go back along; `None` if there is to be none.
+    """The path to record or to go back along; `None` if there is to be none, or was left empty.
 
     Args:
         config (`DisBackConfig`): All settings.
@@ -69,6 +69,9 @@ def open_path(
             path.verify()
         if config.stage != "record":
             target_schedule(config, len(path))
+        if not path.nodes:
+            state.print(f"The path in {folder} was left empty: the start is near the teacher.")
+            return None
         state.print(f"The path in {folder} is complete: its {len(path)} nodes are used as they are.")
     else:
         ours = RunFolder(config.output_dir).settings_file("degradation").exists()

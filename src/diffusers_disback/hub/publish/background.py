@@ -91,6 +91,8 @@ class RunUpload:
         path = DegradationPath.from_pretrained(
             training.path_folder, teacher=self.teacher or training.teacher, cache_dir=training.cache_dir
         )
+        if not path.nodes:  # none yet, or it was left empty
+            return
         if path.complete:
             path.push_to_hub(self.repository.repo_id, token=training.hub_token)
         else:

@@ -43,7 +43,7 @@ def write_model_card(folder: Path, report: dict[str, Any]) -> None:
 def path_of_run(
     folder: str | Path, teacher: ModelReference | LocalModel | None = None, cache_dir: str | None = None
 ) -> DegradationPath | None:
-    """The path that a run recorded or went along; `None` if it went along none, or along one on the Hub.
+    """The path that a run recorded or went along; `None` if it went along none, left it empty, or went along one on the Hub.
 
     Args:
         folder (`str` or `Path`): Of the run, or of a path.
@@ -66,6 +66,8 @@ def path_of_run(
         if not (place / MANIFEST).is_file():
             continue
         path = DegradationPath.from_pretrained(place, teacher=teacher, cache_dir=cache_dir)
+        if path.complete and not path.nodes:  # left empty
+            return None
         if not is_student and place == folder and not settings:  # the path's own folder, which may lie in the run's
             own = RunFolder(Path(os.path.abspath(folder)).parent).settings()
         if is_student and origin is not None:
