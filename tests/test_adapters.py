@@ -539,6 +539,28 @@ def test_xformers_that_cannot_be_used_is_told(run):
         run(enable_xformers_memory_efficient_attention=True)
 
 
+def test_attention_of_the_dispatcher(tmp_path):
+    """It serves Flux's layers; those of UNets, and what is not installed, are told."""
+    from diffusers import FluxTransformer2DModel
+
+    from diffusers_disback.training.networks import tuned
+
+    flux = FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    native = training(tmp_path, attention_backend="native")
+    tuned(flux, native)
+    assert {one.processor._attention_backend for one in flux.modules() if hasattr(one, "processor")} == {"native"}
+    for network, backend, message in (
+        (flux, "sage", "--attention_backend sage cannot be used: Sage Attention backend 'sage' is not usable"),
+        (flux, "nothing", "--attention_backend nothing cannot be used: .* must be one of the following"),
+        (tiny.unet(), "native", "no layer of a UNet2DConditionModel asks diffusers' dispatcher for its attention"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tuned(network, training(tmp_path, attention_backend=backend))
+
+
 def test_settings_that_do_not_fit_together(run):
     for flags, message in [
         ({"lora_rank": 0}, "--lora_rank has to be in"),

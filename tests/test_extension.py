@@ -2,38 +2,37 @@
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     LDMPipeline,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
     VQModel,
 )
 from script import arguments
-from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import UMT5Config, UMT5EncoderModel
 
 from diffusers_disback import (
     EVALUATORS,
     FAMILIES,
     OBJECTIVES,
     DegradationPath,
+    FlowFamily,
+    FlowSchedule,
     ModelFamily,
     ModelReference,
-    NoiseSchedule,
     Objective,
     OneStepGenerator,
-    TextFamily,
     family_of,
 )
-from diffusers_disback.hub.cards import Usage
 from diffusers_disback.models.generator import many_step_scheduler
-from diffusers_disback.models.noise_schedule import FLOW
 
 
 class ScoreIdentity(Objective):
@@ -51,40 +50,21 @@ class ScoreIdentity(Objective):
         return (difference * (x0_target - x0 - self.alpha * difference) / weight).mean()
 
 
-class StableDiffusion3(TextFamily):
-    """A transformer on straight paths, with pooled and unpooled embeddings of three text encoders; the schedule is not shifted."""
+class AuraFlow(FlowFamily):
+    """Text by one encoder, and times from 0 to 1. The condition is `encoder_hidden_states`."""
 
-    pipeline_classes = ("StableDiffusion3Pipeline",)
-    network_name = "transformer"
-    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    needed = ("transformer", "vae", *encoders, "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
-    agree_in = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim")
-    usage = Usage(network_class="SD3Transformer2DModel", scheduler_class="FlowMatchEulerDiscreteScheduler")
-    conditioning_timestep = 999
+    pipeline_classes = ("AuraFlowPipeline",)
+    agree_in = ("in_channels", "out_channels", "joint_attention_dim")
+    encoded_as = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    lora_target_modules = ["to_q", "to_k", "to_v"]
+    usage = replace(FlowFamily.usage, network_class="AuraFlowTransformer2DModel", takes_size=True)
 
     def noise_schedule(self):
-        sigma = self.many_step_scheduler().sigmas.flip(0)  # (t + 1) / 1000
-        return NoiseSchedule(1 - sigma, sigma, FLOW)
-
-    @staticmethod
-    def call(network, x_t, t, condition):
-        return network(x_t, timestep=t + 1, return_dict=False, **condition)[0]
-
-    def encode_prompt(self, prompts, guided=False):
-        return self.pipeline.encode_prompt(prompts, prompts, prompts, self.text_encoders[0].device, 1, guided)
+        return FlowSchedule.of(self.pipeline.scheduler, timestep_scale=1 / 1000)
 
     @torch.no_grad()
     def encode(self, prompts, resolution=None):
-        embeds, _, pooled, _ = self.encode_prompt(prompts)
-        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-
-    def many_step_scheduler(self):
-        return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
-
-    def one_step_scheduler(self, timestep):
-        if timestep != self.schedule.num_timesteps - 1:
-            raise ValueError(f"conditioning_timestep={timestep}: the stock pipeline begins at pure noise; pass 999.")
-        return self.many_step_scheduler()
+        return {"encoder_hidden_states": self.encode_prompt(prompts)[0]}
 
 
 def latent_diffusion() -> LDMPipeline:
@@ -95,44 +75,31 @@ def latent_diffusion() -> LDMPipeline:
     return LDMPipeline(vqvae, tiny.unet_2d(sample_size=8), many_step_scheduler(tiny.scheduler()))
 
 
-def flow() -> StableDiffusion3Pipeline:
-    xl = tiny.pipeline_xl()
-    xl.vae.register_to_config(shift_factor=0.0)
+def aura_flow() -> AuraFlowPipeline:
+    one = tiny.pipeline()
     torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(
+    transformer = AuraFlowTransformer2DModel(
         sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
         attention_head_dim=8,
         num_attention_heads=2,
+        joint_attention_dim=tiny.WIDTH,
         caption_projection_dim=16,
-        joint_attention_dim=2 * tiny.WIDTH,
-        pooled_projection_dim=2 * tiny.WIDTH,
-        pos_embed_max_size=8,
+        pos_embed_max_size=16,
     )
-    first, second = (CLIPTextModelWithProjection(xl.text_encoder_2.config).eval() for _ in range(2))
-    size = {"d_model": 2 * tiny.WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    third = T5EncoderModel(T5Config(vocab_size=len(xl.tokenizer), **size)).eval()
-    return StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=xl.vae,
-        text_encoder=first,
-        tokenizer=xl.tokenizer,
-        text_encoder_2=second,
-        tokenizer_2=xl.tokenizer_2,
-        text_encoder_3=third,
-        tokenizer_3=xl.tokenizer,  # of T5 there is none to be had offline
-    )
+    size = {"d_model": tiny.WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(one.tokenizer), **size)).eval()
+    # Of T5 there is no tokenizer to be had offline.
+    return AuraFlowPipeline(one.tokenizer, encoder, one.vae, transformer, FlowMatchEulerDiscreteScheduler(shift=1.73))
 
 
-TEACHERS = {"flow": flow, "stable_diffusion": tiny.pipeline}
+TEACHERS = {"aura_flow": aura_flow, "stable_diffusion": tiny.pipeline}
 LORA = {"lora_rank": 2}
 RUNS = [("stable_diffusion", "sid", {**LORA, "gradient_checkpointing": True})]
 RUNS += [
-    ("flow", "dmd", {}),
-    ("flow", "sid", LORA),
+    ("aura_flow", "dmd", {}),
+    ("aura_flow", "sid", LORA),
     pytest.param("stable_diffusion", "sid", {}, marks=pytest.mark.slow),
 ]
 
@@ -140,7 +107,7 @@ RUNS += [
 @pytest.fixture(autouse=True)
 def extensions(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "sid", ScoreIdentity)
-    monkeypatch.setitem(FAMILIES, "flow", StableDiffusion3)
+    monkeypatch.setitem(FAMILIES, "aura_flow", AuraFlow)
 
 
 def distil(folder, teacher, prompts, /, **flags):
@@ -151,7 +118,7 @@ def distil(folder, teacher, prompts, /, **flags):
 
 
 def test_each_is_a_few_lines():
-    for extension in (ScoreIdentity, StableDiffusion3):
+    for extension in (ScoreIdentity, AuraFlow):
         assert len(inspect.getsource(extension).splitlines()) <= 40
 
 
@@ -161,7 +128,7 @@ def test_from_settings_to_a_card_and_a_pushed_path(
 ):
     teacher = TEACHERS[name]()
     teacher.save_pretrained(tmp_path / "teacher")
-    denoiser, timestep = ("transformer", 999) if name == "flow" else ("unet", 625)  # by default
+    denoiser, timestep = ("transformer", 999) if name == "aura_flow" else ("unet", 625)  # by default
     changes = {"objective": objective, **flags, "push_to_hub": True, "hub_model_id": repo}
     distil(tmp_path / "run", tmp_path / "teacher", prompts_file, **changes)
 
@@ -222,7 +189,7 @@ def test_the_snippets_of_the_docs_are_taken_up(tmp_path, prompts_file, monkeypat
 
 def test_what_a_family_does_not_take_is_refused(tmp_path, prompts_file):
     tiny.pixels().save_pretrained(tmp_path / "pixels")
-    flow().save_pretrained(tmp_path / "flow")
+    aura_flow().save_pretrained(tmp_path / "flow")
     with pytest.raises(ValueError, match="a DDPMPipeline, which takes no prompts; leave --prompts_file out"):
         distil(tmp_path / "run", tmp_path / "pixels", prompts_file)
     with pytest.raises(ValueError, match="A UNet2DModel takes no adapters: .* Leave --lora_rank out"):

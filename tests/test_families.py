@@ -373,7 +373,7 @@ def test_an_autoencoder_of_another_family_is_told(run, tmp_path, changes, messag
 @pytest.mark.parametrize(
     "name",
     [
-        *("StableDiffusion3Pipeline", "FluxPipeline", "PixArtAlphaPipeline", "LattePipeline", "WanPipeline"),
+        *("StableDiffusion3InpaintPipeline", "FluxPipeline", "HunyuanDiTPipeline", "LattePipeline", "WanPipeline"),
         *(
             "StableVideoDiffusionPipeline",
             "StableDiffusionXLInpaintPipeline",

@@ -38,6 +38,7 @@ def test_what_a_resumed_run_may_change_is_listed_here():
             "offload_idle_role",
             "offload_ema",
             "enable_xformers_memory_efficient_attention",
+            "attention_backend",
             "channels_last",
             "compile",
         ),

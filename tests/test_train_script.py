@@ -368,6 +368,8 @@ def test_resuming_from_a_named_checkpoint(run):
                 {"timestep_sampling": "logit_normal"},
                 {"timestep_sampling": "logit_normal", "logit_mean": 1.0},
                 {"timestep_sampling": "logit_normal", "logit_std": 0.5},
+                {"timestep_sampling": "mode"},
+                {"timestep_sampling": "mode", "mode_scale": 0.5},
                 {"timestep_shift": 3.0},
                 {"fake_score_training_guidance_scale": 0.0},
                 {"objective": "sid"},

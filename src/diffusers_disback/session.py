@@ -200,6 +200,7 @@ class DisBackTrainer:
         files = load_image_files(config, prompts)
         evaluation = self._evaluation()
         self.teacher: ModelFamily = load_family(config.teacher, config.cache_dir).to(state.device)
+        self.teacher.at_resolution(config.resolution)
         self.args = config = with_defaults(config, self.teacher)
         if self._completes_command:
             self._command = [*self._command, "--conditioning_timestep", str(config.conditioning_timestep)]

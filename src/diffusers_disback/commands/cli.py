@@ -176,17 +176,16 @@ def half(parsed: argparse.Namespace) -> None:
 
 def extract_lora(parsed: argparse.Namespace) -> None:
     """Writes the LoRA that comes nearest to a student from its teacher, for diffusers and for other programs."""
-    from diffusers import UNet2DConditionModel
-
-    from ..hub.publish.export import extract_lora, save_lora
+    from ..hub.publish.export import denoiser_of, extract_lora, save_lora
     from ..models.reference import ModelReference
 
     student, teacher = (
-        reference.resolve_denoiser("unet", parsed.cache_dir).load_network(UNet2DConditionModel).to(device())
+        denoiser_of(reference, parsed.denoiser, parsed.cache_dir).to(device())
         for reference in (ModelReference(parsed.student), teacher_asked_for(parsed))
     )
     layers, residual = extract_lora(student, teacher, parsed.rank)
-    files = save_lora({key: value.half().cpu() for key, value in layers.items()}, parsed.rank, parsed.output)
+    halves = {key: value.half().cpu() for key, value in layers.items()}
+    files = save_lora(halves, parsed.rank, parsed.output, parsed.denoiser)
     print(f"rank {parsed.rank}: leaves {residual:.1%} of the difference between student and teacher")
     for file in files:
         print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
@@ -355,6 +354,7 @@ def parser() -> argparse.ArgumentParser:
     lora.add_argument("student", help="a folder, or a model on the Hub")
     lora.add_argument("pretrained_model_name_or_path", help="its teacher: a folder, a model on the Hub, or a file")
     lora.add_argument("output", help="the folder to write into")
+    lora.add_argument("--denoiser", choices=("unet", "transformer"), default="unet", help="the component, in both")
     lora.add_argument(
         "--rank", type=number(True, minimum=1, maximum=4096), default=64, help="of every layer; alpha is the same"
     )

@@ -90,13 +90,14 @@ class ConditionCache:
             os.replace(draft, file)
 
     def read(self, rows: list[int]) -> Condition:
-        """The conditions of rows, batch first, on the CPU, in float32."""
+        """The conditions of rows, batch first, on the CPU, in float32; whole numbers as they are."""
         found: dict[str, list[torch.Tensor]] = {}
         for row in rows:
             shard, place = divmod(row, self.shard_size)
             stream = _open(str(self._file(shard)))
             for key in stream.keys():  # noqa: SIM118, it is no dictionary
-                found.setdefault(key, []).append(stream.get_slice(key)[place : place + 1].float())
+                value = stream.get_slice(key)[place : place + 1]
+                found.setdefault(key, []).append(value.float() if value.is_floating_point() else value)
         return {key: torch.cat(values) for key, values in found.items()}
 
     def _shards(self) -> Iterator[tuple[int, range]]:

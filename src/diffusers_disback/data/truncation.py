@@ -10,6 +10,9 @@ LOOKED_AT = 20_000  # prompts, at most; of more, as many from all over
 _TOLD = {  # by whom, and how what is said of every batch begins
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion": "The following part of your input was truncated",
     "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl": "The following part of your input was truncated",
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3": "The following part of your input was truncated",
+    "diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha": "The following part of your input was truncated",
+    "diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma": "The following part of your input was truncated",
     "transformers.tokenization_utils_base": "Token indices sequence length is longer than",
 }
 

@@ -1,5 +1,6 @@
 """What differs between diffusers pipelines."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,13 @@ from ..models.weights import owned
 from .base import ModelFamily
 from .dit import Dit
 from .edm import Edm, RescaledEdm
+from .flow import FlowFamily
 from .latents import stride_of_autoencoder
+from .pixart import PixArt
 from .pixels import Pixels
+from .sana import Sana
 from .stable_diffusion import StableDiffusion
+from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
 from .text import TextFamily
 
@@ -25,6 +30,9 @@ from .text import TextFamily
 FAMILIES: dict[str, type[ModelFamily]] = {
     "stable_diffusion": StableDiffusion,
     "stable_diffusion_xl": StableDiffusionXL,
+    "stable_diffusion_3": StableDiffusion3,
+    "sana": Sana,
+    "pixart": PixArt,
     "pixels": Pixels,
     "dit": Dit,
     "edm": Edm,
@@ -88,19 +96,32 @@ def network_name_of(pipeline_class: str) -> str:
     return family_class(pipeline_class).network_name
 
 
-def usage_of(pipeline_class: str | None, config: Any = None, scheduler_class: str | None = None) -> Usage:
+def usage_of(
+    pipeline_class: str | None,
+    config: Any = None,
+    scheduler_class: str | None = None,
+    index: dict[str, Any] | None = None,
+) -> Usage:
     """How pipelines of a class are used, as their family says; as little as can be said, if none is known here.
 
     Args:
         pipeline_class (`str`, *optional*): Its name.
         config (`FrozenDict`, *optional*): Of the denoiser, if it is known.
         scheduler_class (`str`, *optional*): As of `family_class`.
+        index (`dict`, *optional*): The content of the pipeline's `model_index.json`, if it is known.
     """
     try:
         family = family_class(str(pipeline_class), scheduler_class)
     except ValueError:
         return Usage(condition="", takes_guidance=False, takes_lora=False)
-    return family.usage if config is None else family.usage_with(config)
+    usage = family.usage if config is None else family.usage_with(config)
+    absent = _absent(family, index) if index is not None else []
+    return replace(usage, loading="".join(f", {name}=None" for name in absent))
+
+
+def _absent(family: type[ModelFamily], index: dict[str, Any]) -> list[str]:
+    """The components of a family's `may_be_absent` that a `model_index.json` does not name."""
+    return [name for name in family.may_be_absent if name not in components_of(index)]
 
 
 def to_pipeline(network: nn.Module, timestep: int, teacher: DiffusionPipeline) -> DiffusionPipeline:
@@ -123,7 +144,11 @@ def load_family(reference: str | ModelReference | LocalModel, cache_dir: str | N
     name, variant, kind = model.name_or_path, model.reference.variant, family_of_index(model.index)
     try:
         pipeline = pipeline_class_of(model.index).from_pretrained(
-            model.folder, variant=variant, dtype=torch.float32, use_safetensors=True, **model.left_out
+            model.folder,
+            variant=variant,
+            dtype=torch.float32,
+            use_safetensors=True,
+            **{**dict.fromkeys(_absent(kind, model.index)), **model.left_out},
         )
     except UNREADABLE as error:
         raise ValueError(
@@ -175,7 +200,7 @@ def resolve_teacher(teacher: ModelReference, cache_dir: str | None = None) -> Lo
 
 def _own_weights(family: ModelFamily, model: LocalModel) -> None:
     """Takes a loaded teacher's weights into memory of their own, and checks that they are finite."""
-    for name in family.needed:
+    for name in dict.fromkeys((*family.needed, *family.encoders)):  # an encoder may be left out
         part = family.pipeline.components[name]
         if name == "vae" and model.reference.vae is not None:
             owned(part, f"the autoencoder {model.reference.vae!r}")
@@ -205,10 +230,14 @@ __all__ = [
     "FAMILIES",
     "Dit",
     "Edm",
+    "FlowFamily",
     "ModelFamily",
+    "PixArt",
     "Pixels",
     "RescaledEdm",
+    "Sana",
     "StableDiffusion",
+    "StableDiffusion3",
     "StableDiffusionXL",
     "TextFamily",
     "family_class",

@@ -15,6 +15,7 @@ from ..models.generator import many_step_scheduler, one_step_scheduler
 from ..models.noise_schedule import NoiseSchedule
 from ..models.reference import LocalModel, title_of
 from ..models.score_model import UNSCALED, ScoreModel, call_network
+from ..training.settings.groups import TARGET_MODULES
 
 
 class ModelFamily:
@@ -35,12 +36,14 @@ class ModelFamily:
         network_name (`str`): The denoiser's component, which is also its folder in a pipeline and in a path.
         needed (`tuple[str, ...]`): The components that a teacher has to have.
         encoders (`tuple[str, ...]`): Those that only encode conditions, and leave memory when all are encoded.
+        may_be_absent (`tuple[str, ...]`): The components that a pipeline may do without, and is then loaded with `None` for.
         agree_in (`tuple[str, ...]`): The keys of the denoiser's config in which a student's start agrees with the teacher.
         scheduler_classes (`tuple[str, ...]`): The schedulers that tell its pipelines from those of another family with the same
             names; by default any that no other family names.
         takes_prompts (`bool`): Whether conditions are made of prompts.
         takes_null_class_label (`bool`): Whether a label can be said to stand for no class.
         usage (`Usage`): What a student's card says of how it is used.
+        lora_target_modules (`list[str]`): The layers that adapters are on by default: ends of their names.
         conditioning_timestep (`int`, *optional*): The default of `--conditioning_timestep`, if published recipes name one; see
             `default_timestep`.
         schedule (`NoiseSchedule`): Of this teacher.
@@ -51,11 +54,13 @@ class ModelFamily:
     network_name = "unet"
     needed: tuple[str, ...] = ("unet", "scheduler")
     encoders: tuple[str, ...] = ()
+    may_be_absent: tuple[str, ...] = ()
     agree_in: tuple[str, ...] = ("in_channels", "out_channels")
     scheduler_classes: tuple[str, ...] = ()
     takes_prompts = False
     takes_null_class_label = False
     usage = UNCONDITIONAL
+    lora_target_modules: list[str] = TARGET_MODULES
     conditioning_timestep: int | None = None
 
     def __init__(self, pipeline: DiffusionPipeline, model: LocalModel | None = None):
@@ -94,6 +99,9 @@ class ModelFamily:
     def noise_schedule(self) -> NoiseSchedule:
         """What the denoiser's timesteps and its output mean."""
         return NoiseSchedule.from_scheduler(self.pipeline.scheduler)
+
+    def at_resolution(self, resolution: int | None) -> None:
+        """Sets the schedule of images of a side in pixels, where a scheduler's noise levels depend on it."""
 
     def default_timestep(self) -> int:
         """The timestep at which a student is evaluated if none is asked for: the family's `conditioning_timestep`, or else the

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..models.adapters import base_of
 from ..models.batch import Condition
+from ..models.noise_schedule import FLOW
 from ..models.score_model import ScoreModel
 from .base import ModelFamily
 
@@ -48,6 +49,16 @@ def _check_prediction_type(
     t = torch.full((1,), family.schedule.num_timesteps - 1, device=device)
     output = model.predict(noise, t, empty)
     loss, declared = (output - noise).square().mean().item(), family.schedule.prediction_type
+    if declared == FLOW:  # the noise, less a mean image
+        doubt = "is not the noise less a mean image"
+        return (
+            None
+            if loss < 0.5
+            else (
+                f"The teacher is of flow matching, but at the highest noise level its output {doubt} (mean squared difference {loss:.2g}): "
+                "its weights or its scheduler may be another model's."
+            )
+        )
     if (declared == "epsilon") == (loss < 0.5):
         return None
     other = "v_prediction or sample" if declared == "epsilon" else "epsilon"

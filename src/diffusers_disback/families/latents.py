@@ -27,4 +27,7 @@ def encode_to_latents(vae: Any, pixels: Tensor) -> Tensor:
 
 def stride_of_autoencoder(vae: Any) -> int:
     """Pixels of a latent's side."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    blocks = (
+        vae.config.get("encoder_block_out_channels") or vae.config.block_out_channels
+    )  # the former of AutoencoderDC
+    return 2 ** (len(blocks) - 1)

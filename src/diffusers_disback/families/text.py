@@ -1,5 +1,6 @@
 """What families have in common whose pipelines take prompts: text encoders, tokenizers, and an autoencoder."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -19,7 +20,12 @@ from .latents import encode_to_latents, stride_of_autoencoder
 
 
 TOKENS = 77  # of a prompt, for CLIP
-_ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+_ENCODED: tuple[str, ...] = (
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+)
 
 
 class TextFamily(ModelFamily):
@@ -33,6 +39,11 @@ class TextFamily(ModelFamily):
     usage = Usage()
     encoding = "text"  # a name of what `encode` does, by which caches of conditions are told apart
     encoders: tuple[str, ...] = ("text_encoder",)
+    encoded_as = _ENCODED  # the stock pipeline's arguments, in the order of what its encode_prompt gives
+    call_settings: dict[str, Any] = {}  # what its call is given besides, so that it draws at the size that it is given
+    most_tokens: dict[
+        str, int
+    ] = {}  # of a prompt, by tokenizer, where the stock call reads fewer than the tokenizer gives
     needed: tuple[str, ...] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
     def conditions(self, prompts: Sequence[str] | None = None, resolution: int | None = None) -> ConditionSource:
@@ -54,8 +65,18 @@ class TextFamily(ModelFamily):
 
     @property
     def tokenizers(self) -> list[Any]:
-        """Of the text encoders, in their order."""
-        return [self.pipeline.components[name] for name in self.needed if name.startswith("tokenizer")]
+        """Of the text encoders, in their order, and with the number of tokens that the stock call reads."""
+        names = [name for name in (*self.needed, *self.may_be_absent) if name.startswith("tokenizer")]
+        found = {name: self.pipeline.components[name] for name in names}
+        return [self._reading(name, one) for name, one in found.items() if one is not None]
+
+    def _reading(self, name: str, tokenizer: Any) -> Any:
+        most = self.most_tokens.get(name)
+        if most is None:
+            return tokenizer
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, most)
+        return tokenizer
 
     def encoder_id(self, resolution: int | None = None) -> str:
         """What `encode` depends on: a text that is equal for equal conditions."""
@@ -84,7 +105,7 @@ class TextFamily(ModelFamily):
     def arguments(self, captions: list[str]) -> dict[str, Tensor]:
         """The arguments of the stock pipeline's call, on the CPU, with the negative ones of guidance among them."""
         encoded = self.encode_prompt(captions, guided=True)
-        return dict(zip(_ENCODED, (tensor.cpu() for tensor in encoded), strict=False))
+        return dict(zip(self.encoded_as, (tensor.cpu() for tensor in encoded), strict=False))
 
     def sample(
         self,
@@ -106,6 +127,7 @@ class TextFamily(ModelFamily):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             output_type="pt",
+            **self.call_settings,
         ).images
 
     def encode_images(self, pixels: Tensor) -> Tensor:

@@ -32,11 +32,13 @@ class Usage:
         condition (`str`): What the stock pipeline's call is given, in Python; `{prompt}` is a prompt, `{label}` a class.
         example (`str`): A prompt or a class.
         takes_guidance (`bool`): Whether the call takes a `guidance_scale`.
-        has_own_pipeline (`bool`): Whether `DisBackOneStepPipeline` loads students, too.
+        takes_size (`bool`): Whether the call has to be told the image's size, since its default is not the denoiser's.
+        own_pipeline (`str`, *optional*): The class of this package that loads students, too.
         takes_lora (`bool`): Whether the stock pipeline loads a LoRA.
         calls_teacher (`bool`): Whether the teacher's own stock pipeline can be called in this way, too.
         network_class (`str`): Of diffusers, that loads the denoiser.
         scheduler_class (`str`): Of diffusers, of a student's scheduler.
+        loading (`str`): What `from_pretrained` of a pipeline is given besides, in Python, after a comma.
         bare (`str`, *optional*): The template of a snippet that evaluates the bare network.
     """
 
@@ -44,15 +46,18 @@ class Usage:
     condition: str = "{prompt}"
     example: str = "a photograph"
     takes_guidance: bool = True
-    has_own_pipeline: bool = False
+    takes_size: bool = False
+    own_pipeline: str | None = None
     takes_lora: bool = True
     calls_teacher: bool = True
     network_class: str = "AutoModel"
     scheduler_class: str = "DDIMScheduler"
+    loading: str = ""
     bare: str | None = None
 
-    def call(self, caption: str, steps: int) -> str:
+    def call(self, caption: str, steps: int, side: int | None = None) -> str:
         """The arguments of the stock pipeline's call, in Python, for a prompt, a class or `NO_LABEL`; a student's take no guidance.
+        `side` is the image's, in pixels.
 
         Raises:
             ValueError: If a class is asked for, and the caption is no number.
@@ -62,10 +67,11 @@ class Usage:
             condition = self.condition.replace("{prompt}", python(caption))
         else:
             condition = "" if caption == NO_LABEL else self.condition.replace("{label}", str(int(caption)))
-        return ", ".join(filter(None, (condition, f"num_inference_steps={steps}", guidance)))
+        size = f"height={side}, width={side}" if self.takes_size and side is not None else ""
+        return ", ".join(filter(None, (condition, size, f"num_inference_steps={steps}", guidance)))
 
 
-STABLE_DIFFUSION = Usage(has_own_pipeline=True, network_class="UNet2DConditionModel", bare="bare.md")
+STABLE_DIFFUSION = Usage(own_pipeline="DisBackOneStepPipeline", network_class="UNet2DConditionModel", bare="bare.md")
 UNCONDITIONAL = Usage("unconditional-image-generation", condition="", takes_guidance=False, takes_lora=False)
 
 
@@ -131,7 +137,7 @@ def _student_card(report: dict[str, Any], title: str, repo: str, path_image: boo
         repo=repo,
         path_image=path_image,
         lora_fits=usage.takes_lora and is_plain and bool(report.get("lora")),
-        arguments=usage.call(report["example_prompt"], 1),
+        arguments=usage.call(report["example_prompt"], 1, _whole(report["resolution"], "resolution")),
         denoiser=title_of(component_of(report)),
         figures={name: report[name] for name in ("floor", "teacher", "initial", "student") if name in report},
         command=shlex.split(report["command"]),

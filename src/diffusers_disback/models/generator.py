@@ -5,7 +5,13 @@ from diffusers import DDIMScheduler, SchedulerMixin
 from torch import Tensor
 
 from .batch import Condition
-from .noise_schedule import EDM_SCHEDULERS, RESCALED_EDM_SCHEDULER, NoiseSchedule, ddpm_scheduler
+from .noise_schedule import (
+    EDM_SCHEDULERS,
+    FLOW_MATCHING,
+    RESCALED_EDM_SCHEDULER,
+    NoiseSchedule,
+    ddpm_scheduler,
+)
 from .score_model import ScoreModel
 
 
@@ -59,9 +65,11 @@ def one_step_scheduler(scheduler: SchedulerMixin, timestep: int) -> DDIMSchedule
 
 
 def is_one_step_scheduler(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler is one that `one_step_scheduler`, `edm_one_step_scheduler` or `rescaled_edm_one_step_scheduler` makes:
-    its model is a student."""
+    """Whether a scheduler is one that `one_step_scheduler`, `edm_one_step_scheduler`, `rescaled_edm_one_step_scheduler` or
+    `flow_one_step_scheduler` makes: its model is a student."""
     config, name = scheduler.config, type(scheduler).__name__
+    if name in FLOW_MATCHING:
+        return bool(config.get("stochastic_sampling"))
     if name in EDM_SCHEDULERS:
         return config.get("num_train_timesteps") == 1
     if name == RESCALED_EDM_SCHEDULER:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FLOW = "flow_prediction"
+FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler",)
 EDM = "edm"
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 RESCALED_EDM = "edm_rescaled_time"
@@ -207,6 +208,8 @@ def predicted_by(config: dict[str, Any]) -> str:
     name = config.get("_class_name")
     if name == RESCALED_EDM_SCHEDULER:
         return RESCALED_EDM if config.get("sigma_min") == 0 else "consistency"
+    if name in FLOW_MATCHING:
+        return FLOW
     return EDM if name in EDM_SCHEDULERS else str(config.get("prediction_type", "epsilon"))
 
 

@@ -267,7 +267,7 @@ class DegradationPath(PathNodes):
             files |= {"path.png": image} if image.is_file() else {}
             teacher = self.local_teacher()
             config, index = teacher.meta_network().config, teacher.index
-            usage = usage_of(index.get("_class_name"), config, scheduler_class_of(index))
+            usage = usage_of(index.get("_class_name"), config, scheduler_class_of(index), index)
             card = path_card(manifest, repository.repo_id, teacher.card(), image.is_file(), usage)
             files["README.md"] = card.encode()
         repository.commit(

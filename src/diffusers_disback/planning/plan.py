@@ -92,6 +92,10 @@ class Planner:
         trained = {role: [p for p in self._network_of(role).parameters() if p.requires_grad] for role in ROLES}
         return trained | ({"discriminator": list(self.head.parameters())} if self.training.has_discriminator else {})
 
+    def whole(self, role: str) -> int:
+        """Bytes of a role's network, or of its adapter: what is trained of it, and tables such as positions of patches."""
+        return self.own(role) + (0 if self.training.is_adapter(role) else size(*self.network.buffers()))
+
     def own(self, role: str) -> int:
         """Bytes of what is trained of a role, in float32; the fake score's are those of a node of the path."""
         return size(*self.trained[role])
@@ -109,7 +113,8 @@ class Planner:
                 parameter.data = parameter.data.to(self.dtype)
             shared = SharedNetwork(network)
             with torch.device("meta"):
-                shared.add(role, lora_config(training.lora_rank, None, training.lora_target_modules))
+                targets = training.lora_target_modules or self.family.lora_target_modules
+                shared.add(role, lora_config(training.lora_rank, None, targets))
             shared.activate(role)
         if training.gradient_checkpointing:
             network.enable_gradient_checkpointing(checkpointed(self.autocast))
@@ -185,18 +190,18 @@ class Planner:
 
     def rows(self, stage: int) -> list[Row]:
         """What stage 1 or 2 holds throughout."""
-        training, whole = self.training, size(*self.network.parameters())
+        training, whole = self.training, size(*self.network.parameters(), *self.network.buffers())
         fake_score, student = training.is_adapter("fake_score"), training.is_adapter("generator")
         of_rank, offloads = f", adapter of rank {training.lora_rank}", training.offload_idle_role and stage == 2
         rows = [self._base("base of the scores, the teacher")] if fake_score else []
-        rows += [Row("fake score" + of_rank * fake_score, self.own("fake_score"))]
+        rows += [Row("fake score" + of_rank * fake_score, self.whole("fake_score"))]
         if stage == 1 and not training.all_adapters:
             rows += [Row("initial generator", whole)]
         elif stage == 2:
             idle_in = "fake_score" if offloads and not fake_score else None
-            rows += [Row("target" + of_rank * fake_score, self.own("fake_score"), idle_in=idle_in)]
+            rows += [Row("target" + of_rank * fake_score, self.whole("fake_score"), idle_in=idle_in)]
             rows += [self._base("base of the student")] if student and not fake_score else []
-            rows += [Row("student" + of_rank * student, self.own("generator"))]
+            rows += [Row("student" + of_rank * student, self.whole("generator"))]
         for role, other in list(zip(ROLES, reversed(ROLES), strict=True))[:stage]:
             name = f"optimiser state, {NAMES[role]}" + ", paged" * training.use_paged_adam
             place = "CPU" if training.use_paged_adam else "device"
@@ -223,7 +228,7 @@ class Planner:
 
     def _base(self, name: str) -> Row:
         """A frozen network under adapters, of which linear layers may be quantised."""
-        number, linear = sum(each.numel() for each in self.network.parameters()), 0
+        number, linear = sum(each.numel() for each in (*self.network.parameters(), *self.network.buffers())), 0
         if self.training.base_quantization is not None:
             linear = sum(each.weight.numel() for each in self.network.modules() if isinstance(each, nn.Linear))
         quantized = int(linear * QUANTIZED.get(self.training.base_quantization or "", 0))
@@ -329,7 +334,7 @@ def table(planner: Planner) -> str:
     lines.append("in CPU memory")
     held("CPU")
     half = planner.training.is_adapter("fake_score")
-    node = planner.own("fake_score") // (2 if half else 1)
+    node = planner.whole("fake_score") // (2 if half else 1)
     encoders = sum(
         size(*other.parameters()) for name, other in planner.others.items() if name in planner.family.encoders
     )

@@ -132,7 +132,7 @@ class TrainingConfig(
         """At which timesteps the generator is trained."""
         if self.min_noise > self.max_noise:
             raise ValueError(f"--min_noise {self.min_noise} is above --max_noise {self.max_noise}.")
-        shape = (self.logit_mean, self.logit_std, self.timestep_shift)
+        shape = (self.logit_mean, self.logit_std, self.timestep_shift, self.mode_scale)
         return TimestepSampling(self.timestep_sampling, self.min_noise, self.max_noise, *shape)
 
     @property

@@ -9,12 +9,13 @@ from .run_folder import RunFolder
 
 
 Config = TypeVar("Config", bound=TrainingConfig)
-_UNNAMED = {"conditioning_timestep": None, "num_path_nodes": "auto"}  # what they are if nothing is said
+# What they are if nothing is said.
+_UNNAMED = {"conditioning_timestep": None, "lora_target_modules": None, "num_path_nodes": "auto"}
 
 
 def as_begun(config: Config) -> Config:
-    """The settings with the conditioning timestep and the number of nodes of the run that was begun in their output folder, if there
-    is one and they name none: a default that has changed since does not make it another run.
+    """The settings with the conditioning timestep, the adapters' layers and the number of nodes of the run that was begun in their
+    output folder, if there is one and they name none: a default that has changed since does not make it another run.
 
     Raises:
         ValueError: If the folder's settings cannot be read.
@@ -27,13 +28,15 @@ def as_begun(config: Config) -> Config:
 
 
 def with_defaults(config: Config, family: ModelFamily) -> Config:
-    """The settings with a conditioning timestep: the one that they name, by number or by `sigma_init`, or that of the run that was
-    begun in their output folder, or else the family's default.
+    """The settings with layers for adapters, by default the family's, and with a conditioning timestep: the one that they name, by
+    number or by `sigma_init`, or that of the run that was begun in their output folder, or else the family's default.
 
     Raises:
         ValueError: If number and `sigma_init` name different ones.
     """
     config = as_begun(config)
+    if config.lora_target_modules is None:
+        config = replace(config, lora_target_modules=family.lora_target_modules)
     asked = config.conditioning_timestep
     if config.sigma_init is None:
         return config if asked is not None else replace(config, conditioning_timestep=family.default_timestep())

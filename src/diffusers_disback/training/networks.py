@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedType, ProjectConfiguration
@@ -87,7 +88,7 @@ def tuned(network: ModelMixin, config: TrainingConfig, checkpointed: Callable | 
         checkpointed (`Callable`, *optional*): Runs a block under gradient checkpointing; by default diffusers' own.
 
     Raises:
-        ValueError: If xformers is asked for and cannot be used.
+        ValueError: If xformers or another attention is asked for and cannot be used.
     """
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing(checkpointed)
@@ -101,11 +102,31 @@ def tuned(network: ModelMixin, config: TrainingConfig, checkpointed: Callable | 
                 f"--enable_xformers_memory_efficient_attention needs xformers and a GPU ({error}). Leave it out: torch's "
                 "own attention, which is the default, is as frugal."
             ) from error
+    if config.attention_backend is not None:
+        _dispatch_attention(network, config.attention_backend)
     if config.compile:
         # All blocks share one code object, of which each width, role and batch size is a variant.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         network.compile_repeated_blocks()
     return network
+
+
+def _dispatch_attention(network: ModelMixin, backend: str) -> None:
+    """Chooses the attention of a network's layers by diffusers' dispatcher.
+
+    Raises:
+        ValueError: If there is no such attention here, or no layer asks the dispatcher.
+    """
+    asking = [one for one in network.modules() if hasattr(getattr(one, "processor", None), "_attention_backend")]
+    if not asking:
+        raise ValueError(
+            f"--attention_backend {backend}: no layer of a {type(network).__name__} asks diffusers' dispatcher for its attention, in "
+            f"diffusers {diffusers.__version__}. Leave it out: it computes torch's scaled dot product attention."
+        )
+    try:
+        network.set_attention_backend(backend)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(f"--attention_backend {backend} cannot be used: {error} Or leave it out.") from error
 
 
 def shared_base(network: ModelMixin, config: TrainingConfig) -> SharedNetwork:

@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from torch import nn
 
 from ...models import adapters
 from ...models.pipeline_folder import check_shards, read_index
+from ...models.reference import ModelReference, model_class
 from ...models.weights import open_weights, save_weights
-from ..files import inside, write_json, writing, written_whole
+from ..files import inside, read_json, write_json, writing, written_whole
 
 
 _WEIGHTS = re.compile(r"(?P<stem>[a-z_]+)(?P<shard>-\d+-of-\d+)?\.safetensors")
@@ -62,10 +64,28 @@ def _half(key: str, tensor: torch.Tensor, file: Path) -> torch.Tensor:
     return half
 
 
+def denoiser_of(reference: ModelReference, name: str, cache_dir: str | None = None) -> ModelMixin:
+    """The denoiser of a model, of the class that its config names.
+
+    Args:
+        reference (`ModelReference`): Where it lies.
+        name (`str`): Its component.
+        cache_dir (`str`, *optional*): Where downloads and conversions are kept.
+
+    Raises:
+        ValueError: If it cannot be loaded, or diffusers has no adapters for it.
+    """
+    model = reference.resolve_denoiser(name, cache_dir)
+    config = read_json(inside(model.folder, f"{name}/config.json", reference.name_or_path), f"the config of {name}")
+    network = model.load_network(model_class(str(config.get("_class_name"))))
+    adapters.check_takes_adapters(network)
+    return network
+
+
 def extract_lora(student: nn.Module, teacher: nn.Module, rank: int) -> tuple[dict[str, torch.Tensor], float]:
     """The LoRA of a rank that comes nearest to a student from its teacher: of each linear layer and convolution, the largest
-    singular values of the difference of weights (Eckart and Young, 1936). Biases and normalisations are left as the
-    teacher's.
+    singular values of the difference of weights (Eckart and Young, 1936). Biases, normalisations and convolutions in groups
+    are left as the teacher's.
 
     Args:
         student (`nn.Module`): The one-step network.
@@ -91,7 +111,7 @@ def extract_lora(student: nn.Module, teacher: nn.Module, rank: int) -> tuple[dic
         raise ValueError("The student equals the teacher; there is nothing to extract.")
     layers, left = {}, whole.clone()
     for name, module in student.named_modules():
-        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+        if not isinstance(module, (nn.Linear, nn.Conv2d)) or (isinstance(module, nn.Conv2d) and module.groups > 1):
             continue
         difference = differences[f"{name}.weight"]
         up, values, down = torch.linalg.svd(difference.flatten(1), full_matrices=False)
@@ -109,19 +129,24 @@ def extract_lora(student: nn.Module, teacher: nn.Module, rank: int) -> tuple[dic
     return layers, (left.clamp(min=0) / whole).sqrt().item()
 
 
-def save_lora(layers: dict[str, torch.Tensor], rank: int, folder: str | Path) -> tuple[Path, Path]:
-    """Writes a LoRA in two layouts: that of diffusers, and that of kohya's scripts, which ComfyUI and A1111 read.
+def save_lora(
+    layers: dict[str, torch.Tensor], rank: int, folder: str | Path, denoiser: str = "unet"
+) -> tuple[Path, ...]:
+    """Writes a LoRA in diffusers' layout, and one of a UNet in that of kohya's scripts, too, which ComfyUI and A1111 read.
 
     Args:
         layers (`dict[str, Tensor]`): Of `extract_lora`.
         rank (`int`): Its rank, and its alpha.
         folder (`str` or `Path`): Made if it is not there.
+        denoiser (`str`): The component that is adapted.
     """
     from diffusers.utils import convert_state_dict_to_kohya
 
     folder = Path(folder)
     targets = sorted({key.split(".lora_")[0] for key in layers})
-    file = adapters.save_lora(layers, adapters.lora_config(rank, target_modules=targets), folder, "unet")
+    file = adapters.save_lora(layers, adapters.lora_config(rank, target_modules=targets), folder, denoiser)
+    if denoiser != "unet":
+        return (file,)
     kohya = convert_state_dict_to_kohya({f"unet.{key}": value for key, value in layers.items()})
     # SDXL's embedding of pooled text and size goes by its original name: diffusers loses it by its own without a word.
     for number, original in (("1", "0_0"), ("2", "0_2")):

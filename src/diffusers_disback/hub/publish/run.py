@@ -247,7 +247,9 @@ def _is_taken(path: str) -> bool:
 def _card(folder: Path, report: dict[str, Any], where: str) -> str:
     """A student's card, for the folder or repository that it is read in."""
     name = where.split("/")[-1] if is_repo_id(where) else Path(where).resolve().name
-    return student_card(report, name, where, (folder / "path.png").exists(), usage_of(report.get("pipeline_class")))
+    index = read_index(folder, where) if (folder / INDEX).is_file() else None
+    usage = usage_of(report.get("pipeline_class"), index=index)
+    return student_card(report, name, where, (folder / "path.png").exists(), usage)
 
 
 def _is_own_card(folder: Path, report: dict[str, Any], where: str) -> bool:

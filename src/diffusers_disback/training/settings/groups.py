@@ -13,7 +13,7 @@ TARGET_MODULES = [
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 ]
-"""The layers that are adapted by default: those of diffusers' script for an LCM-LoRA of SDXL."""
+"""The layers that are adapted by default, of UNets: those of diffusers' script for an LCM-LoRA of SDXL."""
 
 
 @dataclass(kw_only=True)
@@ -164,12 +164,16 @@ class OptimisationSettings(Settings):
         minimum=0,
         maximum=1,
     )
-    timestep_sampling: Literal["uniform", "logit_normal"] = setting(
+    timestep_sampling: Literal["uniform", "logit_normal", "mode"] = setting(
         "uniform",
-        "The distribution of timesteps: the generator's within that range, the fake score's over the whole schedule.",
+        "The distribution of timesteps, which diffusers' scripts call --weighting_scheme: the generator's within that range, the "
+        "fake score's over the whole schedule.",
     )
     logit_mean: float = setting(0.0, "Of logit_normal: the mean of the normal.", minimum=-100, maximum=100)
     logit_std: float = setting(1.0, "Of logit_normal: the standard deviation of the normal.", above=0, maximum=100)
+    mode_scale: float = setting(
+        1.29, "Of mode: above 0 it draws more of the middle. diffusers: 1.29.", minimum=-1, maximum=1.75
+    )
     timestep_shift: float = setting(
         1.0,
         "Shift timesteps towards noise, as flow schedulers do: u -> s u / (1 + (s - 1) u). Leave it at 1 for a teacher whose "
@@ -243,6 +247,11 @@ class OptimisationSettings(Settings):
     enable_xformers_memory_efficient_attention: bool = free_setting(
         False, "Attention of xformers, if that is installed, in place of torch's own."
     )
+    attention_backend: str | None = free_setting(
+        None,
+        "Attention of a transformer whose layers diffusers' dispatcher serves, by the dispatcher's names: native, flash, sage, "
+        "_native_cudnn, ...",
+    )
     channels_last: bool = free_setting(False, "Lay networks out in memory with channels last: faster on some GPUs.")
     compile: bool = free_setting(False, "Compile the networks' repeated blocks by torch.compile.")
     dataloader_num_workers: int = free_setting(
@@ -263,8 +272,10 @@ class AdapterSettings(Settings):
     lora_alpha: float | None = setting(
         None, "Scales an adapter's update by alpha / rank; by default the rank.", above=0
     )
-    lora_target_modules: list[str] = setting(
-        TARGET_MODULES, "Ends of the names of the adapted layers. diffusers, for an LCM-LoRA of SDXL: these."
+    lora_target_modules: list[str] | None = setting(
+        None,
+        "Ends of the names of the adapted layers; by default those of the teacher's family: of UNets those of diffusers' script "
+        "for an LCM-LoRA of SDXL.",
     )
     lora_roles: list[str] = setting(
         ["generator", "fake_score"],

@@ -1,0 +1,149 @@
+"""PixArt: a transformer on latents with the states of T5, whose outputs are a prediction and a variance."""
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.utils import is_bs4_available, is_ftfy_available
+from torch import Tensor, nn
+
+from ..data.truncation import told_once
+from ..models.batch import Condition
+from .checks import check_prediction_type
+from .text import TextFamily
+
+
+TOKENS_OF_PIXART = 300  # of a prompt, by default of PixArtSigmaPipeline; that of PixArt-alpha reads 120
+
+
+class PixArt(TextFamily):
+    """PixArt-alpha (arXiv 2310.00426) and PixArt-Sigma (arXiv 2403.04692). The condition is `encoder_hidden_states` and
+    `encoder_attention_mask`, and of PixArt-alpha at 1024 pixels `resolution` and `aspect_ratio`, too.
+
+    Of twice as many channels as it is given the first half are its prediction, as the stock pipeline takes them; the others, a
+    variance, are not trained. diffusers has no adapters for its transformer.
+    """
+
+    pipeline_classes = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    network_name = "transformer"
+    encoding = "PixArt"
+    needed = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    encoded_as = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    call_settings = {"use_resolution_binning": False, "negative_prompt": None}  # whose embeddings are given
+    agree_in = ("in_channels", "out_channels", "caption_channels", "sample_size", "patch_size")
+    usage = replace(
+        TextFamily.usage,
+        condition="{prompt}, use_resolution_binning=False",
+        takes_lora=False,
+        network_class="PixArtTransformer2DModel",
+    )
+
+    def check(self) -> None:
+        super().check()
+        network = self.network.config
+        channels, latents = network.in_channels, self.pipeline.vae.config.latent_channels
+        if channels != latents:
+            raise ValueError(
+                f"The teacher's transformer takes {channels} channels, but its autoencoder makes {latents}: they belong to "
+                "different models."
+            )
+        made = self.pipeline.text_encoder.config.d_model
+        if network.caption_channels not in (None, made):
+            raise ValueError(
+                f"The teacher's transformer takes text embeddings of width {network.caption_channels}, but its text encoder makes "
+                f"{made}: they belong to different models."
+            )
+        if self.network.use_additional_conditions and not self._is_told_sizes:
+            raise ValueError(
+                f"The teacher's transformer is told images' sizes, which its {type(self.pipeline).__name__} does not tell one of "
+                f"sample_size {network.sample_size}."
+            )
+
+    @classmethod
+    def check_network(cls, config: Any, what: str) -> None:
+        given, made = config["in_channels"], config["out_channels"]
+        if made not in (None, given, 2 * given):
+            raise ValueError(
+                f"{what} takes {given} channels and gives {made}: as many, or twice as many, are a prediction, or one with a "
+                "variance."
+            )
+
+    @property
+    def _is_told_sizes(self) -> bool:
+        """Whether the stock pipeline tells the network images' sizes."""
+        return type(self.pipeline).__name__ == "PixArtAlphaPipeline" and self.network.config.sample_size == 128
+
+    def resolution(self, resolution: int | None = None) -> int:
+        """As of `ModelFamily`.
+
+        Raises:
+            ValueError: If it is not the teacher's own: positions of patches are made for that one, and for another one would be
+                others when the student is loaded again.
+        """
+        own = super().resolution()
+        if resolution not in (None, own):
+            raise ValueError(
+                f"--resolution {resolution}: the positions of this transformer are made for {own} pixels. Leave it out."
+            )
+        return own
+
+    @staticmethod
+    def call(network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        added = {name: condition.get(name) for name in ("resolution", "aspect_ratio")}
+        text = {name: condition[name] for name in ("encoder_hidden_states", "encoder_attention_mask")}
+        output = network(x_t, timestep=t, added_cond_kwargs=added, return_dict=False, **text)[0]
+        return output[:, : x_t.shape[1]]
+
+    @property
+    def cleans_captions(self) -> bool:
+        """Whether the stock call cleans prompts by default, for which it needs two packages."""
+        default = inspect.signature(type(self.pipeline).__call__).parameters["clean_caption"].default
+        return default and is_bs4_available() and is_ftfy_available()
+
+    @property
+    def most_tokens(self) -> dict[str, int]:  # type: ignore[override]
+        """As of `TextFamily`."""
+        parameters = inspect.signature(type(self.pipeline).encode_prompt).parameters
+        return {"tokenizer": parameters["max_sequence_length"].default}
+
+    def encoder_id(self, resolution: int | None = None) -> str:
+        return f"{super().encoder_id(resolution)} {type(self.pipeline).__name__} {self.cleans_captions}"
+
+    def encode_prompt(self, prompts: list[str], guided: bool = False) -> tuple[Tensor, ...]:
+        with told_once():
+            return self.pipeline.encode_prompt(
+                prompts, guided, device=self.text_encoders[0].device, clean_caption=self.cleans_captions
+            )
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], resolution: int | None = None) -> Condition:
+        embeds, mask, _, _ = self.encode_prompt(prompts)
+        condition = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+        if self._is_told_sizes:
+            side = float(self.resolution(resolution))
+            condition |= {
+                "resolution": torch.tensor([[side, side]] * len(prompts), device=embeds.device),
+                "aspect_ratio": torch.ones(len(prompts), 1, device=embeds.device),
+            }
+        return condition
+
+    @classmethod
+    def example_condition(cls, config: Any, batch: int) -> Condition:
+        width = config.caption_channels or config.cross_attention_dim
+        condition = {
+            "encoder_hidden_states": torch.empty(batch, TOKENS_OF_PIXART, width, device="meta"),
+            "encoder_attention_mask": torch.empty(batch, TOKENS_OF_PIXART, dtype=torch.long, device="meta"),
+        }
+        if config.sample_size == 128 and config.use_additional_conditions is not False:
+            condition["resolution"] = torch.empty(batch, 2, device="meta")
+            condition["aspect_ratio"] = torch.empty(batch, 1, device="meta")
+        return condition
+
+    @staticmethod
+    def bottleneck(network: nn.Module) -> nn.Module:
+        blocks: Any = network.transformer_blocks
+        return blocks[len(blocks) // 2]
+
+    def check_schedule(self) -> str | None:
+        return check_prediction_type(self, self.text_encoders[0].device, self.encode([""]))
