@@ -7,9 +7,9 @@ python benchmarks/bench_step.py --models sdxl --factor 1 --latents 128 --precisi
 """
 
 import argparse
+import itertools
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,14 +25,15 @@ from configurations import UNETS, machine, parameters, random_pipeline, text_sha
 from diffusers_disback.backtracking import BacktrackingTrainer
 from diffusers_disback.data.conditions import PromptConditions, batch_of
 from diffusers_disback.degradation import DegradationRecorder
-from diffusers_disback.families import family_of, network_name_of
+from diffusers_disback.families import family_of
 from diffusers_disback.models.adapters import SharedNetwork
-from diffusers_disback.models.reference import ModelReference
+from diffusers_disback.models.reference import LocalModel, ModelReference
 from diffusers_disback.path.path import DegradationPath
 from diffusers_disback.training.config import BacktrackingConfig, DegradationConfig, TrainingConfig
 from diffusers_disback.training.networks import add_adapter
 from diffusers_disback.training.processes import peak_memory_mb
 from diffusers_disback.training.stage import Stage
+from processes import start_python
 
 
 IMPORTED_MB = psutil.Process().memory_info().rss / 1e6
@@ -73,7 +74,8 @@ def path_of(network: torch.nn.Module, config: TrainingConfig, folder: str) -> De
     """A path of two nodes that are the teacher itself."""
     start = {"name_or_path": None, "sha256": "0" * 64, "conditioning_timestep": config.conditioning_timestep}
     place = tempfile.mkdtemp(dir=folder)
-    path = DegradationPath.create(place, ModelReference(folder).resolve(network_name_of), "0" * 64, start, {})
+    teacher = LocalModel(ModelReference(folder), Path(folder), "unet", commit=None)  # which is in memory alone
+    path = DegradationPath.create(place, teacher, "0" * 64, start, {})
     if config.is_adapter("fake_score"):
         shared = SharedNetwork(network)
         add_adapter(shared, "fake_score", config, config.seed)
@@ -220,16 +222,17 @@ def measure(name: str, stage: int, mode: str, arguments: argparse.Namespace) -> 
 def in_processes(arguments: argparse.Namespace, line: list[str]) -> list[dict[str, Any]]:
     """Each mode of each stage in a process of its own, since a process never gives its peak back."""
     found = []
-    for name in arguments.models:
-        for stage in arguments.stages:
-            for mode in arguments.modes:
-                command = [sys.executable, __file__, *line, "--measure", name, str(stage), mode]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-                if done.returncode:
-                    found.append({"model": name, "stage": stage, "mode": mode, "failed": done.returncode})
-                else:
-                    found.append(json.loads(done.stdout.splitlines()[-1]))
-                print(found[-1], file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, stage, mode in itertools.product(arguments.models, arguments.stages, arguments.modes):
+            file = Path(folder) / f"{len(found)}.json"
+            command = [__file__, *line, "--measure", name, str(stage), mode, "--output", str(file)]
+            process = start_python(command, arguments.forked)
+            process.join()
+            if process.exitcode:
+                found.append({"model": name, "stage": stage, "mode": mode, "failed": process.exitcode})
+            else:
+                found.append(json.loads(file.read_text()))
+            print(found[-1], file=sys.stderr, flush=True)
     return found
 
 
@@ -249,19 +252,22 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--memory", action="store_true", help="measure the peak of memory, in one process per mode")
     made.add_argument("--modes", nargs="+", choices=MODES, default=["full", "adapters"], help="of --memory")
     made.add_argument("--steps", type=int, default=2, help="of --memory, in each mode")
+    made.add_argument(
+        "--forked", action="store_true", help="make them forks of this process: sooner, but no peaks of their own"
+    )
     made.add_argument("--measure", nargs=3, metavar=("MODEL", "STAGE", "MODE"), help=argparse.SUPPRESS)
     made.add_argument("--output", type=Path, help="a JSON file")
     return made
 
 
-def main(line: list[str]) -> None:
+def main(line: list[str]) -> int:
     arguments = parser().parse_args(line)
     arguments.device = "cuda" if torch.cuda.is_available() else "cpu"  # as accelerate chooses
     torch.set_num_threads(arguments.threads)
     if arguments.measure:
         name, stage, mode = arguments.measure
-        print(json.dumps(measure(name, int(stage), mode, arguments)))
-        return
+        arguments.output.write_text(json.dumps(measure(name, int(stage), mode, arguments)))
+        return 0
     if arguments.memory:
         arguments.models, arguments.stages = arguments.models or ["sdxl"], arguments.stages or [2]
         found = in_processes(arguments, line)
@@ -280,7 +286,8 @@ def main(line: list[str]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"machine": machine(), "settings": settings, "results": found}, indent=2) + "\n")
     print(f"see {output}")
+    return int(any("failed" in row for row in found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

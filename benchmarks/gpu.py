@@ -7,29 +7,36 @@
 A part is a command; its result is `PART.json` in `--output`: the command, the seconds, the exit status, the device, the end of what
 it printed, and the figures that it wrote. A part that was cut off by its time is resumed by the next call, where its command
 can be. Needs 80 GB of GPU memory at most, bitsandbytes, 40 GB of CPU memory and 12 GB of disk; weights are random or made here.
+
+A rehearsal forks its processes, which import nothing again, and hides a GPU from them. Peaks of memory are then no figures.
 """
 
 import argparse
+import gc
+import importlib
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
+
+from processes import start_python
 
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+PATHS = [str(place) for place in (ROOT / "src", ROOT / "examples" / "text_to_image")]
 LIMIT = 540  # seconds of a part
 TAIL = 4000  # characters of what a part printed that are kept
 SDXL = ["--memory", "--models", "sdxl", "--stages", "1", "2", "--batch_size", "1"]
 FULL = ["--factor", "1", "--latents", "128", "--lora_rank", "64", "--precision", "bf16", "--steps", "50"]
-TINY = ["--factor", "0.05", "--latents", "8", "--lora_rank", "2", "--steps", "2"]
+TINY = ["--factor", "0.05", "--latents", "8", "--lora_rank", "2", "--fake_score_updates", "1", "--steps", "2"]
+IMPORTED = ["baseline", "diffusers_disback", "peft", "pytest", "shapes.make_teacher", "torchmetrics"]
 BF16, NF4 = "adapters, checkpointing", "adapters, nf4, checkpointing"
 
 
@@ -54,39 +61,43 @@ def bench_step(*flags: str, name: str, full: list[str], tiny: list[str]) -> Part
     return Part([str(HERE / "bench_step.py"), *flags, *output], full, tiny, name)
 
 
-def pixels(what: str, *flags: str) -> Part:
-    script = str(HERE / "gpu_pixels.py")
-    name = f"pixels-{'-'.join([what, *flags[1::2]])}.figures.json"
-    common = ["--work_dir", "{work}", "--figures", f"{{out}}/{name}"]
-    return Part([script, what, *flags, *common], [], ["--tiny"], name)
+def distilled(data: str, what: str, *flags: str) -> Part:
+    name = f"{data}-{'-'.join([what, *flags[1::2]])}.figures.json"
+    common = ["--work_dir", f"{{work}}/{data}", "--figures", f"{{out}}/{name}"]
+    return Part([str(HERE / f"gpu_{data}.py"), what, *flags, *common], [], ["--tiny"], name)
 
 
 PARTS = {
-    "tests": Part(["-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests")], [], ["--collect-only"]),
+    "tests": Part(
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"],
+        [str(ROOT / "tests")],
+        ["--collect-only", str(ROOT / "tests" / "test_pipeline.py")],
+    ),
     "sdxl-bf16": bench_step(
-        *SDXL, "--modes", BF16, name="sdxl-bf16.figures.json", full=FULL, tiny=[*TINY, "--stages", "2"]
+        *SDXL, "--modes", BF16, name="sdxl-bf16.figures.json", full=FULL, tiny=[*TINY, "--stages", "2", "--forked"]
     ),
     # Quantised kernels are of a GPU: the rehearsal is without them.
     "sdxl-nf4": bench_step(
         *SDXL,
         name="sdxl-nf4.figures.json",
         full=[*FULL, "--modes", NF4],
-        tiny=[*TINY, "--stages", "1", "--modes", "adapters"],
+        tiny=[*TINY, "--stages", "1", "--modes", "adapters", "--forked"],
     ),
     "step": bench_step(
         *("--models", "sd15", "--stages", "2"),
         name="step.figures.json",
         full=["--factor", "1", "--latents", "64", "--batch_size", "4", "--precision", "bf16", "--rounds", "10"],
-        tiny=["--factor", "0.05", "--latents", "8", "--rounds", "1", "--only", "full"],
+        tiny=["--factor", "0.05", "--latents", "8", "--fake_score_updates", "1", "--rounds", "1", "--only", "ours"],
     ),
-    "pixels-teacher": pixels("teacher"),
-    "pixels-none": pixels("distil", "--arm", "none"),
-    "pixels-path": pixels("distil", "--arm", "path"),
-    "shapes-teacher": Part(
-        ["-m", "shapes.make_teacher", "--output_dir", "{work}/shapes", "--work_dir", "{work}/shapes-work"],
-        ["--denoiser_steps", "60000"],
-        ["--classifier_steps", "2", "--vae_steps", "2", "--denoiser_steps", "2", "--num_latents", "200"],
-    ),
+    **{
+        f"{data}-{name}": distilled(data, *line)
+        for data in ("pixels", "shapes")
+        for name, line in {
+            "teacher": ["teacher"],
+            "none": ["distil", "--arm", "none"],
+            "path": ["distil", "--arm", "path"],
+        }.items()
+    },
 }
 
 
@@ -106,22 +117,19 @@ def command_of(arguments: list[str]) -> str:
     return shlex.join(["python", *arguments])
 
 
-def run(name: str, output: Path, tiny: bool) -> dict:
+def run(name: str, output: Path, tiny: bool, limit: float = LIMIT) -> dict:
     """Runs a part, and writes its result if it ended in its time."""
     part, arguments = PARTS[name], arguments_of(name, output, tiny)
     (output / "work").mkdir(parents=True, exist_ok=True)
-    paths = {"PYTHONPATH": ":".join(map(str, [ROOT / "src", ROOT / "examples" / "text_to_image"]))}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if tiny else {}
     started = time.monotonic()
-    with open(output / f"{name}.log", "w") as log:
-        line = [sys.executable, *arguments]
-        group = {"start_new_session": True, "env": {**os.environ, **paths}}
-        process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, **group)
-        try:
-            status: int | None = process.wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            status = None
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
-            process.wait()
+    process = start_python(arguments, tiny, output / f"{name}.log", PYTHONPATH=os.pathsep.join(PATHS), **hidden)
+    process.join(limit)
+    status = process.exitcode
+    if status is None:
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            one.kill()
+        process.join()
     said = (output / f"{name}.log").read_text(errors="replace")
     figures = output / part.figures if part.figures else None
     result = {
@@ -129,7 +137,7 @@ def run(name: str, output: Path, tiny: bool) -> dict:
         "command": command_of(arguments),
         "seconds": round(time.monotonic() - started, 1),
         "status": status,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": "CPU" if tiny else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "figures": json.loads(figures.read_text()) if figures is not None and figures.is_file() else None,
         "printed": said[-TAIL:],
@@ -151,6 +159,11 @@ def main(line: list[str]) -> int:
     if not parsed.tiny and not torch.cuda.is_available():
         print("There is no GPU: --tiny rehearses on a CPU.", file=sys.stderr)
         return 1
+    if parsed.tiny:  # imported once: processes are forks of this one
+        sys.path[:0] = PATHS
+        for module in IMPORTED:
+            importlib.import_module(module)
+        gc.freeze()
     output = parsed.output or (ROOT / "outputs" / "gpu-tiny" if parsed.tiny else HERE / "results" / "gpu")
     started, failed = time.monotonic(), False
     for name in parsed.parts:

@@ -8,14 +8,13 @@ of the shapes teacher judges. Three seeds are distilled side by side, each in a 
 """
 
 import argparse
-import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from gpu_distil import figures_of, main, measured_teacher
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, mse_loss
 
@@ -25,7 +24,6 @@ sys.path.insert(0, str(ROOT / "examples" / "text_to_image"))
 
 from diffusers_disback import (  # noqa: E402
     DisBackConfig,
-    DisBackTrainer,
     Evaluation,
     FeatureEvaluator,
     FrechetDistance,
@@ -89,11 +87,10 @@ def drawn(number: int, seed: int) -> tuple[Tensor, Tensor]:
     return small.round().to(torch.uint8), torch.tensor(labels)
 
 
-def evaluation(number: int) -> Evaluation:
-    made = Evaluation(
-        [str(place % NO_CLASS) for place in range(number)], batch_size=min(number, 500), name="Shapes, 32 x 32"
-    )
-    made.evaluators.append(ShapeEvaluator(number))
+def evaluation(tiny: bool) -> Evaluation:
+    number = 8 if tiny else 2000
+    made = Evaluation([str(place % NO_CLASS) for place in range(number)], batch_size=500, name="Shapes, 32 x 32")
+    made.evaluators.append(ShapeEvaluator(80 if tiny else 2000))
     return made
 
 
@@ -132,30 +129,16 @@ def make_teacher(parsed: argparse.Namespace) -> dict[str, Any]:
     made = fit("unet", unet, loss, steps, 2e-4, parsed.work_dir, 0.9 if parsed.tiny else 0.999)
     folder = parsed.work_dir / "teacher"
     DDPMPipeline(made.cpu(), scheduler).save_pretrained(folder)
-    family = load_family(ModelReference(str(folder), null_class_label=NO_CLASS)).to(device)
-    one = evaluation(80 if parsed.tiny else 2000)
-    sampler = family.sampler().to(device)
-    found, seconds = one.sample(family, sampler, num_inference_steps=2 if parsed.tiny else 50, guidance_scale=1.0)
-    real, shapes = drawn(len(one.prompts), REAL_SEED + 1)
+    family = load_family(ModelReference(str(folder), null_class_label=NO_CLASS))
+    one = evaluation(parsed.tiny)
+    teacher = measured_teacher(family, one, 2 if parsed.tiny else 50, guidance_scale=1.0)
+    real, shapes = drawn(80 if parsed.tiny else 2000, REAL_SEED + 1)
     floor = one.evaluators[0](real, [str(shape) for shape in shapes.tolist()])
-    return {"steps": steps, "teacher": {**one.measure(found), "seconds_per_image": seconds}, "floor": floor}
+    return {"steps": steps, "teacher": teacher, "floor": floor}
 
 
 def distil(parsed: argparse.Namespace) -> dict[str, Any]:
-    """Distils one seed. Without one: three, side by side."""
-    if parsed.seed is None:
-        seeds = [0] if parsed.tiny else [0, 1, 2]
-        line = [sys.executable, __file__, *sys.argv[1:]]
-        files = [parsed.work_dir / f"{parsed.arm}-{seed}.json" for seed in seeds]
-        commands = [
-            [*line, "--seed", str(seed), "--figures", str(file)] for seed, file in zip(seeds, files, strict=True)
-        ]
-        running = [
-            subprocess.Popen(command) for command, file in zip(commands, files, strict=True) if not file.exists()
-        ]
-        if failed := [process.args for process in running if process.wait()]:
-            raise SystemExit(f"{len(failed)} of {len(running)} seeds failed")
-        return {str(seed): json.loads(file.read_text()) for seed, file in zip(seeds, files, strict=True)}
+    """Distils one seed."""
     updates = 2 if parsed.tiny else 2000
     path = {
         "none": {"num_path_nodes": 0},
@@ -184,30 +167,8 @@ def distil(parsed: argparse.Namespace) -> dict[str, Any]:
         resume_from_checkpoint="latest",
         **path[parsed.arm],
     )
-    trainer = DisBackTrainer(args=config, evaluation=lambda: evaluation(80 if parsed.tiny else 2000))
-    result = trainer.train()
-    if result is None:
-        raise SystemExit(f"{config.output_dir} is finished, and its figures are gone.")
-    stage_1 = {} if trainer.path is None else trainer.path.manifest["cost"]
-    return {"stage_1": stage_1, "stage_2": result.cost, "curve": result.curve}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("teacher", "distil"))
-    parser.add_argument("--work_dir", type=Path, required=True)
-    parser.add_argument("--figures", type=Path, required=True)
-    parser.add_argument("--arm", choices=("none", "path"), default="none")
-    parser.add_argument("--seed", type=int, help="of one run; by default three side by side")
-    parser.add_argument("--steps", type=int, default=8000, help="of the teacher")
-    parser.add_argument("--tiny", action="store_true")
-    parsed = parser.parse_args()
-    parsed.work_dir.mkdir(parents=True, exist_ok=True)
-    if parsed.tiny:
-        torch.set_num_threads(1)
-    found = make_teacher(parsed) if parsed.what == "teacher" else distil(parsed)
-    parsed.figures.write_text(json.dumps(found, indent=1) + "\n")
+    return figures_of(config, lambda: evaluation(parsed.tiny))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, make_teacher, distil, teacher_steps=8000)

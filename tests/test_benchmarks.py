@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,13 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import convergence  # noqa: E402
+import gpu  # noqa: E402
 import objectives  # noqa: E402
 import toy_task  # noqa: E402
 import two_dimensions  # noqa: E402
+
+from diffusers_disback.training.stage import Stage  # noqa: E402
+from processes import start_python  # noqa: E402
 
 
 def result(distances, stage_1=0, evaluations_per_row=10):
@@ -161,17 +166,40 @@ def test_arms_are_told_apart_by_the_rule(ratios, verdict):
     assert objectives.judgement(ratios) == verdict
 
 
-@pytest.mark.slow
-def test_what_is_to_be_measured_on_a_gpu_runs_at_tiny_size(tmp_path):
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "gpu.py", "--tiny", "--output", tmp_path],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(": done, ") == 8 and "call again" not in done.stdout
-    arms = {arm: json.loads((tmp_path / f"pixels-{arm}.json").read_text())["figures"]["0"] for arm in ("none", "path")}
-    assert arms["path"]["stage_1"]["steps"] == 2 and arms["none"]["stage_1"] == {}
-    assert all([row["step"] for row in arm["curve"]] == [0, 1, 2] for arm in arms.values())
+@pytest.mark.parametrize("forked", [True, False])
+def test_a_command_line_is_run_in_a_fork_as_it_is_anew(forked, tmp_path):
+    (tmp_path / "beside.py").write_text("import os\n")
+    script = "import sys, beside\nprint(__name__, sys.argv[1], beside.os.environ['ARM'], flush=True)\nsys.exit(3)"
+    (tmp_path / "script.py").write_text(script)
+    process = start_python([str(tmp_path / "script.py"), "told"], forked, tmp_path / "log", ARM="path")
+    process.join()
+    assert process.exitcode == 3 and (tmp_path / "log").read_text() == "__main__ told path\n"
+
+
+def test_what_is_to_be_measured_on_a_gpu_runs_at_tiny_size(tmp_path, capsys, monkeypatch):
+    """All parts; two of them again, after they were cut off: by the limit, and after a checkpoint."""
+    assert gpu.run("tests", tmp_path, tiny=True, limit=0.01)["status"] is None
+    gpu.main(["--tiny", "--output", str(tmp_path), "--parts", "pixels-teacher"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "_validate", lambda stage, done: os.kill(os.getpid(), signal.SIGKILL))
+        cut_off = gpu.run("pixels-path", tmp_path, tiny=True)
+    assert cut_off["status"] == 1 and "exit statuses [-9]" in cut_off["printed"]
+    assert {file.name for file in tmp_path.glob("*.json")} == {"pixels-teacher.json", "pixels-teacher.figures.json"}
+
+    assert gpu.main(["--tiny", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(": done, ") == len(gpu.PARTS) and printed.count(": is there") == 1
+    assert "backtracking:   0%" in (tmp_path / "pixels-none.log").read_text()
+    assert "backtracking:   0%" not in (tmp_path / "pixels-path.log").read_text(), "resumed"
+
+    figures = {name: json.loads((tmp_path / f"{name}.json").read_text())["figures"] for name in gpu.PARTS}
+    for name in ("sdxl-bf16", "sdxl-nf4"):
+        assert figures[name]["results"][0]["seconds_per_step"] > 0
+    assert figures["step"]["results"][0]["seconds"].keys() == {"baseline", "ours"}
+    for data in ("pixels", "shapes"):
+        assert {"distance", "shape_accuracy"} <= figures[f"{data}-teacher"]["teacher"].keys()
+        assert figures[f"{data}-teacher"]["floor"]["distance"] < figures[f"{data}-teacher"]["teacher"]["distance"]
+        arms = {arm: figures[f"{data}-{arm}"]["0"] for arm in ("none", "path")}
+        assert arms["path"]["stage_1"]["steps"] == 2 and arms["none"]["stage_1"] == {}
+        assert all([row["step"] for row in arm["curve"]] == [0, 1, 2] for arm in arms.values())
+        assert all(row["distance"] > 0 for arm in arms.values() for row in arm["curve"])

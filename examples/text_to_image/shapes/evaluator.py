@@ -82,10 +82,15 @@ def held_out(num: int = NUM_PICTURES) -> tuple[Tensor, list[str]]:
     return torch.from_numpy(images), [str(SCENES[index]) for index in scenes]
 
 
-def shapes_evaluation(num: int = NUM_PICTURES) -> Evaluation:
-    """Prompts and noise that are always the same, and the classifier; its `floor` is what real images score."""
+def shapes_evaluation(num: int = NUM_PICTURES, num_real: int = NUM_PICTURES) -> Evaluation:
+    """Prompts and noise that are always the same, and the classifier; its `floor` is what real images score.
+
+    Args:
+        num (`int`): Prompts.
+        num_real (`int`): Real images that are compared with, and others that the floor is measured on.
+    """
     evaluation = Evaluation(shapes_prompts(num), name="Captioned shapes", type="captioned-shapes")
-    evaluator = ShapesEvaluator(load_classifier())
+    evaluator = ShapesEvaluator(load_classifier(), num_real)
     evaluation.evaluators.append(evaluator)
-    evaluation.references["floor"] = evaluator(*held_out())
+    evaluation.references["floor"] = evaluator(*held_out(num_real))
     return evaluation
