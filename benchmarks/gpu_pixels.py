@@ -33,7 +33,7 @@ from diffusers_disback import (  # noqa: E402
 from diffusers_disback.models.reference import ModelReference  # noqa: E402
 from shapes.dataset import SCENES, SHAPES, pixels  # noqa: E402
 from shapes.evaluator import load_classifier  # noqa: E402
-from shapes.make_teacher import fit  # noqa: E402
+from shapes.fit import fit  # noqa: E402
 
 
 SIDE, NO_CLASS, DROPPED = 32, len(SHAPES), 0.1

@@ -5,18 +5,21 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors import safe_open
 
 from diffusers_disback import Evaluation, ModelReference, load_family
 from diffusers_disback.evaluation import confidence_intervals, groups_of
 from digits import dataset
 from digits.evaluator import HERE, NUM_IMAGES, DigitsEvaluator, digits_evaluation, digits_prompts, is_digits_teacher
-from digits.make_teacher import NO_CLASS, distorted
+from digits.make_teacher import NO_CLASS, distorted, make_classifier, make_teacher
+from shapes.fit import fit
 
 
 TEACHER = HERE / "teacher"
@@ -135,6 +138,36 @@ def test_distortions_keep_most_of_an_image():
     moved = distorted(images, torch.Generator().manual_seed(0))
     assert moved.shape == images.shape and not torch.equal(moved[0], moved[1])
     assert (moved.sum((1, 2, 3)) / images.sum((1, 2, 3)) - 1).abs().max() < 0.5
+
+
+def test_making_the_teacher_resumes_exactly(tmp_path):
+    """Images, noise and labels of a step are functions of the step."""
+    images, labels = torch.randint(256, (20, 1, 16, 16), dtype=torch.uint8), torch.arange(20) % 10
+    scheduler = DDPMScheduler(prediction_type="v_prediction")
+
+    def make(name, fails_at=None):
+        calls, forward = count(), UNet2DModel.forward
+
+        def failing(*arguments, **named):
+            if next(calls) == fails_at:
+                raise KeyboardInterrupt
+            return forward(*arguments, **named)
+
+        (tmp_path / name).mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("digits.make_teacher.fit", partial(fit, save_every=2))
+            patch.setattr(UNet2DModel, "forward", failing)
+            return make_teacher(images, labels, scheduler, 4, 2, tmp_path / name), make_classifier(
+                images, labels, 4, tmp_path / name
+            )
+
+    whole = make("whole")
+    with pytest.raises(KeyboardInterrupt):
+        make("broken", fails_at=3)
+    for one, other in zip(whole, make("broken"), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert {"step": 4}.items() <= json.loads((tmp_path / "broken" / "unet.json").read_text()).items()
 
 
 def test_without_a_teacher_it_is_the_embedded_one(script, tmp_path):

@@ -135,9 +135,9 @@ def test_a_collapsed_generator_rings_the_diversity_alarm_and_real_images_do_not(
         assert [*alarms([{"step": 1, "node": 0, **measures}], evaluator.metrics, teacher)] == ring
 
 
-def test_making_a_teacher_resumes_exactly(tmp_path):
-    """The makers' loop, broken and resumed, gives the weights of an unbroken one."""
-    from shapes.make_teacher import fit
+def test_making_a_teacher_resumes_exactly(tmp_path, monkeypatch):
+    """The makers' loop gives the weights of an unbroken one wherever it ends: in a step, or while it saves."""
+    from shapes import fit
 
     def make(name, break_at=None):
         def loss(model, step):
@@ -147,13 +147,17 @@ def test_making_a_teacher_resumes_exactly(tmp_path):
 
         (tmp_path / name).mkdir(exist_ok=True)
         torch.manual_seed(0)
-        return fit("part", torch.nn.Linear(4, 4), loss, 40, 1e-2, tmp_path / name, 0.9, save_every=10)
+        return fit.fit("part", torch.nn.Linear(4, 4), loss, 40, 1e-2, tmp_path / name, 0.9, save_every=10)
 
     whole = make("whole")
     with pytest.raises(KeyboardInterrupt):
         make("broken", break_at=25)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fit, "save_file", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        make("broken")
     assert json.loads((tmp_path / "broken" / "part.json").read_text())["step"] == 20
     assert torch.equal(make("broken").weight, whole.weight)
+    assert [folder.name for folder in (tmp_path / "broken").glob("part-*")] == ["part-40"]
 
 
 OTHER_TEACHERS = {

@@ -2,26 +2,25 @@
 
     cd examples/unconditional_image_generation && OMP_NUM_THREADS=1 python -m digits.make_teacher --data_dir outputs/mnist
 
-One CPU thread is enough. `digits.measure_teacher` measures the result and writes its card.
+One CPU thread is enough. Every part is resumable: run the same command again and it goes on where it was. `digits.measure_teacher` measures the result and writes its card.
 """
 
 import argparse
-import json
 import math
 import shutil
-import time
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, mse_loss
-from tqdm.auto import tqdm
+
+
+sys.path.append(str(Path(__file__).parents[2] / "text_to_image"))  # whose shapes are trained by the same loop
 
 from diffusers_disback.models.noise_schedule import NoiseSchedule
+from shapes.fit import fit
 
 from .classifier import DigitsClassifier
 from .dataset import NUM_CLASSES, RESOLUTION, digits
@@ -30,40 +29,6 @@ from .evaluator import HERE, MARKER, write_reference
 
 NO_CLASS = NUM_CLASSES  # the label that stands for none
 DROPPED = 0.1  # the share of labels that it replaces
-
-
-def fit(
-    name: str,
-    model: nn.Module,
-    loss_of_step: Callable[[torch.Generator], Tensor],
-    steps: int,
-    learning_rate: float,
-    ema_decay: float,
-    work_dir: Path,
-) -> None:
-    """Trains a model, which has the moving average of its weights in the end. Its curve, a row `[step, mean loss, seconds]`
-    every 50 steps, is written to `work_dir/name.json`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-4)
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
-    average, generator = EMAModel(model.parameters(), decay=ema_decay), torch.Generator().manual_seed(0)
-    started, started_cpu, running, curve = time.monotonic(), time.process_time(), 0.0, []
-    for step in tqdm(range(1, steps + 1), desc=name, mininterval=10):
-        loss = loss_of_step(generator)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        average.step(model.parameters())
-        running += loss.item() / 50
-        if step % 50 == 0:
-            curve.append([step, round(running, 6), round(time.monotonic() - started, 1)])
-            running = 0.0
-    average.copy_to(model.parameters())
-    model.eval()
-    spent = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - started_cpu}
-    content = {"steps": steps, **{key: round(value, 1) for key, value in spent.items()}, "curve": curve}
-    (work_dir / f"{name}.json").write_text(json.dumps(content))
 
 
 def distorted(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -84,15 +49,14 @@ def distorted(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def make_classifier(images: Tensor, labels: Tensor, steps: int, work_dir: Path) -> DigitsClassifier:
     """A classifier of images in 0..255, `[N, 1, 16, 16]` uint8, and their labels, `[N]`."""
-    classifier = DigitsClassifier()
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def loss(classifier: nn.Module, step: int) -> Tensor:
+        generator, device = torch.Generator().manual_seed(step), next(classifier.parameters()).device
         rows = torch.randint(len(images), (64,), generator=generator)
-        shown = distorted(images[rows].float() / 255, generator)
-        return cross_entropy(classifier.classify(classifier(shown)), labels[rows], label_smoothing=0.05)
+        shown = distorted(images[rows].float() / 255, generator).to(device)
+        return cross_entropy(classifier.classify(classifier(shown)), labels[rows].to(device), label_smoothing=0.05)
 
-    fit("classifier", classifier, loss, steps, 2e-3, 0.99, work_dir)
-    return classifier
+    return fit("classifier", DigitsClassifier(), loss, steps, 2e-3, work_dir, ema_decay=0.99)
 
 
 def make_unet() -> UNet2DModel:
@@ -115,20 +79,21 @@ def make_teacher(
     images: Tensor, labels: Tensor, scheduler: DDPMScheduler, steps: int, batch_size: int, work_dir: Path
 ) -> UNet2DModel:
     """A denoiser of images in 0..255, `[N, 1, 16, 16]` uint8, and their labels, `[N]`."""
-    unet, schedule = make_unet(), NoiseSchedule.from_scheduler(scheduler)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def loss(unet: nn.Module, step: int) -> Tensor:
+        generator, device = torch.Generator().manual_seed(step), next(unet.parameters()).device
         rows = torch.randint(len(images), (batch_size,), generator=generator)
         x0 = images[rows].float() / 127.5 - 1
         noise = torch.randn(x0.shape, generator=generator)
         t = torch.randint(schedule.num_timesteps, (batch_size,), generator=generator)
         dropped = torch.rand(batch_size, generator=generator) < DROPPED
         given = torch.where(dropped, NO_CLASS, labels[rows])
-        output = unet(schedule.diffuse(x0, noise, t), t, class_labels=given).sample
-        return mse_loss(output, schedule.regression_target(x0, noise, t))
+        x_t = schedule.diffuse(x0, noise, t).to(device)
+        output = unet(x_t, t.to(device), class_labels=given.to(device)).sample
+        return mse_loss(output, schedule.regression_target(x0, noise, t).to(device))
 
-    fit("unet", unet, loss, steps, 2e-3, 0.999, work_dir)
-    return unet
+    return fit("unet", make_unet(), loss, steps, 2e-3, work_dir, ema_decay=0.999)
 
 
 def save_teacher(folder: Path, unet: UNet2DModel, scheduler: DDPMScheduler) -> None:
@@ -143,7 +108,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data_dir", type=Path, required=True, help="Where MNIST is kept; it is downloaded if need be."
     )
-    parser.add_argument("--work_dir", type=Path, default=Path("outputs/digits_teacher"), help="Gets the loss curves.")
+    parser.add_argument(
+        "--work_dir",
+        type=Path,
+        default=Path("outputs/digits_teacher"),
+        help="What is unfinished, and the loss curves.",
+    )
     parser.add_argument("--output_dir", type=Path, default=HERE, help="Gets the folders `classifier` and `teacher`.")
     parser.add_argument("--teacher_only", action="store_true", help="Leave the classifier as it is.")
     parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="v_prediction")

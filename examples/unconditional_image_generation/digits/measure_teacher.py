@@ -158,7 +158,7 @@ def main() -> None:
         size=size,
         guidance_scale=chosen,
         trainings="; ".join(
-            f"{name} {of['steps']:,} steps in {of['cpu_seconds']:.0f} s ({of['seconds']:.0f} s on the clock)"
+            f"{name} {of['step']:,} steps in {of['cpu_seconds']:.0f} s ({of['seconds']:.0f} s on the clock)"
             for name, of in trainings.items()
         ),
         num_train=len(digits(arguments.data_dir, "train")[0]),
