@@ -1,10 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_evaluation import Colours
 
-from diffusers_disback.evaluation import DriftEvaluator, FrechetDistance
+from diffusers_disback.evaluation import DriftEvaluator, Evaluation, FrechetDistance
 from diffusers_disback.evaluation.base import FeatureEvaluator, Metric, groups_of
-from diffusers_disback.evaluation.bootstrap import confidence_intervals
+from diffusers_disback.evaluation.bootstrap import confidence_intervals, within_groups
 
 
 class Mean(FeatureEvaluator):
@@ -38,6 +40,41 @@ def test_images_of_a_prompt_are_resampled_together():
     assert four == pytest.approx(one)
     uneven = groups_of(["a"] * 3 + ["b"] * 2 + ["c"])
     assert confidence_intervals(Mean(), torch.ones(6), uneven)["mean"] == (1, 1)
+
+
+def test_images_of_classes_are_resampled_within_them():
+    """What classes differ by is no spread, since none of them is missing."""
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    classes = torch.arange(400) % 4
+    noise -= torch.stack([noise[classes == k].mean() for k in range(4)])[classes]
+    found = confidence_intervals(Mean(), noise + 100 * classes, classes, 2000, resample=within_groups)
+    low, high = found["mean"]
+    assert high - low == pytest.approx(2 * 1.96 * noise.std().item() / 400**0.5, rel=0.05)
+    assert found["prompts"] == (4, 4), "a class remains one"
+    one = confidence_intervals(Mean(), noise, torch.zeros(400, dtype=torch.int64), 2000, resample=within_groups)[
+        "mean"
+    ]
+    assert one == pytest.approx((low - 150, high - 150), abs=0.02), (
+        "of a teacher without classes it is that of its images"
+    )
+    with pytest.raises(ValueError, match="two images and two resamples, but has 1 and 200"):
+        confidence_intervals(Mean(), noise[:1], classes[:1], resample=within_groups)
+
+
+@pytest.mark.parametrize(
+    "takes_prompts, in_a_class, resampled", [(False, 10, "images"), (False, 9, "classes"), (True, 10, "classes")]
+)
+def test_an_evaluation_resamples_images_of_classes_if_there_are_enough(takes_prompts, in_a_class, resampled):
+    evaluation = Evaluation(["0", "1"] * in_a_class)
+    evaluation._family = SimpleNamespace(takes_prompts=takes_prompts)
+    evaluation.evaluators.append(Mean())
+    features = torch.tensor([0.0, 100.0]).repeat(in_a_class)  # classes differ, images of one do not
+    low, high = evaluation.intervals({len(evaluation.evaluators) - 1: features}, resamples=20)["mean"]
+    assert (high - low > 10) == (resampled == "classes")
+    alone = Evaluation(["sample"] * 10)
+    alone._family, alone.evaluators = evaluation._family, evaluation.evaluators
+    found = alone.intervals({len(evaluation.evaluators) - 1: torch.arange(10.0)}, resamples=20)
+    assert bool(found) == (not takes_prompts)
 
 
 def test_intervals_contain_the_truth_as_often_as_they_say():

@@ -51,6 +51,18 @@ def frechet_by_scipy(one, two):
     return ((one.mean(0) - two.mean(0)) ** 2).sum() + np.trace(c1 + c2 - 2 * root)
 
 
+@pytest.mark.parametrize("labels, told", [(None, "teacher\n2 steps"), (4, "teacher\n2 steps, w=1")])
+def test_titles_of_images_tell_guidance_where_something_guides(labels, told, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr("diffusers_disback.evaluation.report.image_grid", lambda rows, own, file: titles.extend(own))
+    family = family_of(tiny.pixels(num_class_embeds=labels))
+    captions = family.conditions().captions[:1]
+    report = Report(Evaluation(captions), captions, family, 1.0)
+    report.add_teacher()
+    report.write_samples(tmp_path / "samples.png")
+    assert titles == [told]
+
+
 def test_the_distance_is_scipys():
     real, generated = images(0), images(1, shift=0.1)
     expected = frechet_by_scipy(real, generated)

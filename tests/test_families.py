@@ -597,6 +597,18 @@ def without_a_word(tmp_path):
     return tmp_path / "right", tmp_path / "wrong"
 
 
+@pytest.mark.parametrize("name", tiny.PIPELINES)
+def test_a_timestep_outside_the_schedule_is_refused_with_the_familys_own(name):
+    family = family_of(tiny.PIPELINES[name]())
+    last, own = family.schedule.num_timesteps - 1, family.default_timestep()
+    told = (
+        rf"--t={last + 1} is outside the teacher's schedule \(0\.\.{last}\); the default for this teacher is {own}\."
+    )
+    with pytest.raises(ValueError, match=told):
+        family.check_timestep(last + 1, "--t")
+    family.check_timestep(own)
+
+
 def test_zero_terminal_snr_can_be_said(without_a_word, tmp_path):
     """In training, in what nodes and the student are drawn with, and in the path, which is of this flag alone."""
     from diffusers_disback import DegradationPath, ModelReference, TrainingConfig, load_family

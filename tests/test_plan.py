@@ -172,6 +172,23 @@ def test_graphs_of_scores_are_counted_where_an_objective_has_them(
     assert planned.total(1) == silent.total(1), "stage 1 trains the fake score without guidance"
 
 
+@pytest.mark.parametrize("labels, guidance, halves", [(None, 8.0, 1), (4, 8.0, 2), (4, 1.0, 1)])
+def test_both_halves_of_guidance_are_counted_where_something_guides(labels, guidance, halves):
+    def skeleton():
+        with torch.device("meta"):
+            return tiny.unet_2d(num_class_embeds=labels)
+
+    own = BacktrackingConfig(guidance_scale=guidance, fake_score_guidance_scale=guidance)
+    planned = Planner(skeleton, FAMILIES["pixels"], TrainingConfig(train_batch_size=4), own, stride=1)
+    assert planned.updates["fake_score"] == planned._pass("fake_score", 4 * halves)
+    with torch.no_grad():
+        target = planned._pass("fake_score", 4 * halves, is_trained=False)
+    assert planned.updates["generator"].peak == max(
+        planned.first_update.activations + max(target.peak, target.activations + target.peak),
+        planned.first_update.peak,
+    )
+
+
 def test_states_of_8_bits_and_quantised_bases_are_about_those_of_bitsandbytes():
     """On a CPU, of all tensors and linear layers of a UNet."""
     bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -205,7 +205,7 @@ class DisBackTrainer:
         if self._completes_command:
             self._command = [*self._command, "--conditioning_timestep", str(config.conditioning_timestep)]
             self._completes_command = False
-        self.teacher.schedule.check_timestep(config.conditioning_timestep, "conditioning_timestep")
+        self.teacher.check_timestep(config.conditioning_timestep, "conditioning_timestep")
         self.teacher.one_step_scheduler(config.conditioning_timestep)  # or it would be refused at the end
         if state.is_main_process:  # what the end of the run needs of the teacher's files is read before it begins
             if warning := self.teacher.check_schedule():

@@ -147,7 +147,7 @@ def timestep_sweep(parsed: argparse.Namespace) -> None:
     )
     family = load_family(teacher, parsed.cache_dir)
     for t in parsed.timesteps:
-        family.schedule.check_timestep(t)
+        family.check_timestep(t)
     prompts = (
         parsed.prompt if parsed.prompts_file is None else list(PromptFile(parsed.prompts_file, parsed.num_prompts))
     )

@@ -178,7 +178,7 @@ class Report:
     def write_samples(self, file: Path) -> None:
         """Rows of prompts; columns: teacher in many steps, initial student, student."""
         titles = {
-            "teacher": f"teacher\n{self.teacher_steps} steps, w={self.guidance_scale:g}",
+            "teacher": f"teacher\n{self.teacher_steps} steps" + _guidance(self.family, self.guidance_scale, ", "),
             "initial": "initial student\n1 step",
             "student": "student\n1 step",
         }
@@ -247,6 +247,11 @@ class Report:
         return self._intervals
 
 
+def _guidance(family: ModelFamily, scale: float, before: str) -> str:
+    """A column's guidance, in its title; nothing where nothing guides."""
+    return f"{before}w={scale:.3g}" if family.takes_condition(family.network.config) else ""
+
+
 def sample_nodes(
     path: DegradationPath,
     family: ModelFamily,
@@ -294,7 +299,7 @@ def sample_nodes(
                 images = drawn
             if adapter:
                 network.unload_lora()
-            columns[f"{title}\nw={scale:.3g}"] = images
+            columns[title + _guidance(family, scale, "\n")] = images
     teacher.register_modules(**{name: kept})
     columns |= others or {}
     rows = {prompt: [column[row] for column in columns.values()] for row, prompt in enumerate(evaluation.prompts)}

@@ -109,6 +109,10 @@ class ModelFamily:
         pixels (arXiv 2404.04057: sigma_init = 2.5); on Stable Diffusion's schedule it is timestep 625, as SiD-LSG has it."""
         return self._nearest_to(2.5) if self.conditioning_timestep is None else self.conditioning_timestep
 
+    def check_timestep(self, timestep: int, name: str = "timestep") -> None:
+        """Raises a `ValueError`, with the name of the setting, if a timestep is outside the teacher's schedule, or has no x0."""
+        self.schedule.check_timestep(timestep, name, f"; the default for this teacher is {self.default_timestep()}")
+
     def timestep_of(self, sigma: float) -> int:
         """The timestep whose ratio of noise to signal is nearest to a number.
 
@@ -144,6 +148,11 @@ class ModelFamily:
     def example_condition(cls, config: Any, batch: int) -> Condition:
         """A condition of the right shapes on the meta device, from the denoiser's config alone: for the planner."""
         return {}
+
+    @classmethod
+    def takes_condition(cls, config: Any) -> bool:
+        """Whether a denoiser of a config takes a condition; without one nothing guides."""
+        return bool(cls.example_condition(config, 1))
 
     def inputs(self, resolution: int | None = None) -> dict[str, str]:
         """Hashes of what a run depends on besides the denoiser and the scheduler, by their names in `INPUTS`."""

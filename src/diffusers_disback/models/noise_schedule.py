@@ -17,7 +17,6 @@ EDM = "edm"
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 RESCALED_EDM = "edm_rescaled_time"
 RESCALED_EDM_SCHEDULER = "CMStochasticIterativeScheduler"
-RECIPES = "SDXL recipes use 399, those of Stable Diffusion 1.x and 2.x 625 or 999"
 # Of a scheduler that asks its network at other times than the integers of its betas, and the value with which it does not.
 _OTHER_TIMES = {"timestep_type": "discrete", "use_flow_sigmas": False}
 
@@ -62,15 +61,16 @@ class NoiseSchedule:
     def num_timesteps(self) -> int:
         return len(self.alpha)
 
-    def check_timestep(self, timestep: int, name: str = "timestep") -> None:
-        """Raises a `ValueError`, with the name of the setting, if a timestep is outside the schedule, or has no x0."""
+    def check_timestep(self, timestep: int, name: str = "timestep", advice: str = "") -> None:
+        """Raises a `ValueError`, with the name of the setting and what to use instead, if a timestep is outside the schedule, or has no
+        x0. `ModelFamily.check_timestep` knows what to use."""
         try:
             operator.index(timestep)
         except TypeError:
-            raise ValueError(f"timestep={timestep!r} is no whole number; {RECIPES}.") from None
+            raise ValueError(f"timestep={timestep!r} is no whole number{advice}.") from None
         if not 0 <= timestep < self.num_timesteps:
             raise ValueError(
-                f"{name}={timestep} is outside the teacher's schedule (0..{self.num_timesteps - 1}); {RECIPES}."
+                f"{name}={timestep} is outside the teacher's schedule (0..{self.num_timesteps - 1}){advice}."
             )
         if self.prediction_type == "epsilon" and self.alpha[timestep] == 0:
             raise ValueError(

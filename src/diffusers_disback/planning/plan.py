@@ -129,20 +129,21 @@ class Planner:
     def updates(self) -> dict[str, PassMemory]:
         """What each role's update in stage 2 takes besides what is held."""
         training, batch, own = self.training, self.training.train_batch_size, self.backtracking
-        guided = [g not in (0, 1) for g in (own.training_guidance_of_fake_score, own.fake_score_guidance_scale)]
+        scales = (own.training_guidance_of_fake_score, own.guidance_scale, own.fake_score_guidance_scale)
+        takes_condition = self.family.takes_condition(self.network.config)
+        own_samples, *samples = (2 * batch if takes_condition and scale not in (0, 1) else batch for scale in scales)
         student = self.first_update
-        fake_score = self._pass("fake_score", 2 * batch) if guided[0] else student
+        fake_score = student if own_samples == batch else self._pass("fake_score", own_samples)
         if training.has_discriminator:  # which leaves its gradient there, for the pass of its own loss to add to
             judged = self._pass("fake_score", 2 * batch, is_judged=True)
-            own_pass = self._pass("fake_score", 2 * batch if guided[0] else batch, accumulates=True)
+            own_pass = self._pass("fake_score", own_samples, accumulates=True)
             peak = max(judged.peak, own_pass.peak)
             fake_score = PassMemory(max(judged.activations, own_pass.activations), own_pass.gradients, peak)
         if training.is_adapter("generator") != training.is_adapter("fake_score"):
             student = self._pass("generator", batch)
         through_scores = OBJECTIVES[training.objective].differentiates_scores
-        with torch.set_grad_enabled(through_scores):  # the target with both halves of guidance, then the fake score
-            sizes = (2 * batch, 2 * batch if guided[1] else batch)
-            target, asked = (self._pass("fake_score", samples, is_trained=False) for samples in sizes)
+        with torch.set_grad_enabled(through_scores):  # the target, then the fake score, with both halves of guidance
+            target, asked = (self._pass("fake_score", number, is_trained=False) for number in samples)
         graphs = target.activations + asked.activations if through_scores else 0
         peak = student.activations + max(target.peak, target.activations + asked.peak)
         if training.adversarial_weight:
