@@ -39,7 +39,13 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
+    """After a module's fixtures, too, which may have trained in another precision."""
+    reset_accelerate_state()
     yield
+    reset_accelerate_state()
+
+
+def reset_accelerate_state():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     PartialState._reset_state()

@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 
 
 SCRIPT = Path(train_disback.__file__)
+# Half of the steps and nodes, where what is trained matters and how long does not.
+SHORT = {"degradation_steps": 2, "num_path_nodes": 1, "max_train_steps": 2, "steps_per_target": 1}
 
 
 def arguments(folder: Path, teacher: Path, prompts: Path, /, **changes) -> list[str]:

@@ -7,21 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import convergence
+import gpu
+import objectives
 import pytest
 import torch
+import toy_task
+import two_dimensions
+
+from diffusers_disback.training.stage import Stage
+from processes import start_python
 
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import convergence  # noqa: E402
-import gpu  # noqa: E402
-import objectives  # noqa: E402
-import toy_task  # noqa: E402
-import two_dimensions  # noqa: E402
-
-from diffusers_disback.training.stage import Stage  # noqa: E402
-from processes import start_python  # noqa: E402
 
 
 def result(distances, stage_1=0, evaluations_per_row=10):

@@ -17,7 +17,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 from safetensors.torch import save_file
-from script import student
+from script import SHORT, student
 from stages import close, equal, images_for, weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -37,6 +37,9 @@ PAIRS = [
     for j, prediction in enumerate(PREDICTIONS)
 ]
 PRODUCT = list(itertools.product(tiny.TEXT, PREDICTIONS, OBJECTIVES))
+ONE_OF_TEXT = [
+    name if place == 0 else pytest.param(name, marks=pytest.mark.slow) for place, name in enumerate(tiny.TEXT)
+]
 CELLS = [*PAIRS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in PRODUCT if cell not in PAIRS)]
 
 
@@ -119,7 +122,7 @@ def test_every_teacher_is_distilled(run, tmp_path, name, prediction, objective):
     tiny.PIPELINES[name](prediction).save_pretrained(tmp_path / "teacher")
     images = images_for(objective, tmp_path / "images")
     prompts = {"prompts_file": None} if images else {}
-    folder = run(pretrained_model_name_or_path=tmp_path / "teacher", objective=objective, **images, **prompts)
+    folder = run(pretrained_model_name_or_path=tmp_path / "teacher", objective=objective, **images, **prompts, **SHORT)
     own, stock = DisBackOneStepPipeline.from_pretrained(folder), DiffusionPipeline.from_pretrained(folder)
     assert type(stock).__name__ in FAMILIES[name].pipeline_classes
     noise = torch.randn(1, 4, 8, 8)
@@ -132,12 +135,12 @@ def test_every_teacher_is_distilled(run, tmp_path, name, prediction, objective):
     assert scope["image"].size == (16, 16)
 
 
-@pytest.mark.parametrize("name", tiny.TEXT)
+@pytest.mark.parametrize("name", ONE_OF_TEXT)
 def test_a_teacher_with_zero_terminal_snr_is_asked_where_there_is_no_signal(run, tmp_path, name):
     teacher = tiny.PIPELINES[name]("v_prediction")
     teacher.scheduler = tiny.scheduler("v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
     teacher.save_pretrained(tmp_path / "teacher")
-    folder = run(pretrained_model_name_or_path=tmp_path / "teacher", conditioning_timestep=999)
+    folder = run(pretrained_model_name_or_path=tmp_path / "teacher", conditioning_timestep=999, **SHORT)
     own, stock = DisBackOneStepPipeline.from_pretrained(folder), DiffusionPipeline.from_pretrained(folder)
     arguments = {"latents": torch.randn(1, 4, 8, 8), "output_type": "pt"}
     one = own(tiny.PROMPTS[0], **arguments).images
@@ -149,7 +152,7 @@ def test_a_teacher_with_zero_terminal_snr_is_asked_where_there_is_no_signal(run,
         run("b", pretrained_model_name_or_path=tmp_path / "epsilon", conditioning_timestep=999)
 
 
-@pytest.mark.parametrize("name", tiny.TEXT)
+@pytest.mark.parametrize("name", ONE_OF_TEXT)
 def test_a_student_may_be_smaller_than_its_teacher(run, tmp_path, name):
     tiny.PIPELINES[name]().save_pretrained(tmp_path / "teacher")
     tiny.PIPELINES[name](seed=5, block_out_channels=(4, 8), down_block_types=("DownBlock2D", "DownBlock2D"),
@@ -158,10 +161,10 @@ def test_a_student_may_be_smaller_than_its_teacher(run, tmp_path, name):
         "pretrained_model_name_or_path": tmp_path / "teacher",
         "generator_model_name_or_path": tmp_path / "smaller",
     }
-    folder = run(**flags)
+    folder = run(**flags, **SHORT)
     sizes = [
         sum(tensor.numel() for tensor in UNet2DConditionModel.from_pretrained(place, subfolder="unet").parameters())
-        for place in (folder, tmp_path / "smaller", folder / "path" / "degradation-000004", tmp_path / "teacher")
+        for place in (folder, tmp_path / "smaller", folder / "path" / "degradation-000002", tmp_path / "teacher")
     ]
     assert sizes[0] == sizes[1] < sizes[2] == sizes[3]
     DiffusionPipeline.from_pretrained(folder)(tiny.PROMPTS[0], num_inference_steps=1, guidance_scale=0)
@@ -482,7 +485,9 @@ def full_size(name) -> DiffusionPipeline:
     return with_parts(small, **parts)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    "name", ["SD 1.5", pytest.param("SD 2.1", marks=pytest.mark.slow), pytest.param("SDXL", marks=pytest.mark.slow)]
+)
 def test_full_size_networks_have_the_names_and_shapes_of_the_originals(name):
     """The teacher, the student, a node of the path (a copy of the fake score, which is a copy of the teacher), and a
     network that all of LCM-LoRA's modules were adapted and fused in."""
@@ -574,11 +579,11 @@ def test_a_wrong_prediction_type_can_be_overridden(run, tmp_path, repo, hub):
     """A v-prediction teacher whose config says epsilon is distilled as the one whose config is right."""
     tiny.pipeline("v_prediction").save_pretrained(tmp_path / "right")
     tiny.pipeline("epsilon").save_pretrained(tmp_path / "wrong")
-    right = run("a", pretrained_model_name_or_path=tmp_path / "right")
+    right = run("a", pretrained_model_name_or_path=tmp_path / "right", **SHORT)
     flags = {"prediction_type": "v_prediction", "push_to_hub": True, "hub_model_id": repo}
-    wrong = run("b", pretrained_model_name_or_path=tmp_path / "wrong", **flags)
+    wrong = run("b", pretrained_model_name_or_path=tmp_path / "wrong", **flags, **SHORT)
     assert equal(student(wrong), student(right))
-    plain = run("c", pretrained_model_name_or_path=tmp_path / "wrong")
+    plain = run("c", pretrained_model_name_or_path=tmp_path / "wrong", **SHORT)
     assert not equal(student(plain), student(right))
     node = json.loads(hub.files(repo, "degradation-000002")["scheduler/scheduler_config.json"])
     assert node["prediction_type"] == "v_prediction", "the degraded teacher draws as it was asked"
@@ -740,6 +745,7 @@ def test_another_autoencoder(run, tmp_path, repo, hub):
             pretrained_vae_model_name_or_path=tmp_path / name,
             push_to_hub=True,
             hub_model_id=f"{repo}-{name}",
+            **SHORT,
         )
         for name in ("alone", "inside")
     ]

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +15,14 @@ import torch
 import train_disback
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from script import SCRIPT, arguments, student
+from script import SCRIPT, SHORT, arguments, student
 from stages import equal, interrupted_at
 from write_faults import Fault, full
 
 from diffusers_disback import EVALUATORS, DegradationPath, DisBackOneStepPipeline, Evaluator, Metric, session
 from diffusers_disback.commands.command_line import run as command_line
 from diffusers_disback.evaluation.report import read_report
+from processes import start_python
 
 
 def test_what_a_run_leaves(run, capsys):
@@ -439,9 +441,9 @@ def test_flags_that_change_no_result(run, baseline, flag, monkeypatch):
 
 def test_tf32_reaches_torch(run):
     try:
-        run(allow_tf32=True)
+        run(allow_tf32=True, stage="record", **SHORT)
         assert torch.backends.cuda.matmul.allow_tf32
-        run("other")
+        run("other", stage="record", **SHORT)
         assert not torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -815,11 +817,19 @@ def test_accelerate_launch_of_what_is_refused(tmp_path, teacher_folder, prompts_
 
 
 def in_two_processes(folder, line) -> list[dict[str, torch.Tensor]]:
-    """Runs the script in two gloo processes. Returns what each rank holds at the end."""
-    program = Path(__file__).with_name("two_processes.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    done = launch([*torchrun, program, folder, *line], ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Runs the script in two gloo processes, forks of this one, which have imported all. Returns what each rank holds at the end."""
+    with socket.create_server(("localhost", 0)) as free:
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    command = [str(Path(__file__).with_name("two_processes.py")), str(folder), *map(str, line)]
+    folder.mkdir()
+    logs = [folder / f"{rank}.log" for rank in (0, 1)]
+    processes = [
+        start_python(command, True, log, **place, WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank, log in enumerate(logs)
+    ]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0], "".join(log.read_text()[-3000:] for log in logs)
     return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
 
 
