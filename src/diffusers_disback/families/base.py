@@ -104,9 +104,8 @@ class ModelFamily:
         """Sets the schedule of images of a side in pixels, where a scheduler's noise levels depend on it."""
 
     def default_timestep(self) -> int:
-        """The timestep at which a student is evaluated if none is asked for: the family's `conditioning_timestep`, or else the
-        one at which there is 2.5 times as much noise as signal, whatever the schedule. That is SiD's initial noise level on
-        pixels (arXiv 2404.04057: sigma_init = 2.5); on Stable Diffusion's schedule it is timestep 625, as SiD-LSG has it."""
+        """The timestep at which a student is evaluated by default: the family's `conditioning_timestep`, or else the one with 2.5 times as
+        much noise as signal, SiD's on pixels (arXiv 2404.04057: sigma_init = 2.5). Of Stable Diffusion it is 625, as in SiD-LSG."""
         return self._nearest_to(2.5) if self.conditioning_timestep is None else self.conditioning_timestep
 
     def check_timestep(self, timestep: int, name: str = "timestep") -> None:
