@@ -117,7 +117,9 @@ class Arm:
         stop (`float`): Stage 1 ends when its loss has flattened by this share; 0 is never.
         ramps (`bool`): The generator's loss is scaled up from 0.03 to 1 over N * K updates.
         resets (`bool`): The generator's Adam forgets its state at each switch of the target.
-        is_default (`bool`): The library's defaults: a path of at most 10 nodes where the start is far, none where it is near.
+        is_default (`bool`): The library's defaults: a path of at most 10 nodes where the start is far; where it is near, stage 1 ends with
+            the look that finds it.
+        drops (`bool`): And what was fitted until then is dropped: the fake score starts as the teacher.
     """
 
     path: str = "steps"
@@ -127,6 +129,7 @@ class Arm:
     ramps: bool = False
     resets: bool = False
     is_default: bool = False
+    drops: bool = False
 
 
 ARMS = {
@@ -136,7 +139,8 @@ ARMS = {
     "path": Arm(),
     "reset": Arm(resets=True),
     "shuffled": Arm("shuffled"),
-    "default": Arm(schedule="adaptive", stop=DegradationConfig.degradation_stop, is_default=True),
+    "default": Arm(schedule="adaptive", stop=DegradationConfig.degradation_stop, is_default=True, drops=True),
+    "warm_default": Arm(schedule="adaptive", stop=DegradationConfig.degradation_stop, is_default=True),
 }
 SMALL = {
     "degradation_steps": 8,
@@ -203,6 +207,7 @@ OWN: dict[str, dict[str, dict[str, Settings]]] = {
             "warm": rates(3e-4, 4, 1) | {"degradation_steps": 100},
             "path": rates(3e-4, 2, 1) | walk(200, 10),
             "default": rates(3e-4, 2, 1) | walk(200, 10),
+            "warm_default": rates(3e-4, 2, 1) | walk(200, 10),
         },
         "random": {"ramp": ramp(20)},
         "half": {
@@ -294,16 +299,18 @@ class Run:
         footprint, losses = self.walk(kept)
         chosen, spent, counts = [], [], []
         for seed in range(seeds):
-            own, last = [loss[seed] for loss in losses], len(kept)
+            own, last, near = [loss[seed] for loss in losses], len(kept), False
             if arm.stop:
                 ends = range(1, last)
                 first = earliest_end(steps)
                 flat = (k for k in ends if is_flat([0, *kept[:k]], own[: k + 1], arm.stop, first))
                 last = next(flat, last)
                 judged = next(k for k, step in enumerate(kept, 1) if step >= first)
-                if arm.is_default and not is_far(own[0], own[judged]):
-                    last = judged
+                near = arm.is_default and not is_far(own[0], own[judged])
+                last = judged if near else last
             places = [k for k, step in enumerate(kept[:last], 1) if step in wanted or k == last]
+            if arm.drops and near:
+                places = []
             if arm.path == "shuffled":
                 places[:-1] = shuffled(places[:-1], self.seeds[seed])
             spent.append(kept[last - 1])
@@ -499,7 +506,8 @@ class Task:
         whole = self.REGIMES[regime]
         if whole.shares:
             return list(whole.own)
-        return [arm for arm in ARMS if whole.start != "half" or arm not in ("reset", "shuffled")]
+        left_out = {"half": ("reset", "shuffled", "warm_default"), "random": ("warm_default",)}
+        return [arm for arm in ARMS if arm not in left_out.get(whole.start, ())]
 
     def run(self, regime: str, arm: str, seeds: list[int], small: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The settings, and the record of each seed."""

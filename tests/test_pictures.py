@@ -26,16 +26,16 @@ def small(arm, seeds, start="copy", **changes):
 def test_every_arm_ends_on_the_teacher_and_counts_its_cost(arm):
     (one,) = small(arm, [5], fake_score_updates=2)
     settings = pictures_task.SMALL
-    nodes = {"none": 0, "ramp": 0, "warm": 1, "default": 1}.get(arm, settings["num_path_nodes"])
+    nodes = {"none": 0, "ramp": 0, "warm": 1, "default": 0, "warm_default": 1}.get(arm, settings["num_path_nodes"])
     assert len(one["switches"]) == max(nodes - 1, 0) and all(s < settings["updates"] for s in one["switches"])
     first, evaluations = one["stage_1"], one["curve"]["evaluations"]
-    if arm == "default":  # the copy is near: stage 1 ends with its first tenth
-        assert first["updates"] == settings["default_steps"] // 10 and first["nodes"] == 1
+    if "default" in arm:  # the copy is near: stage 1 ends with its first tenth
+        assert first["updates"] == settings["default_steps"] // 10 and first["nodes"] == nodes
     else:
         assert first["updates"] == (settings["degradation_steps"] if nodes else 0)
     assert evaluations[0] == first["evaluations"] >= 4 * first["updates"]
     # a generator update 8, and 4 for the second update of the fake score
-    assert evaluations[-1] - evaluations[0] == 12 * settings["updates"] or arm == "default"
+    assert evaluations[-1] - evaluations[0] == 12 * settings["updates"] or "default" in arm
     assert set(convergence.AXES) | set(pictures_task.Task.MEASURES) <= one["curve"].keys()
 
 
