@@ -122,15 +122,17 @@ def run(name: str, output: Path, tiny: bool, limit: float = LIMIT) -> dict:
     part, arguments = PARTS[name], arguments_of(name, output, tiny)
     (output / "work").mkdir(parents=True, exist_ok=True)
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if tiny else {}
+    log = output / f"{name}.log"
+    log.write_text("")  # a process that is ended at once has none
     started = time.monotonic()
-    process = start_python(arguments, tiny, output / f"{name}.log", PYTHONPATH=os.pathsep.join(PATHS), **hidden)
+    process = start_python(arguments, tiny, log, PYTHONPATH=os.pathsep.join(PATHS), **hidden)
     process.join(limit)
     status = process.exitcode
     if status is None:
         for one in [*psutil.Process(process.pid).children(recursive=True), process]:
             one.kill()
         process.join()
-    said = (output / f"{name}.log").read_text(errors="replace")
+    said = log.read_text(errors="replace")
     figures = output / part.figures if part.figures else None
     result = {
         "part": name,
