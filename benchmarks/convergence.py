@@ -123,9 +123,15 @@ def cost(result: Result, threshold: float, axis: str) -> float:
     return value + (result["stage_1"]["updates"] if axis == "updates" else 0)  # the other two count from the start
 
 
+def final(result: Result) -> float:
+    """The distance that a run settles at: the median of the curve's last fifth."""
+    distances = result["curve"]["distance"]
+    return median(distances[-max(len(distances) // 5, 1) :])
+
+
 def settled(results: list[Result]) -> float:
-    """The distance that runs settle at: the median, over seeds, of the median of the curve's last fifth."""
-    return median(median(r["curve"]["distance"][-max(len(r["curve"]["distance"]) // 5, 1) :]) for r in results)
+    """The distance that runs settle at: the median over seeds."""
+    return median(final(result) for result in results)
 
 
 def bootstrap(values: list[float], level: float = 0.9, draws: int = 2000) -> tuple[float, float]:
@@ -181,9 +187,21 @@ def table(found: dict[str, list[Result]], arms: list[str], measures: list[str]) 
     return "\n".join(lines)
 
 
-def interval(values: list[float]) -> str:
+def paired(found: dict[str, list[Result]], arm: str, control: str, level: float) -> tuple[float, float, float]:
+    """How many times fewer evaluations an arm takes to a threshold than a control: the median over their common seeds, and its 90 %
+    interval."""
+    own = {name: {r["seed"]: cost(r, level, "evaluations") for r in found[name]} for name in (arm, control)}
+    both = sorted(own[arm].keys() & own[control].keys())
+    return ratio_interval([own[arm][seed] for seed in both], [own[control][seed] for seed in both])
+
+
+def told(ratio: tuple[float, float, float]) -> str:
+    return "{:.2f} ({:.2f}-{:.2f})".format(*ratio)
+
+
+def interval(values: list[float], form: str = ".4g") -> str:
     low, high = bootstrap(values)
-    return f"{median(values):.4g} ({low:.4g}-{high:.4g})"
+    return f"{median(values):{form}} ({low:{form}}-{high:{form}})"
 
 
 def comparison(found: dict[str, list[Result]], arms: list[str]) -> str:
@@ -199,9 +217,7 @@ def comparison(found: dict[str, list[Result]], arms: list[str]) -> str:
     for arm in (arm for arm in arms if arm in found):
         cells = [arm]
         for other in ("none", "warm"):
-            seeds = sorted(costs[arm].keys() & costs.get(other, {}).keys())
-            pairs = [costs[arm][seed] for seed in seeds], [costs[other][seed] for seed in seeds]
-            cells.append("{:.2f} ({:.2f}-{:.2f})".format(*ratio_interval(*pairs)) if seeds else "")
+            cells.append(told(paired(found, arm, other, level)) if other in found else "")
         low, high = bootstrap(list(costs[arm].values()))
         cells.append(f"{low:.4g}-{high:.4g}")
         for controls in (("none", "warm"), ("warm", "path")):

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from convergence import Result, bootstrap, cost, crossing, plot, ratio_interval, read, settled
+from convergence import Result, cost, crossing, final, interval, paired, plot, read, settled, told
 
 
 FACTORS = (2.0, 1.25, 1.0)  # of the distance that the arm without a path settles at
@@ -23,22 +23,9 @@ def costs(results: list[Result], level: float) -> list[float]:
     return [cost(result, level, "evaluations") for result in results]
 
 
-def paired(found: Found, arm: str, control: str, level: float) -> tuple[float, float, float]:
-    """How many times fewer evaluations an arm takes than a control: the median over seeds and its 90 % interval."""
-    both = sorted({r["seed"] for r in found[arm]} & {r["seed"] for r in found[control]})
-    own = {name: {r["seed"]: cost(r, level, "evaluations") for r in found[name]} for name in (arm, control)}
-    return ratio_interval([own[arm][seed] for seed in both], [own[control][seed] for seed in both])
-
-
 def best_control(found: Found, level: float) -> str:
     """The arm without a path that takes the fewest evaluations to a threshold, in medians."""
     return min((name for name in CONTROLS if name in found), key=lambda name: median(costs(found[name], level)))
-
-
-def final(result: Result) -> float:
-    """The median of the curve's last fifth."""
-    distances = result["curve"]["distance"]
-    return median(distances[-max(len(distances) // 5, 1) :])
 
 
 def at_path_end(result: Result, measure: str) -> float:
@@ -62,27 +49,18 @@ def table(found: Found, arms: Sequence[str]) -> str:
         nodes = sorted(result["stage_1"]["nodes"] for result in results)
         first = median(result["stage_1"]["updates"] for result in results)
         cells = [arm, f"{first:.0f}; {nodes[0]}" + (f"-{nodes[-1]}" if nodes[0] < nodes[-1] else "")]
-        cells += [spread(costs(results, level), ".0f") for level in at]
+        cells += [interval(costs(results, level), ".0f") for level in at]
         cells += [str(sum(crossing(result, level) is None for result in results)) for level in at]
         cells += [told(paired(found, arm, "none", level)) for level in at]
         ends = {result["seed"]: final(result) for result in results}
         theirs = {result["seed"]: final(result) for result in found["none"]}
         lower = sum(ends[seed] < theirs[seed] for seed in ends.keys() & theirs.keys())
-        cells += [spread(list(ends.values()), ".3g"), f"{lower} of {len(ends)}"]
+        cells += [interval(list(ends.values()), ".3g"), f"{lower} of {len(ends)}"]
         cells += [f"{median(result['curve']['classes'][-1] for result in results):.2f}"]
         measures = ("gradient_norm", "second_moment_root")
         cells += [", ".join(f"{median(at_path_end(result, one) for result in results):.2g}" for one in measures)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def spread(values: list[float], form: str) -> str:
-    low, high = bootstrap(values)
-    return f"{median(values):{form}} ({low:{form}}-{high:{form}})"
-
-
-def told(ratio: tuple[float, float, float]) -> str:
-    return "{:.2f} ({:.2f}-{:.2f})".format(*ratio)
 
 
 def summary(regimes: dict[str, Found], arms: Sequence[str] = ("path", "default")) -> str:

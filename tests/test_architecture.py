@@ -42,7 +42,7 @@ ORDER = {
     "path": [{"manifest", "node_spacing", "target_schedule"}, {"storage"}, {"sharing", "nodes"}, {"path"}],
     "families": [
         {"base", "latents", "other"},
-        {"text", "checks"},
+        {"text", "checks", "transformer"},
         {"dit", "flow", "pixart", "pixels", "stable_diffusion"},
         {"edm", "sana", "stable_diffusion_3", "stable_diffusion_xl"},
         {"__init__"},

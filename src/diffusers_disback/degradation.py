@@ -97,19 +97,20 @@ class DegradationRecorder(Stage):
         self.measure(done)
         loss = mean(self.loss_history[-1]["losses"])
         self.accelerator.log({f"{self.name}/denoising_loss": loss}, step=done)
+        is_near = self.begins_near()
         if done == self.judged_step:
             ratio = mean(self.loss_history[0]["losses"]) / loss
-            chosen = "there will be no path" if self.begins_near() else "a path is recorded"
             self.notify(
                 f"on the initial student's samples the teacher's denoising loss is {ratio:.3g} times the fake score's (a start is "
-                f"far above {FAR_START:g}): {chosen}"
+                f"far above {FAR_START:g}): {'there will be no path' if is_near else 'a path is recorded'}"
             )
-        if self.begins_near():
+        if is_near:
             self.steps = done
-        elif self.has_flattened() and done < self.steps:
+            return
+        if self.has_flattened() and done < self.steps:
             self.notify(f"the denoising loss, {loss:.4g}, has flattened after {done} steps")
             self.steps = done
-        if not self.begins_near() and (done in self.node_steps or done == self.steps):
+        if done in self.node_steps or done == self.steps:
             self.append(done)
 
     def measure(self, done: int) -> None:
@@ -170,11 +171,8 @@ class DegradationRecorder(Stage):
             self.recorded()
         self.accelerator.wait_for_everyone()
         self.path.reread()
-        expected = [step for step in self.node_steps if step <= done]
-        if 0 < done == self.steps and done not in self.node_steps:  # stopped between two
-            expected.append(done)
-        if self.begins_near():
-            expected = []
+        reached = {step for step in (*self.node_steps, self.steps) if step <= done}  # it may have stopped between two
+        expected = [] if self.begins_near() else sorted(reached)
         if [node["step"] for node in self.path.nodes] != expected:
             raise ValueError(
                 f"{self.path.folder} has the nodes of steps {[node['step'] for node in self.path.nodes]}, but at step "

@@ -334,17 +334,15 @@ class Evaluation:
         is_within = not takes_prompts and len(groups) and groups.bincount().min() >= ENOUGH_IN_A_CLASS
         if not resamples or not len(groups) or (groups.max() == 0 and not is_within):
             return found
+        resample = within_groups if is_within else whole_groups
         for number, own in features.items():
             evaluator = self.evaluators[number]
             assert isinstance(evaluator, FeatureEvaluator)
             if not (of_teacher and self.is_own_reference(evaluator)):
                 reference = evaluator.teacher_features
-                how: dict[str, Any] = {
-                    "level": level,
-                    "reference": reference,
-                    "resample": within_groups if is_within else whole_groups,
-                }
-                found |= confidence_intervals(evaluator, own, groups, resamples, **how)
+                found |= confidence_intervals(
+                    evaluator, own, groups, resamples, level=level, reference=reference, resample=resample
+                )
         return found
 
     def is_own_reference(self, evaluator: Evaluator) -> bool:

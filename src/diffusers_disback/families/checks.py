@@ -50,14 +50,11 @@ def _check_prediction_type(
     output = model.predict(noise, t, empty)
     loss, declared = (output - noise).square().mean().item(), family.schedule.prediction_type
     if declared == FLOW:  # the noise, less a mean image
-        doubt = "is not the noise less a mean image"
+        if loss < 0.5:
+            return None
         return (
-            None
-            if loss < 0.5
-            else (
-                f"The teacher is of flow matching, but at the highest noise level its output {doubt} (mean squared difference {loss:.2g}): "
-                "its weights or its scheduler may be another model's."
-            )
+            "The teacher is of flow matching, but at the highest noise level its output is not the noise less a mean image (mean squared "
+            f"difference {loss:.2g}): its weights or its scheduler may be another model's."
         )
     if (declared == "epsilon") == (loss < 0.5):
         return None

@@ -12,65 +12,29 @@ from ..data.conditions import ClassLabels, ConditionSource, labels_of
 from ..hub.cards import UNCONDITIONAL, Usage
 from ..models.batch import Condition
 from ..models.weights import fingerprint
-from .base import ModelFamily
 from .checks import check_prediction_type
 from .latents import encode_to_latents, stride_of_autoencoder
+from .transformer import LearnedVarianceFamily, prediction_of
 
 
-class Dit(ModelFamily):
-    """A `DiTTransformer2DModel` on an autoencoder's latents (arXiv 2212.09748), with the label after the last class for none.
-
-    Of twice as many channels as it is given the first half are its prediction, as the stock pipeline takes them; the others, a
-    variance, are not trained.
-    """
+class Dit(LearnedVarianceFamily):
+    """A `DiTTransformer2DModel` on an autoencoder's latents (arXiv 2212.09748), with the label after the last class for none."""
 
     pipeline_classes = ("DiTPipeline",)
-    network_name = "transformer"
+    noun = "DiT"
     needed = ("transformer", "vae", "scheduler")
     agree_in = ("in_channels", "out_channels", "num_embeds_ada_norm", "sample_size", "patch_size")
     usage = replace(UNCONDITIONAL, condition="class_labels=[{label}]", example="0", takes_guidance=True)
-
-    def check(self) -> None:
-        super().check()
-        channels, latents = self.network.config.in_channels, self.pipeline.vae.config.latent_channels
-        if channels != latents:
-            raise ValueError(
-                f"The teacher's transformer takes {channels} channels, but its autoencoder makes {latents}: they belong to "
-                "different models."
-            )
-
-    @classmethod
-    def check_network(cls, config: Any, what: str) -> None:
-        given, made = config["in_channels"], config["out_channels"]
-        if made not in (None, given, 2 * given):
-            raise ValueError(
-                f"{what} takes {given} channels and gives {made}: as many, or twice as many, are a prediction, or one with a "
-                "variance."
-            )
 
     @classmethod
     def usage_with(cls, config: Any) -> Usage:
         # The stock pipeline guides away from label 1000, whatever the number of classes.
         return replace(cls.usage, calls_teacher=config.num_embeds_ada_norm == 1000)
 
-    def resolution(self, resolution: int | None = None) -> int:
-        """As of `ModelFamily`.
-
-        Raises:
-            ValueError: If it is not the teacher's own: positions of patches are made for that one, and for another one would be
-                others when the student is loaded again.
-        """
-        own = super().resolution()
-        if resolution not in (None, own):
-            raise ValueError(
-                f"--resolution {resolution}: the positions of this DiT are made for {own} pixels. Leave it out."
-            )
-        return own
-
     @staticmethod
     def call(network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         output = network(x_t, timestep=t, return_dict=False, **condition)[0]
-        return output[:, : x_t.shape[1]]
+        return prediction_of(output, x_t)
 
     @property
     def num_classes(self) -> int:
@@ -111,11 +75,6 @@ class Dit(ModelFamily):
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         return encode_to_latents(self.pipeline.vae, pixels)
-
-    @staticmethod
-    def bottleneck(network: nn.Module) -> nn.Module:
-        blocks: Any = network.transformer_blocks
-        return blocks[len(blocks) // 2]
 
     def check_schedule(self) -> str | None:
         return check_prediction_type(self, self.device, self.conditions().empty)

@@ -1,21 +1,19 @@
 """What text-to-image transformers of flow matching have in common."""
 
-from dataclasses import replace
 from typing import Any
 
 from diffusers import SchedulerMixin
-from torch import nn
 
 from ..hub.cards import Usage
 from ..models.flow_schedule import FlowSchedule, flow_many_step_scheduler, flow_one_step_scheduler
 from .checks import check_prediction_type
 from .text import TextFamily
+from .transformer import TransformerFamily
 
 
-class FlowFamily(TextFamily):
+class FlowFamily(TransformerFamily, TextFamily):
     """A transformer of flow matching on an autoencoder's latents. Its student begins at pure noise, as the stock pipeline does."""
 
-    network_name = "transformer"
     needed: tuple[str, ...] = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     usage = Usage(scheduler_class="FlowMatchEulerDiscreteScheduler")
     conditioning_timestep = 999  # pure noise, at which stock pipelines begin
@@ -51,15 +49,5 @@ class FlowFamily(TextFamily):
     def one_step_scheduler(self, timestep: int) -> SchedulerMixin:
         return flow_one_step_scheduler(self.pipeline.scheduler, timestep)
 
-    @staticmethod
-    def bottleneck(network: nn.Module) -> nn.Module:
-        blocks: Any = network.transformer_blocks
-        return blocks[len(blocks) // 2]
-
     def check_schedule(self) -> str | None:
         return check_prediction_type(self, self.text_encoders[0].device, self.encode([""]))
-
-
-def usage_of_flow(network_class: str, own_pipeline: str) -> Usage:
-    """How pipelines of flow matching are used, as cards say it."""
-    return replace(FlowFamily.usage, network_class=network_class, own_pipeline=own_pipeline)

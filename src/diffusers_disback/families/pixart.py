@@ -12,21 +12,20 @@ from ..data.truncation import told_once
 from ..models.batch import Condition
 from .checks import check_prediction_type
 from .text import TextFamily
+from .transformer import LearnedVarianceFamily, prediction_of
 
 
 TOKENS_OF_PIXART = 300  # of a prompt, by default of PixArtSigmaPipeline; that of PixArt-alpha reads 120
 
 
-class PixArt(TextFamily):
+class PixArt(LearnedVarianceFamily, TextFamily):
     """PixArt-alpha (arXiv 2310.00426) and PixArt-Sigma (arXiv 2403.04692). The condition is `encoder_hidden_states` and
     `encoder_attention_mask`, and of PixArt-alpha at 1024 pixels `resolution` and `aspect_ratio`, too.
 
-    Of twice as many channels as it is given the first half are its prediction, as the stock pipeline takes them; the others, a
-    variance, are not trained. diffusers has no adapters for its transformer.
+    diffusers has no adapters for its transformer.
     """
 
     pipeline_classes = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
-    network_name = "transformer"
     encoding = "PixArt"
     needed = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     encoded_as = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
@@ -42,12 +41,6 @@ class PixArt(TextFamily):
     def check(self) -> None:
         super().check()
         network = self.network.config
-        channels, latents = network.in_channels, self.pipeline.vae.config.latent_channels
-        if channels != latents:
-            raise ValueError(
-                f"The teacher's transformer takes {channels} channels, but its autoencoder makes {latents}: they belong to "
-                "different models."
-            )
         made = self.pipeline.text_encoder.config.d_model
         if network.caption_channels not in (None, made):
             raise ValueError(
@@ -60,40 +53,17 @@ class PixArt(TextFamily):
                 f"sample_size {network.sample_size}."
             )
 
-    @classmethod
-    def check_network(cls, config: Any, what: str) -> None:
-        given, made = config["in_channels"], config["out_channels"]
-        if made not in (None, given, 2 * given):
-            raise ValueError(
-                f"{what} takes {given} channels and gives {made}: as many, or twice as many, are a prediction, or one with a "
-                "variance."
-            )
-
     @property
     def _is_told_sizes(self) -> bool:
         """Whether the stock pipeline tells the network images' sizes."""
         return type(self.pipeline).__name__ == "PixArtAlphaPipeline" and self.network.config.sample_size == 128
-
-    def resolution(self, resolution: int | None = None) -> int:
-        """As of `ModelFamily`.
-
-        Raises:
-            ValueError: If it is not the teacher's own: positions of patches are made for that one, and for another one would be
-                others when the student is loaded again.
-        """
-        own = super().resolution()
-        if resolution not in (None, own):
-            raise ValueError(
-                f"--resolution {resolution}: the positions of this transformer are made for {own} pixels. Leave it out."
-            )
-        return own
 
     @staticmethod
     def call(network: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         added = {name: condition.get(name) for name in ("resolution", "aspect_ratio")}
         text = {name: condition[name] for name in ("encoder_hidden_states", "encoder_attention_mask")}
         output = network(x_t, timestep=t, added_cond_kwargs=added, return_dict=False, **text)[0]
-        return output[:, : x_t.shape[1]]
+        return prediction_of(output, x_t)
 
     @property
     def cleans_captions(self) -> bool:
@@ -139,11 +109,6 @@ class PixArt(TextFamily):
             condition["resolution"] = torch.empty(batch, 2, device="meta")
             condition["aspect_ratio"] = torch.empty(batch, 1, device="meta")
         return condition
-
-    @staticmethod
-    def bottleneck(network: nn.Module) -> nn.Module:
-        blocks: Any = network.transformer_blocks
-        return blocks[len(blocks) // 2]
 
     def check_schedule(self) -> str | None:
         return check_prediction_type(self, self.text_encoders[0].device, self.encode([""]))

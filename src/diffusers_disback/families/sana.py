@@ -12,7 +12,7 @@ from ..hub.cards import Usage
 from ..models.batch import Condition
 from ..models.flow_schedule import FlowSchedule
 from ..pipelines.one_step_sana import DisBackOneStepSanaPipeline
-from .flow import FlowFamily, usage_of_flow
+from .flow import FlowFamily
 
 
 TOKENS_OF_SANA = 300  # of a prompt, by default of the stock pipeline
@@ -36,7 +36,9 @@ class Sana(FlowFamily):
     agree_in = ("in_channels", "out_channels", "caption_channels", "patch_size", "timestep_scale")
     lora_target_modules = ["to_k", "to_q", "to_v"]  # diffusers' script for a LoRA of SANA by DreamBooth
     usage = replace(
-        usage_of_flow("SanaTransformer2DModel", "DisBackOneStepSanaPipeline"),
+        FlowFamily.usage,
+        network_class="SanaTransformer2DModel",
+        own_pipeline="DisBackOneStepSanaPipeline",
         condition="{prompt}, use_resolution_binning=False",
         takes_size=True,
     )

@@ -1,5 +1,6 @@
 """Stable Diffusion 3 and 3.5: a transformer on text and image at once, and up to three text encoders."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from ..data.truncation import told_once
 from ..models.batch import Condition
 from ..models.flow_schedule import FlowSchedule
 from ..pipelines.one_step_stable_diffusion_3 import DisBackOneStepStableDiffusion3Pipeline
-from .flow import FlowFamily, usage_of_flow
+from .flow import FlowFamily
 from .text import TOKENS
 
 
@@ -30,7 +31,11 @@ class StableDiffusion3(FlowFamily):
     most_tokens = {"tokenizer_3": TOKENS_OF_T5}
     may_be_absent = ("text_encoder_3", "tokenizer_3")
     agree_in = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "patch_size")
-    usage = usage_of_flow("SD3Transformer2DModel", "DisBackOneStepStableDiffusion3Pipeline")
+    usage = replace(
+        FlowFamily.usage,
+        network_class="SD3Transformer2DModel",
+        own_pipeline="DisBackOneStepStableDiffusion3Pipeline",
+    )
     # diffusers' script for a LoRA of Stable Diffusion 3 by DreamBooth: the attention on both streams
     lora_target_modules = [
         *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),

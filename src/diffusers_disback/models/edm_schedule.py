@@ -56,11 +56,6 @@ class EdmSchedule(NoiseSchedule):
         sigma = self._at(t, x_t)[1]
         return x_t * (1 / (sigma**2 + self.sigma_data**2) ** 0.5)  # c_in
 
-    def time_of(self, t: Tensor) -> Tensor:
-        if self.times.device != t.device:
-            self.times = self.times.to(t.device)
-        return self.times[t]
-
     def start(self, noise: Tensor, timestep: int) -> Tensor:
         """As of `NoiseSchedule`: as diffusers' schedulers of EDM scale the first noise, for data of variance 1."""
         return noise * (self.sigma[timestep].item() ** 2 + 1) ** 0.5

@@ -50,11 +50,6 @@ class FlowSchedule(NoiseSchedule):
         sigma[-1] = flow.sigmas[0]  # 1, as the student's scheduler rounds it
         return cls(sigma, sigma * number * timestep_scale)
 
-    def time_of(self, t: Tensor) -> Tensor:
-        if self.times.device != t.device:
-            self.times = self.times.to(t.device)
-        return self.times[t]
-
 
 def flow_scheduler(scheduler: SchedulerMixin, **changes: Any) -> FlowMatchEulerDiscreteScheduler:
     """The plain form of a scheduler of flow matching: Euler's steps at its own shift.

@@ -32,9 +32,14 @@ class NoiseSchedule:
         sigma (`Tensor`): `[T]`.
         prediction_type (`str`): What the network predicts; one of `PREDICTION_TYPES`, or `FLOW`.
 
+    Attributes:
+        times (`Tensor`, *optional*): What a network is given by timestep, `[T]`, where that is not the timestep itself.
+
     Raises:
         ValueError: If it is none of them, or tables of flow are not on straight lines.
     """
+
+    times: Tensor | None = None
 
     def __init__(self, alpha: Tensor, sigma: Tensor, prediction_type: str):
         if prediction_type not in (*PREDICTION_TYPES, FLOW):
@@ -85,7 +90,11 @@ class NoiseSchedule:
 
     def time_of(self, t: Tensor) -> Tensor:
         """What a network is given of integer timesteps of the schedule, `[B]`."""
-        return t
+        if self.times is None:
+            return t
+        if self.times.device != t.device:
+            self.times = self.times.to(t.device)
+        return self.times[t]
 
     def start(self, noise: Tensor, timestep: int) -> Tensor:
         """What a one-step generator takes for `x_t`: standard normal noise, in the scale of the schedule's `x_t`."""
