@@ -261,6 +261,24 @@ def test_conditions_are_kept_on_disk_and_encoders_leave_memory(name, tmp_path):
     assert images.shape[-1] == SIDE[name.split()[0]]
 
 
+@pytest.mark.parametrize("make", [tiny.pipeline, tiny.pipeline_xl, tiny.pipeline_3, tiny.sana, tiny.pixart])
+def test_text_encoders_may_be_in_half_precision(make, tmp_path):
+    """Nothing else is, and what they encode is float32: nearly the embeddings of float32."""
+    make().save_pretrained(tmp_path)
+    whole, half = load_family(str(tmp_path)), load_family(str(tmp_path), text_encoder_dtype=torch.bfloat16)
+    assert all(encoder.dtype == torch.bfloat16 for encoder in half.text_encoders)
+    assert half.network.dtype == half.pipeline.vae.dtype == torch.float32
+    assert half.encoder_id() != whole.encoder_id(), "or conditions of another precision were taken from the disk"
+    for name in ("encode", "arguments"):
+        expected, found = getattr(whole, name)(["a star", ""]), getattr(half, name)(["a star", ""])
+        for key, value in expected.items():
+            assert found[key].dtype == value.dtype
+            assert torch.allclose(found[key].float(), value.float(), atol=0.1), key
+    given = half.arguments(["a star"])
+    images = half.sample(half.sampler(), given, noise_of(half, 1), num_inference_steps=2, guidance_scale=2)
+    assert images.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("make", "lengths"),
     [

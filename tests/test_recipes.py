@@ -1,5 +1,6 @@
 """The recipes: what they set, whether they fit the card that they are named by, and that they run."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -8,8 +9,10 @@ import pytest
 import tiny
 import torch
 import train_disback
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderDC, AutoencoderKL, UNet2DConditionModel
 from test_families import SIZES
+from test_flow_families import SIZES as FLOW_SIZES
+from transformers import CLIPTextConfig, Gemma2Config, T5Config
 
 from diffusers_disback.commands.cli import main
 from diffusers_disback.commands.command_line import read_flags
@@ -21,6 +24,9 @@ ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 CARDS = {"24gb": (1, 24), "80gb": (1, 80), "8gpu": (8, 80)}  # how many, and of how many GB
 SAMPLES = {"sd15": 512, "sd21": 512, "sd15_dmd2": 2048, "sdxl": 128, "sdxl_vpred_zsnr": 128}  # of an update
+SAMPLES |= {"sd35m": 128, "sana06b": 128}
+NAMES = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sdxl": "SDXL", "sd35m": "SD 3.5 Medium", "sana06b": "SANA 0.6B"}
+FLOW = {"SD 3.5 Medium": "Stable Diffusion 3.5 Medium", "SANA 0.6B": "SANA 0.6B"}  # as its sizes are called
 SOURCES = r"SiD-LSG|DMD2|DisBack|diffusers|the plan|ours|untested|quickstart|embedded|an example|its name|as it is sampled|SDXL's own"
 
 
@@ -63,7 +69,7 @@ def test_a_recipe_is_what_its_name_says(file):
     assert "Not run by us" in file.read_text()
     assert config.prediction_type == ("v_prediction" if "vpred" in what else None)
     assert config.rescale_betas_zero_snr == ("vpred" in what)
-    assert config.objective == ("dmd" if "sdxl" in what or "dmd2" in what else "sid")
+    assert config.objective == ("sid" if what in ("sd15", "sd21") else "dmd")
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
@@ -102,8 +108,42 @@ def test_the_quickstart_is_a_recipe():
 # Whether they fit -----------------------------------------------------------------------------------------------------
 
 
+def flow_configs(name: str, folder: Path) -> Path:
+    """A pipeline's folder without weights: transformer, autoencoder and text encoders have the originals' configs."""
+    flow, sizes = name == "SD 3.5 Medium", FLOW_SIZES[FLOW[name]]
+    (tiny.pipeline_3() if flow else tiny.sana()).save_pretrained(folder)
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    large = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+    t5 = {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"}
+    encoders = (
+        {
+            "text_encoder": CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
+            "text_encoder_2": CLIPTextConfig(**large, projection_dim=1280),
+            "text_encoder_3": T5Config(vocab_size=32128, **t5),
+        }
+        if flow
+        else {"text_encoder": Gemma2Config()}
+    )
+    for part, config in encoders.items():
+        architectures = json.loads((folder / part / "config.json").read_text())["architectures"]
+        config.update({"architectures": architectures})
+        config.save_pretrained(folder / part)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    with torch.device("meta"):
+        sizes[0](**sizes[1]).save_config(folder / "transformer")
+        if flow:
+            size = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16}
+            AutoencoderKL(**blocks, **size).save_config(folder / "vae")
+        else:
+            AutoencoderDC().save_config(folder / "vae")
+    return folder
+
+
 def full_size_configs(name: str, folder: Path) -> Path:
     """A pipeline's folder without weights: UNet and autoencoder have the originals' configs."""
+    if name in FLOW:
+        return flow_configs(name, folder)
     (tiny.pipeline_xl() if name == "SDXL" else tiny.pipeline()).save_pretrained(folder)
     for file in folder.rglob("*.safetensors"):
         file.unlink()
@@ -119,13 +159,16 @@ def full_size_configs(name: str, folder: Path) -> Path:
 @pytest.mark.parametrize("file", recipes(but=("shapes", "8gpu")))
 def test_the_plan_of_a_recipe_for_one_card_says_that_it_fits(file, tmp_path, capsys):
     what, _, gb = cards_of(file)
-    name = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sdxl": "SDXL"}[what.split("_")[0]]
+    name = NAMES[what.split("_")[0]]
     folder = full_size_configs(name, tmp_path / "teacher")
     line = ["plan", "--config", str(file), "--pretrained_model_name_or_path", str(folder)]
     assert main([*line, "--device_memory_gb", str(gb)]) == 0
     out = capsys.readouterr().out
-    side = 1024 if name == "SDXL" else 512
+    side = 512 if name in ("SD 1.5", "SD 2.1") else 1024
     assert f"{side} x {side} pixels" in out and f"of {gb} GB on the device: fits" in out
+    if name in FLOW:  # before training they are there, and of what is trained nothing but the teacher in bf16
+        encoders = float(re.search(r"text encoders: ([\d.]+) GB", out)[1])
+        assert encoders + 2 * FLOW_SIZES[FLOW[name]][2] / 1e9 < 0.9 * gb
     page, peak = (ROOT / "docs" / "recipes.md").read_text(), re.search(r"peak ([\d.]+) GB", out)[1]
     assert re.search(rf"\[`{file.stem}`\].*\| {peak} \|", page), peak
 
@@ -138,7 +181,7 @@ def test_data_parallelism_fits_too():
     for file in RECIPES:
         if file.stem.endswith("8gpu"):
             what, _, gb = cards_of(file)
-            name = {"sd15": "SD 1.5", "sd21": "SD 2.1", "sdxl": "SDXL"}[what.split("_")[0]]
+            name = NAMES[what.split("_")[0]]
             made, config = planner({**SIZES[name][0]}), settings_of(file)
             planned = Planner(made.skeleton, made.family, config, config)
             buckets = planned.own("fake_score") + planned.own("generator")
@@ -159,8 +202,11 @@ def teachers(tmp_path_factory):
     """Tiny teachers, by what a recipe is of."""
     folder = tmp_path_factory.mktemp("teachers")
     tiny.save_teacher(folder / "sd")
-    tiny.pipeline_xl().save_pretrained(folder / "sdxl")
-    return {"sd": folder / "sd", "sdxl": folder / "sdxl"}
+    for name, make in (("sdxl", tiny.pipeline_xl), ("sd35m", tiny.pipeline_3), ("sana06b", tiny.sana)):
+        make().save_pretrained(folder / name)
+    return lambda file: (
+        folder / next((name for name in ("sdxl", "sd35m", "sana06b") if file.stem.startswith(name)), "sd")
+    )
 
 
 @pytest.mark.parametrize("file", recipes("sd21_24gb"))
@@ -168,9 +214,9 @@ def test_a_recipe_runs_at_tiny_size(file, teachers, tmp_path, prompts_file, smal
     """Both stages, with its objective, optimisers, guidance, adapters and offloading. What is of size alone is smaller; 8-bit
     optimisers and bf16 need a GPU."""
     smaller = {
-        "pretrained_model_name_or_path": teachers["sdxl" if file.stem.startswith("sdxl") else "sd"],
+        "pretrained_model_name_or_path": teachers(file),
         "prompts_file": prompts_file,
-        "resolution": 16,
+        "resolution": 32 if file.stem.startswith("sana") else 16,
         "train_batch_size": 1,
         "gradient_accumulation_steps": 2,
         "degradation_steps": 2,
@@ -180,6 +226,7 @@ def test_a_recipe_runs_at_tiny_size(file, teachers, tmp_path, prompts_file, smal
         "fake_score_updates": 1,
         "lr_warmup_steps": 0,
         "mixed_precision": "no",
+        "text_encoder_precision": "no",
         "use_8bit_adam": "false",
         "num_validation_images": 1,
         "report_to": "none",

@@ -37,7 +37,7 @@ from .training.inputs import (
     real_images,
     validation_prompts,
 )
-from .training.networks import accelerator_of, compute_dtype
+from .training.networks import PRECISIONS, accelerator_of, compute_dtype
 from .training.open_path import open_path
 from .training.processes import process_state
 from .training.results import BacktrackingResult
@@ -199,7 +199,8 @@ class DisBackTrainer:
         prompts = load_prompts(config) if self._prompts is None else self._prompts
         files = load_image_files(config, prompts)
         evaluation = self._evaluation()
-        self.teacher: ModelFamily = load_family(config.teacher, config.cache_dir).to(state.device)
+        encoders = PRECISIONS[config.text_encoder_precision]
+        self.teacher: ModelFamily = load_family(config.teacher, config.cache_dir, encoders).to(state.device)
         self.teacher.at_resolution(config.resolution)
         self.args = config = with_defaults(config, self.teacher)
         if self._completes_command:

@@ -129,12 +129,17 @@ def to_pipeline(network: nn.Module, timestep: int, teacher: DiffusionPipeline) -
     return family_of(teacher).one_step(network, timestep)
 
 
-def load_family(reference: str | ModelReference | LocalModel, cache_dir: str | None = None) -> ModelFamily:
+def load_family(
+    reference: str | ModelReference | LocalModel,
+    cache_dir: str | None = None,
+    text_encoder_dtype: torch.dtype = torch.float32,
+) -> ModelFamily:
     """Loads a teacher's pipeline in float32, safetensors only.
 
     Args:
         reference (`str`, `ModelReference` or `LocalModel`): A folder, a model on the Hub, or a checkpoint in one file.
         cache_dir (`str`, *optional*): Where downloads are kept.
+        text_encoder_dtype (`torch.dtype`): Of the text encoders, whose embeddings are float32 in any case.
 
     Raises:
         ValueError: If there is no such teacher, or it is of no supported family.
@@ -146,7 +151,7 @@ def load_family(reference: str | ModelReference | LocalModel, cache_dir: str | N
         pipeline = pipeline_class_of(model.index).from_pretrained(
             model.folder,
             variant=variant,
-            dtype=torch.float32,
+            dtype={"default": torch.float32, **dict.fromkeys(kind.encoders, text_encoder_dtype)},
             use_safetensors=True,
             **{**dict.fromkeys(_absent(kind, model.index)), **model.left_out},
         )

@@ -8,7 +8,6 @@ import torch
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor, nn
 
-from ..data.truncation import told_once
 from ..models.batch import Condition
 from .checks import check_prediction_type
 from .text import TextFamily
@@ -80,11 +79,10 @@ class PixArt(LearnedVarianceFamily, TextFamily):
     def encoder_id(self, resolution: int | None = None) -> str:
         return f"{super().encoder_id(resolution)} {type(self.pipeline).__name__} {self.cleans_captions}"
 
-    def encode_prompt(self, prompts: list[str], guided: bool = False) -> tuple[Tensor, ...]:
-        with told_once():
-            return self.pipeline.encode_prompt(
-                prompts, guided, device=self.text_encoders[0].device, clean_caption=self.cleans_captions
-            )
+    def stock_encode_prompt(self, prompts: list[str], guided: bool) -> tuple[Tensor, ...]:
+        return self.pipeline.encode_prompt(
+            prompts, guided, device=self.text_encoders[0].device, clean_caption=self.cleans_captions
+        )
 
     @torch.no_grad()
     def encode(self, prompts: list[str], resolution: int | None = None) -> Condition:

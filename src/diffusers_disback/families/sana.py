@@ -94,7 +94,7 @@ class Sana(FlowFamily):
         before = hashlib.sha256("\n".join(self.instruction).encode()).hexdigest()
         return f"{super().encoder_id(resolution)} {before}"
 
-    def encode_prompt(self, prompts: list[str], guided: bool = False) -> tuple[Tensor, ...]:
+    def stock_encode_prompt(self, prompts: list[str], guided: bool) -> tuple[Tensor, ...]:
         return self.pipeline.encode_prompt(
             prompts,
             do_classifier_free_guidance=guided,

@@ -7,7 +7,6 @@ import torch
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor, nn
 
-from ..data.truncation import told_once
 from ..models.batch import Condition
 from ..models.flow_schedule import FlowSchedule
 from ..pipelines.one_step_stable_diffusion_3 import DisBackOneStepStableDiffusion3Pipeline
@@ -89,14 +88,13 @@ class StableDiffusion3(FlowFamily):
             )
         return resolution
 
-    def encode_prompt(self, prompts: list[str], guided: bool = False) -> tuple[Tensor, ...]:
-        with told_once():
-            return self.pipeline.encode_prompt(
-                *(prompts, prompts, prompts),
-                device=self.text_encoders[0].device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=guided,
-            )
+    def stock_encode_prompt(self, prompts: list[str], guided: bool) -> tuple[Tensor, ...]:
+        return self.pipeline.encode_prompt(
+            *(prompts, prompts, prompts),
+            device=self.text_encoders[0].device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+        )
 
     @torch.no_grad()
     def encode(self, prompts: list[str], resolution: int | None = None) -> Condition:

@@ -93,13 +93,18 @@ class TextFamily(ModelFamily):
         }
 
     def encode_prompt(self, prompts: list[str], guided: bool = False) -> tuple[Tensor, ...]:
-        """What the stock pipeline makes of prompts; with the negative embeddings where they are to be guided, which are
-        `None` elsewhere."""
-        device = self.text_encoders[0].device
+        """What the stock pipeline makes of prompts, in float32 whatever the encoders compute in; with the negative embeddings
+        where they are to be guided, which are `None` elsewhere."""
         with told_once():
-            return self.pipeline.encode_prompt(
-                prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=guided
-            )
+            encoded = self.stock_encode_prompt(prompts, guided)
+        return tuple(part.float() if part is not None and part.is_floating_point() else part for part in encoded)
+
+    def stock_encode_prompt(self, prompts: list[str], guided: bool) -> tuple[Tensor, ...]:
+        """The stock pipeline's own call, in the encoders' precision."""
+        device = self.text_encoders[0].device
+        return self.pipeline.encode_prompt(
+            prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=guided
+        )
 
     @torch.no_grad()
     def arguments(self, captions: list[str]) -> dict[str, Tensor]:
@@ -136,8 +141,10 @@ class TextFamily(ModelFamily):
         return encode_to_latents(self.pipeline.vae, pixels)
 
     def undecorated(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
-        """Without its safety checker, too."""
+        """Without its safety checker, too, and without text encoders: it is given embeddings, which stock calls would cast to
+        the encoders' precision."""
         pipeline = super().undecorated(pipeline)
+        self.release_encoders(pipeline)
         if "safety_checker" in pipeline.components:
             pipeline.safety_checker = None
         return pipeline

@@ -339,6 +339,8 @@ def table(planner: Planner) -> str:
     encoders = sum(
         size(*other.parameters()) for name, other in planner.others.items() if name in planner.family.encoders
     )
+    if planner.training.text_encoder_precision != "no":
+        encoders //= 2
     lines += [
         "on disk",
         f"  a node of the path: {node / 1e9:.3f} GB, in {'half precision' if half else 'float32'}",

@@ -237,6 +237,11 @@ class OptimisationSettings(Settings):
     mixed_precision: Literal["no", "fp16", "bf16"] | None = free_setting(
         None, "Precision inside the networks; by default that of `accelerate config`."
     )
+    text_encoder_precision: Literal["no", "fp16", "bf16"] = setting(
+        "no",
+        "Precision of the text encoders, by default float32. What they encode is kept in float32. T5-XXL, as of Stable Diffusion "
+        "3, takes 19 GB in float32.",
+    )
     allow_tf32: bool = free_setting(False, "Let Ampere and newer GPUs multiply float32 matrices in TF32.")
     use_8bit_adam: bool = setting(False, "AdamW with states of 8 bits, of bitsandbytes.")
     use_paged_adam: bool = setting(False, "AdamW whose states move out of a full GPU by themselves, of bitsandbytes.")
