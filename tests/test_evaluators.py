@@ -43,7 +43,7 @@ from diffusers_disback.evaluation.base import groups_of
 from diffusers_disback.evaluation.feature_distance import FeatureStatistics, frechet_distance
 from diffusers_disback.evaluation.networks import FeatureNetwork, FeatureNetworks
 from diffusers_disback.evaluation.preprocessing import ImagePreprocessing
-from shapes.make_teacher import make_tokenizer
+from shapes.denoisers import make_tokenizer
 
 
 SIDE = 16  # of what the tiny networks take

@@ -163,13 +163,15 @@ def test_making_a_teacher_resumes_exactly(tmp_path, monkeypatch):
 OTHER_TEACHERS = {
     "stable_diffusion": ["--prediction_type", "v_prediction", "--zero_terminal_snr"],
     "stable_diffusion_xl": [],
+    "stable_diffusion_3": [],
 }
 
 
 @pytest.mark.parametrize("family", OTHER_TEACHERS)
 def test_teachers_of_other_kinds_are_made_from_flags(family, tmp_path):
     """The library takes them for what they are, and gives their networks the very arguments of their training."""
-    from shapes.make_teacher import PROMPT_LENGTH, main, network_arguments
+    from shapes.denoisers import KINDS
+    from shapes.make_teacher import main
 
     sizes = ["--num_latents", "100", "--denoiser_steps", "2"]
     folders = ["--work_dir", str(tmp_path), "--output_dir", str(tmp_path)]
@@ -178,25 +180,36 @@ def test_teachers_of_other_kinds_are_made_from_flags(family, tmp_path):
 
     teacher = load_family(ModelReference(str(tmp_path / "teacher")))
     assert type(teacher) is FAMILIES[family]
-    zero_snr = "--zero_terminal_snr" in OTHER_TEACHERS[family]
-    assert teacher.schedule.prediction_type == ("v_prediction" if zero_snr else "epsilon")
-    assert (teacher.schedule.alpha[-1] == 0) == zero_snr
-    assert teacher.pipeline.scheduler.config.timestep_spacing == ("trailing" if zero_snr else "leading")
+    predicts, first_spacing = {
+        "stable_diffusion": ("v_prediction", "trailing"),
+        "stable_diffusion_xl": ("epsilon", "leading"),
+        "stable_diffusion_3": ("flow_prediction", None),
+    }[family]
+    assert teacher.schedule.prediction_type == predicts
+    assert (teacher.schedule.alpha[-1] == 0) == (predicts != "epsilon")
+    assert teacher.pipeline.scheduler.config.get("timestep_spacing") == first_spacing
 
     shipped = StableDiffusionPipeline.from_pretrained(TEACHER)
     for mine, theirs in zip(teacher.pipeline.vae.parameters(), shipped.vae.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
     prompts = ["", *dataset.CAPTIONS[:3]]
-    tokens = teacher.pipeline.tokenizer(prompts, padding="max_length", max_length=PROMPT_LENGTH, return_tensors="pt")
-    encoders = {name: part for name, part in teacher.pipeline.components.items() if name.startswith("text_encoder")}
+    tokens = teacher.pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt")
+    parts = teacher.pipeline.components.items()
+    encoders = {name: part for name, part in parts if name.startswith("text_encoder") and part is not None}
     empty = torch.tensor([prompt == "" for prompt in prompts])
-    arguments = network_arguments(torch.nn.ModuleDict(encoders), tokens.input_ids, empty)
+    arguments = KINDS[family].arguments(torch.nn.ModuleDict(encoders), tokens.input_ids, empty)
     arguments |= arguments.pop("added_cond_kwargs", {})
     condition = teacher.encode(prompts)
     assert arguments.keys() == condition.keys()
     for name, value in condition.items():
         assert torch.equal(value, arguments[name]), name
+    networks = torch.nn.ModuleDict({**encoders, teacher.network_name: teacher.network})
+    x_t, t = torch.randn(4, 4, 8, 8), torch.tensor([999, 500, 20, 0])
+    with torch.no_grad():
+        predicted = KINDS[family]().predict(networks, x_t, teacher.schedule.time_of(t), tokens.input_ids, empty)
+        expected = teacher.call(teacher.network, x_t, teacher.schedule.time_of(t), condition)
+    assert torch.allclose(predicted, expected, atol=1e-5)
 
     for name, encoder in encoders.items():
         folder = tmp_path / "teacher" / name
@@ -216,6 +229,8 @@ def test_teachers_of_other_kinds_are_made_from_flags(family, tmp_path):
     [
         (["--zero_terminal_snr"], "needs --prediction_type v_prediction or sample"),
         (["--denoiser_only"], "needs an --output_dir of its own"),
+        (["--family", "stable_diffusion_3", "--prediction_type", "epsilon"], "is of flow matching"),
+        (["--family", "sana"], "invalid choice"),
     ],
 )
 def test_teachers_that_cannot_be_made_are_refused(flags, says, tmp_path, capsys):

@@ -42,7 +42,7 @@ from diffusers_disback.families import network_name_of
 from diffusers_disback.models.reference import ModelReference
 from diffusers_disback.models.weights import fingerprint
 from diffusers_disback.path.path import DegradationPath
-from shapes.make_teacher import make_tokenizer
+from shapes.denoisers import make_tokenizer
 
 
 WIDTH = 32
