@@ -192,8 +192,6 @@ def test_what_a_family_does_not_take_is_refused(tmp_path, prompts_file):
     aura_flow().save_pretrained(tmp_path / "flow")
     with pytest.raises(ValueError, match="a DDPMPipeline, which takes no prompts; leave --prompts_file out"):
         distil(tmp_path / "run", tmp_path / "pixels", prompts_file)
-    with pytest.raises(ValueError, match="A UNet2DModel takes no adapters: .* Leave --lora_rank out"):
-        distil(tmp_path / "run", tmp_path / "pixels", prompts_file, prompts_file=None, lora_rank=2)
     with pytest.raises(ValueError, match="There are no prompts: pass --prompts_file"):
         distil(tmp_path / "other", tmp_path / "flow", prompts_file, prompts_file=None)
     with pytest.raises(ValueError, match="the stock pipeline begins at pure noise; pass 999"):

@@ -192,6 +192,24 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(name, teacher, tmp_path, 
     assert equal(weights(one), weights(two))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["null label", "dit", "edm"])
+def test_adapters_are_trained_where_diffusers_loads_none_and_the_student_is_whole(name, teacher, tmp_path, repo, hub):
+    """Both stages, a path of adapters, and its replay from the Hub; the student by the stock pipeline."""
+    push = {"push_to_hub": True, "hub_model_id": repo}
+    folder = distil(tmp_path / "run", teacher, name, lora_rank=2, **push)
+    family, was = load_family(reference(folder, name)), load_family(reference(teacher, name))
+    assert weights(family.network).keys() == weights(was.network).keys()
+    assert not equal(weights(family.network), weights(was.network))
+    assert type(DiffusionPipeline.from_pretrained(repo)) is CASES[name].student
+    assert "load_lora" not in hub.files(repo)["README.md"].decode()
+    path = DegradationPath.from_pretrained(repo, teacher=reference(teacher, name))
+    assert path.kind == "adapter" and len(path) == 2
+    replay = {"stage": "backtrack", "degradation_path": repo, "lora_rank": 2}
+    again = distil(tmp_path / "again", teacher, name, **replay)
+    assert equal(weights(load_family(reference(again, name)).network), weights(family.network))
+
+
 @pytest.mark.parametrize("name", ["pixels", "null label", pytest.param("edm rescaled", marks=pytest.mark.slow)])
 def test_a_path_of_its_own_has_a_card_and_nodes_that_load(name, teacher, tmp_path, repo, hub, monkeypatch):
     """A stock pipeline that cannot be called with labels, or samples otherwise, is not said to be."""
@@ -304,11 +322,6 @@ def test_a_label_that_is_said_to_be_none_is_what_guidance_leads_away_from(name, 
         ("labels", {"validation_prompts": ["4"]}, "--validation_prompts has '4', but .* are called 0, 1, 2 .. 3"),
         ("null label", {"validation_prompts": ["0", "1"]}, "--validation_prompts has '1', but .* are called 0, 2, 3."),
         ("pixels", {"validation_prompts": ["a cat"]}, "--validation_prompts has 'a cat', but .* are called sample."),
-        (
-            "labels",
-            {"lora_rank": 2},
-            "A UNet2DModel takes no adapters: diffusers has none for it. Leave --lora_rank out",
-        ),
     ],
 )
 def test_what_a_teacher_does_not_take_is_refused_before_anything_is_measured(

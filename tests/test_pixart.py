@@ -12,6 +12,7 @@ from stages import equal, weights
 from diffusers_disback import DegradationPath, ModelReference, OneStepGenerator, load_family
 from diffusers_disback.commands.cli import main as command
 from diffusers_disback.families import family_of
+from diffusers_disback.hub.cards import path_card
 from diffusers_disback.models.discriminator import bottleneck_features
 
 
@@ -76,6 +77,13 @@ def test_the_deployed_student_is_the_generator_bit_for_bit(name, tmp_path):
             assert torch.equal(student(tiny.PROMPTS[:2], **call).images, x0)
     if is_large:
         return
+    own = type(family.one_step(family.network, t)).from_pretrained(tmp_path / str(t))
+    own.set_progress_bar_config(disable=True)
+    given = {"latents": noise, "output_type": "latent"}
+    assert torch.equal(own(tiny.PROMPTS[:2], **given).images, x0) and own.conditioning_timestep == t
+    for wrong in ({"num_inference_steps": 2}, {"guidance_scale": 3}, {"timesteps": [5]}):
+        with pytest.raises(ValueError, match="leave the argument out"):
+            own("a", **wrong)
     deployed = family_of(student)
     images = student(tiny.PROMPTS[:2], **{**call, "output_type": "pt"}).images
     assert torch.equal(deployed.sample(student, deployed.arguments(tiny.PROMPTS[:2]), noise), images)
@@ -98,15 +106,10 @@ def test_parts_that_do_not_fit_are_told(config, message):
         family_of(tiny.pixart(**config))
 
 
-def test_it_is_made_for_one_size_and_has_no_adapters(tmp_path, prompts_file):
+def test_it_is_made_for_one_size():
     family = family_of(tiny.pixart())
     with pytest.raises(ValueError, match="--resolution 32: the positions of this transformer are made for 16 pixels"):
         family.initial_generator(resolution=32)
-    tiny.pixart().save_pretrained(tmp_path / "teacher")
-    import train_disback
-
-    with pytest.raises(ValueError, match="A PixArtTransformer2DModel takes no adapters: diffusers has none for it"):
-        train_disback.main(arguments(tmp_path / "run", tmp_path / "teacher", prompts_file, lora_rank=2))
 
 
 def test_a_discriminator_looks_at_the_middle_block():
@@ -117,9 +120,15 @@ def test_a_discriminator_looks_at_the_middle_block():
     assert features.shape == (2, 16, 24)
 
 
-@pytest.mark.parametrize("name", ["alpha", pytest.param("sigma", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("alpha", 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("alpha", None), ("sigma", None), ("sigma", 2))),
+    ],
+)
 def test_from_a_teacher_of_an_older_name_to_a_card_and_a_pushed_path(
-    name, tmp_path, repo, hub, prompts_file, monkeypatch, small_pictures, capsys
+    name, rank, tmp_path, repo, hub, prompts_file, monkeypatch, small_pictures, capsys
 ):
     """Published checkpoints of PixArt name a `Transformer2DModel`."""
     import train_disback
@@ -132,41 +141,58 @@ def test_from_a_teacher_of_an_older_name_to_a_card_and_a_pushed_path(
     ):
         content = json.loads((where / file).read_text())
         (where / file).write_text(json.dumps({**content, **changes}))
-    flags = {"push_to_hub": True, "hub_model_id": repo, "gradient_checkpointing": True}
-    train_disback.main(arguments(tmp_path / "run", where, prompts_file, **flags))
+    flags = {"gradient_checkpointing": True, **({} if rank is None else {"lora_rank": rank})}
+    push = {"push_to_hub": True, "hub_model_id": repo}
+    train_disback.main(arguments(tmp_path / "run", where, prompts_file, **push, **flags))
     student = DiffusionPipeline.from_pretrained(repo)
     assert type(student) is type(teacher) and not equal(weights(student.transformer), weights(teacher.transformer))
-    node = DiffusionPipeline.from_pretrained(repo, revision="degradation-000004")
-    assert type(node) is type(teacher) and not equal(weights(node.transformer), weights(teacher.transformer))
     path = DegradationPath.from_pretrained(repo, teacher=ModelReference(str(where)))
     path.verify(path.local_teacher().meta_network())
+    if rank is None:
+        node = DiffusionPipeline.from_pretrained(repo, revision="degradation-000004")
+        assert type(node) is type(teacher) and not equal(weights(node.transformer), weights(teacher.transformer))
     path.load(0, into=student.transformer)
     assert equal(weights(student.transformer), weights(teacher.transformer))
     if name != "alpha":
-        replay = {"stage": "backtrack", "degradation_path": repo, "gradient_checkpointing": True}
-        train_disback.main(arguments(tmp_path / "again", where, prompts_file, **replay))
+        replay = {"stage": "backtrack", "degradation_path": repo}
+        train_disback.main(arguments(tmp_path / "again", where, prompts_file, **replay, **flags))
         one, two = (load_family(str(tmp_path / folder)).network for folder in ("run", "again"))
         assert equal(weights(one), weights(two))
-    (snippet,) = hub.files(repo)["README.md"].decode().split("```python")[1:]
+    monkeypatch.chdir(tmp_path)
+    card = hub.files(repo)["README.md"].decode()
+    snippets = card.split("```python")[1:]
+    assert len(snippets) == 2 and "load_lora" not in card, "no LoRA, which the stock pipeline would not load"
+    for snippet in snippets:
+        scope = {}
+        exec(snippet.split("```")[0], scope)
+        assert scope["image"].size == (16, 16)
+    about_path = path_card(path.manifest, repo, {}, image=False, usage=type(load_family(str(where))).usage)
     scope = {}
-    exec(snippet.split("```")[0], scope)
-    assert scope["image"].size == (16, 16)
+    exec(about_path.split("```python")[1].split("```")[0], scope)
+    given = load_family(str(where)).encode(tiny.PROMPTS[:1])
+    noise = torch.randn(1, 4, 8, 8)
+    outputs = [
+        load_family(str(where)).call(network, noise, torch.tensor([500]), given)
+        for network in (scope["network"], teacher.transformer)
+    ]
+    assert not torch.equal(*outputs)
     assert command(["plan", "--pretrained_model_name_or_path", str(where)]) == 0
     assert "16 x 16 pixels" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, prompts_file, small_pictures):
+@pytest.mark.parametrize("more", [{}, {"lora_rank": 2}])
+def test_a_resumed_run_ends_where_an_unbroken_one_does(more, tmp_path, prompts_file, small_pictures):
     import train_disback
 
     tiny.pixart().save_pretrained(tmp_path / "teacher")
-    steps = {"num_path_nodes": 1, "steps_per_target": 1, "checkpointing_steps": 1}
-    for folder, more in (
+    steps = {"num_path_nodes": 1, "steps_per_target": 1, "checkpointing_steps": 1, **more}
+    for folder, flags in (
         ("whole", {}),
         ("half", {"max_train_steps": 2}),
         ("half", {"resume_from_checkpoint": "latest"}),
     ):
-        train_disback.main(arguments(tmp_path / folder, tmp_path / "teacher", prompts_file, **steps, **more))
+        train_disback.main(arguments(tmp_path / folder, tmp_path / "teacher", prompts_file, **steps, **flags))
     one, two = (load_family(str(tmp_path / folder)).network for folder in ("whole", "half"))
     assert equal(weights(one), weights(two))
 

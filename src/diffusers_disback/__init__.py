@@ -24,6 +24,8 @@ _MODULE_OF_NAME = {
     "DegradationRecorder": "degradation",
     "DisBackConfig": "training.config",
     "DisBackOneStepPipeline": "pipelines.one_step",
+    "DisBackOneStepPixArtAlphaPipeline": "pipelines.one_step_pixart",
+    "DisBackOneStepPixArtSigmaPipeline": "pipelines.one_step_pixart",
     "DisBackOneStepSanaPipeline": "pipelines.one_step_sana",
     "DisBackOneStepStableDiffusion3Pipeline": "pipelines.one_step_stable_diffusion_3",
     "DisBackTrainer": "session",

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from .. import __version__
 from ..families import ModelFamily
-from ..models.adapters import base_of
+from ..models.adapters import SharedNetwork, base_of
 from ..path.path import DegradationPath
 from . import Evaluation
 from .plots import convergence_plot, image_grid
@@ -286,10 +286,12 @@ def sample_nodes(
         teacher.register_modules(**{name: network})
         for index, scale in enumerate(scales):
             title = f"node {index}, step {path.nodes[index - 1]['step']}" if index else "teacher"
-            adapter = index > 0 and path.nodes[index - 1]["kind"] == "adapter"
-            if adapter:
-                path.read(index)  # which checks it
-                network.load_lora_adapter(path.node_folder(index), subfolder=name, prefix=None, use_safetensors=True)
+            shared = None
+            if index and path.nodes[index - 1]["kind"] == "adapter":
+                shared = SharedNetwork(network)
+                shared.add("node", path.adapter_config(index))
+                path.load(index, network, adapter="node")
+                shared.activate("node")
             elif index:
                 path.load(index, network)
             if index or drawn is None:
@@ -297,8 +299,8 @@ def sample_nodes(
                 images, _ = evaluation.sample(family, teacher, **arguments)
             else:
                 images = drawn
-            if adapter:
-                network.unload_lora()
+            if shared is not None:
+                shared.release()
             columns[title + _guidance(family, scale, "\n")] = images
     teacher.register_modules(**{name: kept})
     columns |= others or {}

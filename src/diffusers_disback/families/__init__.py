@@ -115,6 +115,7 @@ def usage_of(
     except ValueError:
         return Usage(condition="", takes_guidance=False, takes_lora=False)
     usage = family.usage if config is None else family.usage_with(config)
+    usage = replace(usage, own_pipeline=family.own_pipelines.get(str(pipeline_class), usage.own_pipeline))
     absent = _absent(family, index) if index is not None else []
     return replace(usage, loading="".join(f", {name}=None" for name in absent))
 

@@ -43,6 +43,8 @@ class ModelFamily:
         takes_prompts (`bool`): Whether conditions are made of prompts.
         takes_null_class_label (`bool`): Whether a label can be said to stand for no class.
         usage (`Usage`): What a student's card says of how it is used.
+        own_pipelines (`dict[str, str]`): Classes of this package that load students, by the class of the stock pipeline, where
+            they are not one for all (`usage`).
         lora_target_modules (`list[str]`): The layers that adapters are on by default: ends of their names.
         conditioning_timestep (`int`, *optional*): The default of `--conditioning_timestep`, if published recipes name one; see
             `default_timestep`.
@@ -61,6 +63,7 @@ class ModelFamily:
     takes_null_class_label = False
     usage = UNCONDITIONAL
     lora_target_modules: list[str] = TARGET_MODULES
+    own_pipelines: dict[str, str] = {}
     conditioning_timestep: int | None = None
 
     def __init__(self, pipeline: DiffusionPipeline, model: LocalModel | None = None):

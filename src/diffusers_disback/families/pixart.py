@@ -5,10 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor, nn
 
 from ..models.batch import Condition
+from ..pipelines.one_step_pixart import DisBackOneStepPixArtAlphaPipeline, DisBackOneStepPixArtSigmaPipeline
 from .checks import check_prediction_type
 from .text import TextFamily
 from .transformer import LearnedVarianceFamily, prediction_of
@@ -17,14 +19,20 @@ from .transformer import LearnedVarianceFamily, prediction_of
 TOKENS_OF_PIXART = 300  # of a prompt, by default of PixArtSigmaPipeline; that of PixArt-alpha reads 120
 
 
+_OWN: dict[str, Any] = {
+    "PixArtAlphaPipeline": DisBackOneStepPixArtAlphaPipeline,
+    "PixArtSigmaPipeline": DisBackOneStepPixArtSigmaPipeline,
+}
+
+
 class PixArt(LearnedVarianceFamily, TextFamily):
     """PixArt-alpha (arXiv 2310.00426) and PixArt-Sigma (arXiv 2403.04692). The condition is `encoder_hidden_states` and
     `encoder_attention_mask`, and of PixArt-alpha at 1024 pixels `resolution` and `aspect_ratio`, too.
 
-    diffusers has no adapters for its transformer.
+    Its stock pipelines load no LoRA: where adapters are trained, the student is a whole network.
     """
 
-    pipeline_classes = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+    pipeline_classes = tuple(_OWN)
     encoding = "PixArt"
     needed = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     encoded_as = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
@@ -36,6 +44,8 @@ class PixArt(LearnedVarianceFamily, TextFamily):
         takes_lora=False,
         network_class="PixArtTransformer2DModel",
     )
+    own_pipelines = {stock: own.__name__ for stock, own in _OWN.items()}
+    lora_target_modules = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]  # of every block
 
     def check(self) -> None:
         super().check()
@@ -107,6 +117,11 @@ class PixArt(LearnedVarianceFamily, TextFamily):
             condition["resolution"] = torch.empty(batch, 2, device="meta")
             condition["aspect_ratio"] = torch.empty(batch, 1, device="meta")
         return condition
+
+    def one_step(self, network: nn.Module, timestep: int) -> DiffusionPipeline:
+        self.check_network(network.config, "The student's network")
+        own = {"transformer": network, "scheduler": self.one_step_scheduler(timestep)}
+        return _OWN[type(self.pipeline).__name__](**{**self.pipeline.components, **own})
 
     def check_schedule(self) -> str | None:
         return check_prediction_type(self, self.text_encoders[0].device, self.encode([""]))

@@ -59,14 +59,11 @@ class SharedNetwork:
         Raises:
             ValueError: If the network has none of the layers.
         """
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        check_takes_adapters(self.network)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is meant
             torch.manual_seed(seed)
-            self.network.add_adapter(copy.deepcopy(config), adapter_name=role)
-        self._layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+            _inject(self.network, config, role)
+        self._layers = _adapted_layers(self.network)
         self._parameters[role] = [
             parameter for name, parameter in self.network.named_parameters() if f".{role}." in name
         ]
@@ -155,19 +152,38 @@ class SharedNetwork:
 
     def release(self) -> nn.Module:
         """Takes all adapters off. Returns the network, as it was."""
-        self.network.unload_lora()
+        _remove_adapters(self.network)
         self._layers, self._parameters, self._frozen, self.active = [], {}, set(), None
         return self.network
 
 
-def check_takes_adapters(network: nn.Module) -> None:
-    """Raises a `ValueError` if diffusers has no adapters for a network."""
+def _inject(network: nn.Module, config: "LoraConfig", adapter: str) -> None:
+    """Puts an adapter on a network, as diffusers' `add_adapter` does, which not every denoiser has."""
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(copy.deepcopy(config), network, adapter)
+
+
+def _adapted_layers(network: nn.Module) -> list:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _remove_adapters(network: nn.Module) -> None:
+    from diffusers.utils import recurse_remove_peft_layers
+
+    recurse_remove_peft_layers(network)
+    if hasattr(network, "peft_config"):  # not where there was none
+        del network.peft_config
+
+
+def check_loads_adapters(network: nn.Module) -> None:
+    """Raises a `ValueError` if diffusers loads no adapters into a network."""
     from diffusers.loaders import PeftAdapterMixin
 
     if not isinstance(network, PeftAdapterMixin):
-        raise ValueError(
-            f"A {type(network).__name__} takes no adapters: diffusers has none for it. Leave --lora_rank out."
-        )
+        raise ValueError(f"diffusers loads no LoRA into a {type(network).__name__}: none is extracted.")
 
 
 def lora_config(rank: int, alpha: float | None = None, target_modules: list[str] | None = None) -> "LoraConfig":
@@ -255,10 +271,11 @@ def fused(network: "ModelMixin", weights: dict[str, Tensor], config: "LoraConfig
         config (`LoraConfig`): Of the adapter.
     """
     network = copy.deepcopy(network)
-    network.add_adapter(copy.deepcopy(config), adapter_name="fused")
+    _inject(network, config, "fused")
     fill_adapter(network, weights, "fused", "the student's LoRA")
-    network.fuse_lora()
-    network.unload_lora()
+    for layer in _adapted_layers(network):
+        layer.merge()
+    _remove_adapters(network)
     return network.requires_grad_(False)
 
 

@@ -19,7 +19,6 @@ from ..data.prompts import PromptFile
 from ..data.truncation import truncation
 from ..families import ModelFamily, family_of_index, network_name_of
 from ..hub.files import writing
-from ..models.adapters import check_takes_adapters
 from ..models.weights import fingerprint
 from .checks import stages_of
 from .config import DisBackConfig
@@ -44,10 +43,8 @@ def check_inputs(
     another model, or other prompts, when the run is resumed.
 
     Raises:
-        ValueError: If a stage was begun here with other inputs, or adapters are asked for of a network that takes none.
+        ValueError: If a stage was begun here with other inputs.
     """
-    if config.lora_rank is not None:
-        check_takes_adapters(teacher.network)
     scheduler = teacher.pipeline.scheduler.config
     names = _OF_THE_SCHEDULE | (_OF_EDM if "sigma_data" in scheduler else set())
     schedule = {name: value for name, value in scheduler.items() if name in names}

@@ -73,12 +73,12 @@ def denoiser_of(reference: ModelReference, name: str, cache_dir: str | None = No
         cache_dir (`str`, *optional*): Where downloads and conversions are kept.
 
     Raises:
-        ValueError: If it cannot be loaded, or diffusers has no adapters for it.
+        ValueError: If it cannot be loaded, or diffusers loads no adapters into it.
     """
     model = reference.resolve_denoiser(name, cache_dir)
     config = read_json(inside(model.folder, f"{name}/config.json", reference.name_or_path), f"the config of {name}")
     network = model.load_network(model_class(str(config.get("_class_name"))))
-    adapters.check_takes_adapters(network)
+    adapters.check_loads_adapters(network)
     return network
 
 
