@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from kohya_reader import merge
 from safetensors.torch import load_file
 from stages import close, equal, interrupted_at, record, recorder, trainer, training, weights
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusers_disback import DegradationPath, DisBackOneStepPipeline
 from diffusers_disback.families import family_of
 from diffusers_disback.models.adapters import SharedNetwork, base_of, fused, lora_config
+from diffusers_disback.models.lora_layouts import KOHYA
 from diffusers_disback.models.weights import fill_adapter
 
 
@@ -630,7 +632,11 @@ def test_the_lora_loads_in_the_stock_pipeline(run, tmp_path, name, alpha):
     own = DisBackOneStepPipeline.from_pretrained(folder)(tiny.PROMPTS[0], **arguments).images
     assert (drawn - own).abs().max() < 1e-5
     network = fused(tiny.PIPELINES[name]().unet, loaded, stock.unet.peft_config[adapter])
-    assert close(weights(network), weights(UNet2DConditionModel.from_pretrained(folder, subfolder="unet")), atol=1e-7)
+    published = weights(UNet2DConditionModel.from_pretrained(folder, subfolder="unet"))
+    assert close(weights(network), published, atol=1e-7)
+    if name == "stable_diffusion":  # in the names of SDXL's files: tests/test_kohya.py
+        other = merge(weights(tiny.PIPELINES[name]().unet), load_file(folder / "lora" / KOHYA))
+        assert close(other, published, atol=1e-6)
 
 
 def test_the_lora_draws_what_was_trained(tmp_path, path, teacher_folder):

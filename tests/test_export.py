@@ -41,7 +41,7 @@ def test_a_lora_leaves_what_it_says(name, rank, tmp_path):
     teacher = tiny.PIPELINES[name]()
     student = changed(teacher.unet)
     layers, residual = extract_lora(student, teacher.unet, rank)
-    save_lora(layers, rank, tmp_path)
+    save_lora(layers, rank, tmp_path, student)
     whole = difference(weights(student), weights(teacher.unet))
     for file in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
         stock = tiny.PIPELINES[name]()
@@ -60,6 +60,27 @@ def test_more_rank_leaves_less_and_enough_leaves_nothing():
     assert residuals[0] > 0.1 and max(residuals[1:]) < 1e-3
 
 
+def test_a_fast_decomposition_leaves_hardly_more_and_says_what_it_leaves():
+    """On layers whose singular values fall off, and with noise on them; it is seeded, and leaves global randomness alone."""
+    teacher = tiny.unet(block_out_channels=(16, 64))
+    student = changed(changed(teacher, rank=4), scale=0.01)
+    state = torch.random.get_rng_state()
+    layers, residual = extract_lora(student, teacher, 4, "fast")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    exact = extract_lora(student, teacher, 4)[1]
+    assert exact <= residual * 1.0001 and residual < 1.001 * exact
+    assert equal(layers, extract_lora(student, teacher, 4, "fast")[0])
+    own, other = weights(student), weights(teacher)
+    left = {key: own[key] - other[key] for key in own}
+    for key in list(layers):
+        if ".lora_A" in key:
+            down, up = layers[key], layers[key.replace("lora_A", "lora_B")]
+            left[key.replace("lora_A.", "")] -= torch.einsum("or,r...->o...", up.flatten(1), down)
+    assert difference(left, {key: 0 * value for key, value in left.items()}) / difference(own, other) == pytest.approx(
+        residual, rel=1e-3
+    )
+
+
 def test_networks_that_no_lora_leads_between():
     with pytest.raises(ValueError, match="of another architecture"):
         extract_lora(tiny.unet(), tiny.unet(layers_per_block=2), 4)
@@ -72,8 +93,10 @@ def test_the_command_extracts(tmp_path, capsys):
     teacher.save_pretrained(tmp_path / "teacher")
     to_pipeline(changed(teacher.unet), 399, teacher).save_pretrained(tmp_path / "student")
     line = ["extract-lora", *(str(tmp_path / name) for name in ("student", "teacher", "lora")), "--rank", "3"]
+    assert command([*line, "--svd", "fast"]) == 0
+    assert "rank 3: leaves" in (fast := capsys.readouterr().out)
     assert command(line) == 0
-    assert "rank 3: leaves" in capsys.readouterr().out
+    assert capsys.readouterr().out == fast, "of so small layers both are exact"
     stored = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     assert all(tensor.dtype == torch.float16 for tensor in stored.values())
     # Against the teacher with that LoRA fused, what it left is all that there is: no more than half of it at this rank.

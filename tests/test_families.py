@@ -771,7 +771,7 @@ def test_a_lora_is_fused_into_the_teacher(run, tmp_path, name):
 
     plain = tiny.PIPELINES[name]()
     plain.save_pretrained(tmp_path / "plain")
-    save_lora(extract_lora(changed(plain.unet, rank=2), plain.unet, 2)[0], 2, tmp_path / "lora")
+    save_lora(extract_lora(changed(plain.unet, rank=2), plain.unet, 2)[0], 2, tmp_path / "lora", plain.unet)
     plain.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
     plain.fuse_lora()
     plain.unload_lora_weights()
@@ -796,14 +796,14 @@ def test_loras_that_cannot_be_fused(run, tmp_path):
     from diffusers_disback.hub.publish.export import extract_lora, save_lora
 
     plain = tiny.pipeline()
-    file = save_lora(extract_lora(changed(plain.unet, rank=2), plain.unet, 2)[0], 2, tmp_path / "lora")[0]
+    file = save_lora(extract_lora(changed(plain.unet, rank=2), plain.unet, 2)[0], 2, tmp_path / "lora", plain.unet)[0]
     stored = load_file(file)
     save_file({**stored, "text_encoder.x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "text.safetensors")
     save_file(
         {key.replace("mid_block", "middle"): value for key, value in stored.items()}, tmp_path / "keys.safetensors"
     )
     wide = tiny.pipeline(block_out_channels=(8, 24))
-    save_lora(extract_lora(changed(wide.unet, rank=2), wide.unet, 2)[0], 2, tmp_path / "wide")
+    save_lora(extract_lora(changed(wide.unet, rank=2), wide.unet, 2)[0], 2, tmp_path / "wide", wide.unet)
     for lora, message in [
         (tmp_path / "text.safetensors", "adapts more than the UNet .text_encoder.x"),
         (tmp_path / "keys.safetensors", "belongs to another model: unet.middle"),

@@ -46,7 +46,7 @@ def test_a_student_of_the_last_timestep_is_what_other_samplers_draw(name, predic
     """Whole, and as a LoRA on the teacher's stock pipeline, loaded and fused; a student of an earlier one is not."""
     teacher = tiny.PIPELINES[name](prediction_type)
     network = changed(teacher.unet, rank=2)
-    save_lora(extract_lora(network, teacher.unet, 4)[0], 4, tmp_path)
+    save_lora(extract_lora(network, teacher.unet, 4)[0], 4, tmp_path, network)
     students = {t: drawn(to_pipeline(network, t, teacher), tiny.PROMPTS, "latent") for t in (999, 625, 399)}
     stock, lora = (tiny.PIPELINES[name](prediction_type) for _ in range(2))
     lora.load_lora_weights(tmp_path)

@@ -32,7 +32,7 @@ def test_the_sweep_asks_the_teacher_that_training_would(tmp_path, teacher_folder
     monkeypatch.chdir(tmp_path)
     other = tiny.pipeline("v_prediction", seed=7)
     other.save_pretrained("other")
-    save_lora(extract_lora(changed(tiny.unet(), rank=2), tiny.unet(), 2)[0], 2, "lora")
+    save_lora(extract_lora(changed(tiny.unet(), rank=2), tiny.unet(), 2)[0], 2, "lora", tiny.unet())
     line = ["timestep-sweep", str(teacher_folder), "--timesteps", "399", "--num_inference_steps", "2", "--prompt", "a"]
     drifts = []
     for flags in (

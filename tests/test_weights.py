@@ -105,7 +105,7 @@ def write_all(folder: Path) -> dict[str, str]:
     cast_files([folder / "node" / "pytorch_lora_weights.safetensors"], torch.float16)
     adapters.save_lora(network.weights("student"), network.config("student"), folder / "lora", "unet")
     layers = {key: value + 1 for key, value in network.weights("student").items()}
-    export.save_lora(layers, 2, folder / "extracted")
+    export.save_lora(layers, 2, folder / "extracted", network.network)
     network.release().save_pretrained(folder / "pipeline" / "unet")
     (folder / "pipeline" / "model_index.json").write_text("{}")
     save_file({"x": torch.ones(2)}, folder / "pipeline" / "unet" / "model.safetensors", TEXTS)

@@ -183,9 +183,9 @@ def extract_lora(parsed: argparse.Namespace) -> None:
         denoiser_of(reference, parsed.denoiser, parsed.cache_dir).to(device())
         for reference in (ModelReference(parsed.student), teacher_asked_for(parsed))
     )
-    layers, residual = extract_lora(student, teacher, parsed.rank)
+    layers, residual = extract_lora(student, teacher, parsed.rank, parsed.svd)
     halves = {key: value.half().cpu() for key, value in layers.items()}
-    files = save_lora(halves, parsed.rank, parsed.output, parsed.denoiser)
+    files = save_lora(halves, parsed.rank, parsed.output, student, parsed.denoiser)
     print(f"rank {parsed.rank}: leaves {residual:.1%} of the difference between student and teacher")
     for file in files:
         print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
@@ -357,6 +357,13 @@ def parser() -> argparse.ArgumentParser:
     lora.add_argument("--denoiser", choices=("unet", "transformer"), default="unet", help="the component, in both")
     lora.add_argument(
         "--rank", type=number(True, minimum=1, maximum=4096), default=64, help="of every layer; alpha is the same"
+    )
+
+    lora.add_argument(
+        "--svd",
+        choices=("exact", "fast"),
+        default="exact",
+        help="how: fast is randomised, with a fixed seed, for large models on a CPU; it may leave a little more",
     )
 
     path = commands.add_parser("path", help="look at a degradation path").add_subparsers(dest="verb", required=True)

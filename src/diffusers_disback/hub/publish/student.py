@@ -8,9 +8,10 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ...models.adapters import LORA, Lora, save_lora
+from ...models.adapters import LORA, Lora
 from ...models.card import CARD
 from ...models.components import check_whole
+from ...models.lora_layouts import save_layouts
 from ...models.pipeline_folder import INDEX, WITHOUT_A_ROLE, components_of, read_index
 from ...models.reference import LocalModel
 from ...path.manifest import MANIFEST
@@ -44,8 +45,8 @@ def save_student(
         pipeline (`DiffusionPipeline`): The student's.
         teacher (`LocalModel`): Of which files go along.
         folder (`str` or `Path`): Other files in it stay.
-        lora (`Lora`, *optional*): The adapter that was trained, if one was, and its config. It is written to `lora/`, with
-            the one-step scheduler beside it.
+        lora (`Lora`, *optional*): The adapter that was trained, if one was, and its config. It is written to `lora/` (a UNet's
+            for other programs, too), with the one-step scheduler beside it.
 
     Raises:
         OSError: If it cannot be written, as on a full disk. What the folder held is as it was.
@@ -86,10 +87,10 @@ def _write_student(pipeline: DiffusionPipeline, teacher: LocalModel, folder: Pat
     The teacher's text encoder, tokenizer and autoencoder are copied, never saved anew: what transformers 5 writes,
     older versions take for random weights without an error.
     """
-    if lora is not None:
-        save_lora(*lora, folder / LORA, teacher.network_name)
-        pipeline.scheduler.save_pretrained(folder / LORA / "scheduler")
     network = pipeline.components[teacher.network_name]
+    if lora is not None:
+        save_layouts(lora, network, folder / LORA, teacher.network_name)
+        pipeline.scheduler.save_pretrained(folder / LORA / "scheduler")
     network.save_pretrained(folder / teacher.network_name)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
     theirs = teacher.index
