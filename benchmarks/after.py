@@ -75,19 +75,24 @@ def distilled(folder: Path, tiny: bool, **changes: Any) -> Path:
     return folder
 
 
-def prompts(parsed: argparse.Namespace) -> Figures:
-    """Students of 6, 24 and all 96 captions, with equal updates, measured on all captions."""
+def student_of(count: int, parsed: argparse.Namespace) -> tuple[Path, list[str]]:
+    """The folder of a student of so many captions, and the captions."""
     captions = (SHAPES / "prompts.txt").read_text().splitlines()
     order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0)).tolist()
+    known = [captions[row] for row in order[:count]]
+    file = parsed.work_dir / f"prompts-{count}.txt"
+    file.write_text("\n".join(known) + "\n")
+    return distilled(parsed.work_dir / f"prompts-{count}", parsed.tiny, prompts_file=str(file)), known
+
+
+def prompts(parsed: argparse.Namespace) -> Figures:
+    """Students of 6, 24 and all 96 captions, with equal updates, measured on all captions."""
     evaluation = shapes_evaluation(200, 80) if parsed.tiny else shapes_evaluation()
     (evaluator,) = evaluation.evaluators
     assert isinstance(evaluator, ShapesEvaluator)
     found: Figures = {"updates": UPDATES}
     for count in (6, 24, 96):
-        known = [captions[row] for row in order[:count]]
-        file = parsed.work_dir / f"prompts-{count}.txt"
-        file.write_text("\n".join(known) + "\n")
-        student = distilled(parsed.work_dir / f"prompts-{count}", parsed.tiny, prompts_file=str(file))
+        student, known = student_of(count, parsed)
         family = load_family(str(student))
         images, _ = evaluation.sample(family, family.pipeline)
         right = evaluator.features(images, evaluation.prompts)[:, -3:].mean(1)
@@ -174,7 +179,7 @@ def norm(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 def svd(parsed: argparse.Namespace) -> Figures:
     """What either decomposition leaves of the difference between a student that was trained in full and its teacher, and how
     long it takes; and how long for one layer of SDXL's size."""
-    student = load_family(str(distilled(parsed.work_dir / "prompts-96", parsed.tiny))).network
+    student = load_family(str(student_of(96, parsed)[0])).network
     teacher = load_family(str(SHAPES / "teacher")).network
     found: Figures = {}
     for rank in (4, 16, 64):
@@ -197,7 +202,7 @@ def svd(parsed: argparse.Namespace) -> Figures:
 
 def images(parsed: argparse.Namespace) -> Figures:
     """Image to image by a one-step student: shares of shape, colour and background that are the prompt's, and the source's."""
-    student = distilled(parsed.work_dir / "prompts-96", parsed.tiny)
+    student, _ = student_of(96, parsed)
     pipe = StableDiffusionImg2ImgPipeline.from_pipe(DisBackOneStepPipeline.from_pretrained(student))
     pipe.set_progress_bar_config(disable=True)
     evaluator, count = ShapesEvaluator(), 20 if parsed.tiny else 500
@@ -222,25 +227,25 @@ def images(parsed: argparse.Namespace) -> Figures:
 
 
 def speed(parsed: argparse.Namespace) -> Figures:
-    """Seconds of a call of the shapes student's size, in float32 and bfloat16, as it is and compiled; medians of 20 calls."""
+    """Seconds of a call of the shapes student's size, in float32, bfloat16, and compiled; medians of 10 calls."""
     found: Figures = {
         "cpu": next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
     }
-    for dtype in (torch.float32, torch.bfloat16):
-        for compiled in (False, True):
-            family = load_family(str(SHAPES / "teacher"))
-            pipe = DisBackOneStepPipeline(**family.one_step(family.network, 399).components).to(dtype=dtype)
-            pipe.set_progress_bar_config(disable=True)
-            if compiled:
-                pipe.unet.compile()
-            for batch in (1, 16):
-                seconds = []
-                for _ in range(2 if parsed.tiny else 21):
-                    started = time.perf_counter()
-                    pipe([CAPTION] * batch, output_type="pt", generator=torch.Generator().manual_seed(0))
-                    seconds.append(time.perf_counter() - started)
-                name = f"{str(dtype)[6:]}{', compiled' if compiled else ''}, batch {batch}"
-                found[name] = {"first": round(seconds[0], 3), "median": round(statistics.median(seconds[1:]), 4)}
+    for dtype, compiled in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
+        family = load_family(str(SHAPES / "teacher"))
+        pipe = DisBackOneStepPipeline(**family.one_step(family.network, 399).components).to(dtype=dtype)
+        pipe.set_progress_bar_config(disable=True)
+        if compiled:
+            pipe.unet.compile()
+        for batch in (1, 16):
+            seconds = []
+            for _ in range(2 if parsed.tiny else 11):
+                started = time.perf_counter()
+                pipe([CAPTION] * batch, output_type="pt", generator=torch.Generator().manual_seed(0))
+                seconds.append(time.perf_counter() - started)
+            name = f"{str(dtype)[6:]}{', compiled' if compiled else ''}, batch {batch}"
+            found[name] = {"first": round(seconds[0], 3), "median": round(statistics.median(seconds[1:]), 4)}
+            print(name, found[name], flush=True)
     return found
 
 

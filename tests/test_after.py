@@ -1,5 +1,6 @@
 """The snippets of docs/after.md, as they stand there, on tiny models; and the table of its figures."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -75,6 +76,33 @@ def test_the_snippets_in_python_run(place):
     with pytest.raises(RuntimeError, match="0 elements"):
         repainted["repaint"](tiny.PROMPTS[0], **{**repainted["arguments"], "strength": 0.8})
     assert repainted["repaint"].scheduler.timesteps.tolist() == [625]
+
+
+def test_the_tables_are_those_of_their_report():
+    """Of docs/after.md and docs/exports.md."""
+    report = json.loads(after.RESULTS.read_text())
+    rows = [
+        {cell.strip() for cell in line.split("|")}
+        for name in ("after", "exports")
+        for line in (ROOT / "docs" / f"{name}.md").read_text().splitlines()
+    ]
+    names = ("distance", "shape_accuracy", "colour_accuracy", "background_accuracy")
+    measured = [report["prompts"][count] for count in ("6", "24", "96")]
+    measured += [model for teacher in ("first", "second") for model in report["lora"][teacher].values()]
+    wanted = [{f"{found[name]:.4g}" for name in names} for found in measured]
+    wanted += [
+        {", ".join(f"{value:.4g}" for value in found[of]) for of in ("prompt", "source")}
+        for key, found in report["images"].items()
+        if key.startswith("at ")
+    ]
+    for size in ("rank 4", "rank 16", "rank 64", "1280 x 11520, rank 64"):
+        both = [report["svd"][f"{name}, {size}"] for name in ("exact", "fast")]
+        wanted.append({f"{found['left']:.5f}" for found in both} | {f"{found['seconds']:g}" for found in both})
+    for key, found in report["speed"].items():
+        if "batch" in key:
+            wanted.append({f"{found[name]:.3g}" for name in ("first", "median")})
+    for cells in wanted:
+        assert any(cells <= row for row in rows), cells
 
 
 @pytest.mark.slow
