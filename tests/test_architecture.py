@@ -72,7 +72,12 @@ ORDER = {
     ],
     "hub.publish": [{"export", "student"}, {"run"}, {"background", "results"}],
     "planning": [{"allocations"}, {"plan"}, {"verdict"}],
-    "commands": [{"command_line"}, {"evaluate", "convert_edm"}, {"cli"}],
+    "commands": [
+        {"command_line"},
+        {"options"},
+        {"convert_edm", "evaluate", "hub", "path", "plan", "sweep"},
+        {"cli"},
+    ],
 }
 DOORS = {
     "accelerate": {

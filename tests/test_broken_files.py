@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from test_doors import REPORT
 
 from diffusers_disback.commands.cli import main as command
-from diffusers_disback.commands.cli import parser, path_show
+from diffusers_disback.commands.cli import parser
+from diffusers_disback.commands.path import path_show
 from diffusers_disback.evaluation.report import read_report
 from diffusers_disback.families import load_family
 from diffusers_disback.hub.cards import STABLE_DIFFUSION, path_card, student_card

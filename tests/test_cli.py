@@ -1,3 +1,4 @@
+import argparse
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 import tiny
 
 from diffusers_disback import __version__
-from diffusers_disback.commands.cli import main
+from diffusers_disback.commands.cli import main, parser
 from diffusers_disback.families import network_name_of
 
 
@@ -63,7 +64,7 @@ def test_names_of_others_do_not_command_the_terminal(path, capsys, hub, repo):
 def test_a_teacher_that_moved_is_asked_as_the_path_says(tmp_path, monkeypatch, hub, repo):
     """Its prediction type, which its files do not say, stays that of the recording: in images and in branches."""
     from diffusers_disback import ModelReference
-    from diffusers_disback.commands import cli
+    from diffusers_disback.commands import path as command
     from diffusers_disback.path.path import DegradationPath
 
     tiny.pipeline("epsilon").save_pretrained(tmp_path / "was")
@@ -73,7 +74,7 @@ def test_a_teacher_that_moved_is_asked_as_the_path_says(tmp_path, monkeypatch, h
     path.finish({"steps": 100, "seconds": 1.0, "peak_memory_mb": 1.0})
     (tmp_path / "was").rename(tmp_path / "is")
     drawn = []
-    monkeypatch.setattr(cli, "sample_path", lambda path, *_: drawn.append(path.teacher))
+    monkeypatch.setattr(command, "sample_path", lambda path, *_: drawn.append(path.teacher))
     moved = ["--pretrained_model_name_or_path", str(tmp_path / "is")]
     assert main(["path", "show", str(path.folder), *moved]) == 0
     assert drawn == [replace(teacher, name_or_path=str(tmp_path / "is"))]
@@ -91,3 +92,36 @@ def test_the_console_script():
         subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout.strip()
         == __version__
     )
+
+
+def test_a_wrong_command_line_is_told_in_one_line(capsys):
+    for line, told in (
+        (["path", "show"], "the following arguments are required: PATH"),
+        (["nothing"], "argument COMMAND: invalid choice: 'nothing'"),
+        (["half", "x", "--rank", "2"], "unrecognized arguments: --rank 2"),
+        (["timestep-sweep"], "Name the teacher: --pretrained_model_name_or_path TEACHER."),
+    ):
+        assert main(line) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"diffusers-disback: {told}") and said.count("\n") == 1
+
+
+def test_every_command_and_flag_has_a_help_text_and_names_a_teacher_by_the_same_flag(capsys):
+    def commands(made):
+        for action in made._actions:
+            for each in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+                yield each
+                yield from commands(each)
+
+    found = list(commands(parser()))
+    names = {made.prog.removeprefix("diffusers-disback ") for made in found}
+    assert {"plan", "timestep-sweep", "evaluate", "path show", "push", "pull", "half", "extract-lora"} <= names
+    for made in found:
+        assert made.description and made.description.endswith("."), made.prog
+        assert all(action.help for action in made._actions if not isinstance(action, argparse._SubParsersAction))
+    with pytest.raises(SystemExit):
+        main([])
+    overview = capsys.readouterr().out
+    assert all(f"    {name} " in f"{overview} " or f"    {name}\n" in overview for name in names if " " not in name)
+    words = [a.dest for made in found for a in made._actions if not a.option_strings and a.help != argparse.SUPPRESS]
+    assert not any("teacher" in word or "pretrained" in word for word in words)

@@ -553,7 +553,20 @@ def test_a_narrow_sdxl_with_the_true_blocks_goes_every_way(run, tmp_path, capsys
     assert close(weights(network), weights(pipe.unet), atol=1e-6), "node 0 is the fused teacher"
     assert not close(node, weights(network), atol=1e-6) and not close(student(folder), weights(network), atol=1e-6)
     assert command(["half", str(folder)]) == 0
-    assert command(["extract-lora", str(folder), str(tmp_path / "teacher"), str(tmp_path / "out"), "--rank", "2"]) == 0
+    assert (
+        command(
+            [
+                "extract-lora",
+                str(folder),
+                str(tmp_path / "out"),
+                "--pretrained_model_name_or_path",
+                str(tmp_path / "teacher"),
+                "--rank",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert "rank 2: leaves" in capsys.readouterr().out
     call = {"num_inference_steps": 1, "guidance_scale": 0, "output_type": "latent"}
     call["latents"] = torch.randn(1, 4, 8, 8)

@@ -10,7 +10,17 @@ from diffusers_disback.hub.publish.export import extract_lora, save_lora
 
 def test_the_timestep_sweep_recommends_the_least_drift(tmp_path, teacher_folder, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    line = ["timestep-sweep", str(teacher_folder), "--timesteps", "99", "399", "799", "--num_inference_steps", "2"]
+    line = [
+        "timestep-sweep",
+        "--pretrained_model_name_or_path",
+        str(teacher_folder),
+        "--timesteps",
+        "99",
+        "399",
+        "799",
+        "--num_inference_steps",
+        "2",
+    ]
     assert command([*line, "--prompt", "a", "--prompt", "b", "--num_images_per_prompt", "2"]) == 0
     out = capsys.readouterr().out
     table = json.loads((tmp_path / "timesteps.json").read_text())

@@ -130,7 +130,7 @@ def message(error: BaseException, code: int) -> str:
     return " ".join([text, *map(_lines, getattr(error, "__notes__", []))])
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Raises its errors as any other, without a page of usage."""
 
     def error(self, message: str) -> NoReturn:
@@ -148,7 +148,7 @@ def read_flags(config: type[Settings], arguments: list[str], **how: Any) -> dict
     Raises:
         ValueError: If a flag is unknown, or its value is of the wrong kind.
     """
-    parser = _Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, **how)
+    parser = Parser(allow_abbrev=False, argument_default=argparse.SUPPRESS, **how)
     parser.add_argument(
         "--config", help="A YAML file of flags, as in `seed: 0`. Flags of the command line override it."
     )

@@ -4,11 +4,13 @@ import argparse
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..hub.files import sha256_of, write_text, writing
 from ..hub.markdown import inline_code
 from .command_line import number
+from .options import add_command
 
 
 _CARD = """---
@@ -28,35 +30,40 @@ name it above (`license:`).
 """
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `convert-edm`."""
+def add_commands(group: Any) -> None:
+    """Adds `convert-edm` to the commands."""
+    parser = add_command(group, "convert-edm", convert_edm)
     parser.add_argument(
-        "file", help="of torch.save (read without running code) or safetensors, such as edm_imagenet64_ema.pt"
+        "file",
+        metavar="FILE",
+        help="the checkpoint, such as edm_imagenet64_ema.pt: of torch.save, which is read without running code, or safetensors",
     )
-    parser.add_argument("folder", help="of the teacher; new, or empty")
+    parser.add_argument("folder", metavar="FOLDER", help="the teacher's folder to write; new, or empty")
     parser.add_argument(
         "--resolution",
         type=number(True, minimum=1),
         required=True,
-        help="of its images in pixels, which no tensor tells",
+        metavar="PIXELS",
+        help="side of its images in pixels, which the file does not say",
     )
     parser.add_argument(
         "--attention_head_dim",
         type=number(True, minimum=1),
         default=64,
-        help="channels of an attention head (num_head_channels), which no tensor tells; default: 64, as published",
+        metavar="CHANNELS",
+        help="channels of an attention head (num_head_channels), which the file does not say (default: 64, as published)",
     )
     parser.add_argument(
         "--attention_order",
         choices=["new", "legacy"],
         default="new",
-        help="how queries, keys and values are laid out, which no tensor tells: new (OpenAI's flash attention; the published EDM "
-        "checkpoints), or legacy (each head's together, QKVAttentionLegacy); default: new",
+        help="how queries, keys and values are laid out, which the file does not say: new (OpenAI's flash attention, as in the "
+        "published EDM checkpoints) or legacy (each head's together, QKVAttentionLegacy) (default: new)",
     )
 
 
 def convert_edm(parsed: argparse.Namespace) -> None:
-    """Converts an EDM checkpoint in OpenAI's ADM layout (edm_imagenet64_ema.pt, edm_cat256_ema.pt, ...) into a teacher's folder."""
+    """Converts an EDM checkpoint in OpenAI's ADM layout into a teacher's folder. Such are edm_imagenet64_ema.pt and edm_cat256_ema.pt."""
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 
     from ..models.adm_layout import read_checkpoint, to_unet

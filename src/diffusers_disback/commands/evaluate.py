@@ -3,10 +3,11 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..hub.markdown import shell
 from .command_line import NamedValues, number
+from .options import add_cache_dir, add_command
 
 
 if TYPE_CHECKING:
@@ -14,8 +15,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(parsed: argparse.Namespace) -> None:
-    """Compares models on the same prompts and the same noise: a table with intervals, and images side by side. A MODEL is a
-    student, any text-to-image pipeline of diffusers (MODEL@STEPS,guidance=SCALE), or a folder of images."""
+    """Compares models on the same prompts and the same noise. It writes a table with intervals, and images side by side."""
     import torch
     from diffusers.utils.logging import disable_progress_bar
 
@@ -92,49 +92,89 @@ def prompts_of(parsed: argparse.Namespace, models: "list[PipelineEntry | ImageFo
     return prompts
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `evaluate`."""
-    positive = number(True, minimum=1)
+def add_commands(group: Any) -> None:
+    """Adds `evaluate` to the commands."""
+    parser, positive = add_command(group, "evaluate", evaluate), number(True, minimum=1)
     parser.add_argument(
         "models",
         nargs="+",
         metavar="MODEL",
-        help="a student, or a pipeline as MODEL@STEPS or MODEL@STEPS,guidance=4 (also revision=, variant=, lora=, vae=, "
-        "prediction_type=, null_class_label=, single_file_config=, scheduler=own|ddim|lcm): a folder or a model on the Hub; or a "
-        "folder of images",
-    )
-    parser.add_argument("--reference", metavar="MODEL", help="the teacher with whose images others are compared")
-    parser.add_argument("--prompts_file", help="a text file with one prompt a line")
-    parser.add_argument("--num_prompts", type=positive, help="of the file, from the top; by default all")
-    parser.add_argument("--num_images_per_prompt", type=positive, default=1)
-    parser.add_argument(
-        "--evaluators", nargs="+", default=["drift"], help="by name, or as module:Class of your own (default: drift)"
+        help="a student, or a pipeline in many steps as MODEL@STEPS or MODEL@STEPS,guidance=SCALE, each a folder or a model on the "
+        "Hub; or a folder of images. After the steps may also stand revision=, variant=, lora=, vae=, prediction_type=, "
+        "null_class_label=, single_file_config=, scheduler=own|ddim|lcm",
     )
     parser.add_argument(
-        "--evaluator_args", action=NamedValues, nargs="+", default={}, metavar="name=value", help="what they take"
+        "--reference", metavar="MODEL", help="a model whose images the others are compared with, such as TEACHER@25"
+    )
+    parser.add_argument("--prompts_file", metavar="FILE", help="a text file with one prompt a line")
+    parser.add_argument(
+        "--num_prompts",
+        type=positive,
+        metavar="N",
+        help="how many prompts of the file to take, from the top (default: all)",
+    )
+    parser.add_argument(
+        "--num_images_per_prompt", type=positive, default=1, metavar="N", help="images of each prompt (default: 1)"
+    )
+    parser.add_argument(
+        "--evaluators",
+        nargs="+",
+        default=["drift"],
+        metavar="NAME",
+        help="what to measure: names as in docs/evaluation.md, or module:Class of your own (default: drift)",
+    )
+    parser.add_argument(
+        "--evaluator_args",
+        action=NamedValues,
+        nargs="+",
+        default={},
+        metavar="name=value",
+        help="options of the evaluators",
     )
     parser.add_argument(
         "--num_inference_steps",
         type=number(True, minimum=1, maximum=1000),
         default=25,
-        help="of pipelines in many steps (DDIM) without @STEPS (default: 25)",
+        metavar="STEPS",
+        help="sampler steps (DDIM) of pipelines without @STEPS (default: 25)",
     )
     parser.add_argument(
         "--guidance_scale",
         type=number(False, minimum=0),
         default=7.5,
-        help="of pipelines in many steps without guidance= (default: 7.5)",
+        metavar="SCALE",
+        help="guidance of pipelines in many steps without guidance= (default: 7.5)",
     )
     parser.add_argument(
-        "--resolution", type=number(True, minimum=8, maximum=16384), help="side of all images in pixels"
+        "--resolution",
+        type=number(True, minimum=8, maximum=16384),
+        metavar="PIXELS",
+        help="side of all images in pixels (default: each model's own)",
     )
-    parser.add_argument("--seed", type=number(True, minimum=0, maximum=2**32 - 1), default=0, help="of the noise")
-    parser.add_argument("--batch_size", type=positive, default=8, help="images sampled at once (default: 8)")
-    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="of denoisers")
+    parser.add_argument(
+        "--seed",
+        type=number(True, minimum=0, maximum=2**32 - 1),
+        default=0,
+        metavar="SEED",
+        help="seed of the noise (default: 0)",
+    )
+    parser.add_argument(
+        "--batch_size", type=positive, default=8, metavar="N", help="images sampled at once (default: 8)"
+    )
+    parser.add_argument(
+        "--mixed_precision",
+        choices=["no", "bf16", "fp16"],
+        default="no",
+        help="precision of the denoisers (default: no, which is float32)",
+    )
     parser.add_argument(
         "--resamples",
         type=number(True, minimum=0, maximum=100_000),
         default=200,
-        help="of the prompts, for the intervals; 0: none (default: 200)",
+        metavar="N",
+        help="bootstrap resamples of the prompts for the intervals, 0 for no intervals (default: 200)",
     )
-    parser.add_argument("--output", default="evaluation", help="the folder to write into (default: evaluation)")
+    parser.add_argument(
+        "--output", metavar="FOLDER", default="evaluation", help="the folder to write into (default: evaluation)"
+    )
+    add_cache_dir(parser)

@@ -1,0 +1,57 @@
+"""`diffusers-disback push` and `pull`: a run or a path, to the Hub and back."""
+
+import argparse
+from typing import Any
+
+from .options import add_cache_dir, add_command, add_teacher_place, add_token, moved
+
+
+def add_commands(group: Any) -> None:
+    """Adds `push` and `pull` to the commands."""
+    pushing, pulling = add_command(group, "push", push), add_command(group, "pull", pull)
+    pushing.add_argument("folder", metavar="FOLDER", help="a run's --output_dir, or the folder with path.json")
+    pushing.add_argument("repo_id", metavar="REPO", help="user/name on the Hub; created if it does not exist")
+    pushing.add_argument("--private", action="store_true", help="make a new repository private")
+    pushing.add_argument("--create_pr", action="store_true", help="open a pull request in place of a commit to main")
+    pushing.add_argument("--commit_message", metavar="TEXT", help="message of the commit to main")
+    pulling.add_argument("repo_id", metavar="REPO", help="user/name on the Hub")
+    pulling.add_argument("folder", metavar="FOLDER", help="the folder to write into; new, or empty")
+    pulling.add_argument("--revision", help="branch, tag or commit of main (default: main)")
+    for parser in (pushing, pulling):
+        add_cache_dir(parser)
+        add_token(parser)
+    add_teacher_place(pushing)
+
+
+def push(parsed: argparse.Namespace) -> None:
+    """Uploads a run's folder, or a path's, to the Hub. It can be repeated: what is there already is not sent again."""
+    from ..hub.publish.run import path_of_run, push_run
+    from ..hub.repository import Repository
+    from ..models.reference import ModelReference
+
+    path, name = path_of_run(parsed.folder), parsed.pretrained_model_name_or_path
+    teacher = None
+    if name is not None:
+        teacher = ModelReference(name) if path is None else moved(path.teacher, parsed)
+    repo_id = push_run(
+        parsed.folder,
+        parsed.repo_id,
+        parsed.private or None,
+        parsed.create_pr,
+        parsed.commit_message,
+        parsed.token,
+        parsed.cache_dir,
+        teacher,
+    )
+    print(f"pushed to {Repository(repo_id).url}")
+
+
+def pull(parsed: argparse.Namespace) -> None:
+    """Downloads a run or a path from the Hub into a new folder."""
+    from ..hub.publish.run import pull
+
+    path = pull(parsed.repo_id, parsed.folder, parsed.revision, parsed.token, parsed.cache_dir)
+    print(
+        f"{parsed.folder}: "
+        + ("no degradation path" if path is None else f"a path of {len(path)} nodes in {path.where}")
+    )
