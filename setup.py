@@ -14,11 +14,13 @@ version = next(
 extras = {
     "train": ["datasets>=3.0", "peft>=0.18", "tensorboard", "Jinja2"],
     "eval": ["torchmetrics>=1.4", "matplotlib>=3.9", "scipy"],
+    "completion": ["shtab>=1.7"],
+    "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
     "bitsandbytes": ["bitsandbytes>=0.50"],
     "xformers": ["xformers>=0.0.30; platform_system == 'Linux' and platform_machine == 'x86_64'"],
 }
 extras["dev"] = [
-    *(*extras["train"], *extras["eval"], *extras["bitsandbytes"]),
+    *(*extras["train"], *extras["eval"], *extras["bitsandbytes"], *extras["completion"]),
     *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.150", "markdown-it-py>=3", "ruff>=0.6", "build", "twine"),
     *("mypy>=1.15", "types-psutil", "types-PyYAML", "types-tqdm"),
 ]

@@ -75,7 +75,7 @@ ORDER = {
     "commands": [
         {"command_line"},
         {"options"},
-        {"convert_edm", "evaluate", "hub", "path", "plan", "sweep"},
+        {"completion", "convert_edm", "evaluate", "hub", "info", "path", "plan", "sweep"},
         {"cli"},
     ],
 }

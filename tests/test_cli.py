@@ -125,3 +125,21 @@ def test_every_command_and_flag_has_a_help_text_and_names_a_teacher_by_the_same_
     assert all(f"    {name} " in f"{overview} " or f"    {name}\n" in overview for name in names if " " not in name)
     words = [a.dest for made in found for a in made._actions if not a.option_strings and a.help != argparse.SUPPRESS]
     assert not any("teacher" in word or "pretrained" in word for word in words)
+
+
+def test_bash_completes_commands_flags_and_files(capsys, tmp_path):
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "completion.sh"
+    script.write_text(capsys.readouterr().out)
+    (tmp_path / "teacher-folder").mkdir()
+    for words, found in (
+        ("extract", "extract-lora"),
+        ("plan --lora_ran", "--lora_rank"),
+        ("timestep-sweep --pretrained_model_name", "--pretrained_model_name_or_path"),
+        ("info teacher-f", "teacher-folder"),
+        ("evaluate --mixed_precision bf", "bf16"),
+    ):
+        line = f"COMP_WORDS=(diffusers-disback {words}); COMP_CWORD=$(({len(words.split())}))"
+        program = f'source {script}; {line}; _shtab_diffusers_disback; echo "${{COMPREPLY[*]}}"'
+        done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, cwd=tmp_path)
+        assert done.stdout.split() == [found], done.stderr

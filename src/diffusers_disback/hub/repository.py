@@ -170,6 +170,28 @@ class Repository:
                 return None  # as the Hub says, or has said before of a commit, which does not change
             raise
 
+    def header(self, path: str, commit: str) -> dict[str, tuple[str, list[int]]]:
+        """The precision and the shape of every tensor of a safetensors file, of which nothing else is downloaded.
+
+        Raises:
+            HubError: If it is none.
+        """
+        from huggingface_hub.errors import SafetensorsParsingError
+
+        try:
+            tensors = self._call(self.api.parse_safetensors_file_metadata, path, revision=commit).tensors
+        except (SafetensorsParsingError, AttributeError, TypeError, ValueError, RecursionError) as error:
+            if isinstance(error, HubError):
+                raise
+            raise HubError(f"{path} of {self.repo_id} is no safetensors file.") from error
+        for tensor in tensors.values():
+            sound = isinstance(tensor.shape, list) and all(
+                type(side) is int and 0 <= side < 2**48 for side in tensor.shape
+            )
+            if not sound or not isinstance(tensor.dtype, str):
+                raise HubError(f"The header of {path} of {self.repo_id} is none of a safetensors file.")
+        return {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
+
     def read_json(self, path: str, commit: str) -> Any:
         """The content of a JSON file at a commit; `None` if there is none, or it is no JSON object."""
         file = self.file(path, commit) if path in self.tree(commit) else None
