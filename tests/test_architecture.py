@@ -70,12 +70,12 @@ ORDER = {
         {"sweep", "entries", "named"},
         {"compare"},
     ],
-    "hub.publish": [{"export", "student"}, {"run"}, {"background", "results"}],
+    "hub.publish": [{"export", "space", "student"}, {"run"}, {"background", "results"}],
     "planning": [{"allocations"}, {"plan"}, {"verdict"}],
     "commands": [
         {"command_line"},
         {"options"},
-        {"completion", "convert_edm", "evaluate", "hub", "info", "path", "plan", "sweep"},
+        {"completion", "convert_edm", "demo", "evaluate", "hub", "info", "path", "plan", "sweep"},
         {"cli"},
     ],
 }
@@ -99,13 +99,15 @@ DOORS = {
     "torchmetrics": {"evaluation/distance.py"},
     "matplotlib": {"evaluation/plots.py"},
     "huggingface_hub": {
-        *("hub/repository.py", "hub/errors.py", "hub/cards.py", "hub/publish/run.py", "path/storage.py"),
+        *("hub/repository.py", "hub/errors.py", "hub/cards.py", "hub/publish/run.py", "hub/publish/space.py"),
+        "path/storage.py",
         *("models/pipeline_folder.py", "models/single_file.py", "models/model_files.py"),
     },
     "datasets": {"data/captions.py", "session.py"},
     "transformers": {"pipelines/one_step.py", "models/components.py", "planning/plan.py", "evaluation/networks.py"},
     "peft": {"models/weights.py", "models/adapters.py"},
     "bitsandbytes": {"training/optim.py"},
+    "gradio": {"commands/demo/app.py"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from .. import __version__
-from . import completion, convert_edm, evaluate, hub, info, path, plan, sweep
+from . import completion, convert_edm, demo, evaluate, hub, info, path, plan, sweep
 from .command_line import Parser, number, run
 from .options import TEACHER, add_cache_dir, add_command, add_teacher, device, teacher_of
 
@@ -78,7 +78,7 @@ def parser() -> Parser:
     top.add_argument("--debug", action="store_true", help="show the traceback of an error; may stand anywhere")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
-    for module in (info, plan, sweep, evaluate, path, hub):
+    for module in (info, plan, sweep, evaluate, demo, path, hub):
         module.add_commands(commands)
     add_exports(commands)
     convert_edm.add_commands(commands)

@@ -1,6 +1,7 @@
 """`diffusers-disback push` and `pull`: a run or a path, to the Hub and back."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from .options import add_cache_dir, add_command, add_teacher_place, add_token, moved
@@ -14,6 +15,9 @@ def add_commands(group: Any) -> None:
     pushing.add_argument("--private", action="store_true", help="make a new repository private")
     pushing.add_argument("--create_pr", action="store_true", help="open a pull request in place of a commit to main")
     pushing.add_argument("--commit_message", metavar="TEXT", help="message of the commit to main")
+    pushing.add_argument(
+        "--push_demo", nargs="?", const="", metavar="SPACE", help="create a Space with the demo (default name: REPO-demo)"
+    )
     pulling.add_argument("repo_id", metavar="REPO", help="user/name on the Hub")
     pulling.add_argument("folder", metavar="FOLDER", help="the folder to write into; new, or empty")
     pulling.add_argument("--revision", help="branch, tag or commit of main (default: main)")
@@ -27,8 +31,12 @@ def push(parsed: argparse.Namespace) -> None:
     """Uploads a run's folder, or a path's, to the Hub. It can be repeated: what is there already is not sent again."""
     from ..hub.publish.run import path_of_run, push_run
     from ..hub.repository import Repository
+    from ..hub.publish.space import push_space
     from ..models.reference import ModelReference
 
+    demo_of_nothing = parsed.create_pr or not Path(parsed.folder, "model_index.json").is_file()
+    if parsed.push_demo is not None and demo_of_nothing:
+        raise ValueError("--push_demo shows a student that is pushed to main: not a path alone, nor a pull request.")
     path, name = path_of_run(parsed.folder), parsed.pretrained_model_name_or_path
     teacher = None
     if name is not None:
@@ -44,6 +52,9 @@ def push(parsed: argparse.Namespace) -> None:
         teacher,
     )
     print(f"pushed to {Repository(repo_id).url}")
+    if parsed.push_demo is not None:
+        space = push_space(repo_id, parsed.push_demo or f"{repo_id}-demo", parsed.private or None, parsed.token)
+        print(f"demo: {space}")
 
 
 def pull(parsed: argparse.Namespace) -> None:

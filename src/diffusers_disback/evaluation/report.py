@@ -286,26 +286,43 @@ def sample_nodes(
         teacher.register_modules(**{name: network})
         for index, scale in enumerate(scales):
             title = f"node {index}, step {path.nodes[index - 1]['step']}" if index else "teacher"
-            shared = None
-            if index and path.nodes[index - 1]["kind"] == "adapter":
-                shared = SharedNetwork(network)
-                shared.add("node", path.adapter_config(index))
-                path.load(index, network, adapter="node")
-                shared.activate("node")
-            elif index:
-                path.load(index, network)
+            if index:
+                move_to_node(path, network, index - 1, index)
             if index or drawn is None:
                 arguments: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": scale}
                 images, _ = evaluation.sample(family, teacher, **arguments)
             else:
                 images = drawn
-            if shared is not None:
-                shared.release()
             columns[title + _guidance(family, scale, "\n")] = images
     teacher.register_modules(**{name: kept})
     columns |= others or {}
     rows = {prompt: [column[row] for column in columns.values()] for row, prompt in enumerate(evaluation.prompts)}
     image_grid(rows, list(columns), file)
+
+
+def move_to_node(path: DegradationPath, network: ModelMixin, was: int | None, node: int) -> None:
+    """Makes a network that is at one node another one.
+
+    Args:
+        path (`DegradationPath`): Of nodes of any kind.
+        network (`ModelMixin`): Unwrapped.
+        was (`int`, *optional*): The node that it is: 0 (the teacher) to N; `None` after an error.
+        node (`int`): That it is to be.
+
+    Raises:
+        ValueError: If the node cannot be loaded.
+    """
+    if was == node:
+        return
+    if path.kind != "adapter":
+        path.load(node, network)
+        return
+    shared = SharedNetwork(network)
+    shared.release()
+    if node:
+        shared.add("node", path.adapter_config(node))
+        path.load(node, network, adapter="node")
+        shared.activate("node")
 
 
 def summary(folder: Path) -> str:
