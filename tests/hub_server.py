@@ -258,12 +258,16 @@ class _Handler(BaseHTTPRequestHandler):
     def create_repo(self) -> Any:
         wanted, user = json.loads(self.body), self._user()
         owner = wanted.get("organization") or user
-        name = f"{owner}/{wanted['name']}"
+        name = f"{'spaces/' * (wanted.get('type') == 'space')}{owner}/{wanted['name']}"
         if user is None:
             raise Refusal(401, None, "Invalid username or password.")
         if owner != user:
             raise Refusal(403, None, f"You don't have the rights to create a model under the namespace {owner!r}")
-        body = {"url": f"{self.hub.url}/{name}", "name": name, "id": name}
+        body = {
+            "url": f"{self.hub.url}/{name}",
+            "name": name.removeprefix("spaces/"),
+            "id": name.removeprefix("spaces/"),
+        }
         if name in self.hub.repos:
             raise Refusal(409, None, "You already created this model repo", body)
         private = wanted.get("private") or wanted.get("visibility") == "private"
@@ -515,8 +519,12 @@ def _is_text(value: Any) -> bool:
 
 _ID, _PART = r"([^/]+/[^/]+)", r"([^/]+)"
 _API = rf"/api/models/{_ID}"
+_SPACE_API = r"/api/(spaces/[^/]+/[^/]+)"
 ROUTES: dict[tuple[tuple[str, ...], str], Callable[..., Any]] = {
     (("POST",), "/api/repos/create"): _Handler.create_repo,
+    (("POST",), rf"{_SPACE_API}/preupload/{_PART}"): _Handler.preupload,
+    (("POST",), rf"{_SPACE_API}/commit/{_PART}"): _Handler.commit,
+    (("GET",), _SPACE_API): _Handler.info,
     (("POST",), "/api/validate-yaml"): _Handler.validate,
     (("POST", "DELETE"), rf"{_API}/branch/{_PART}"): _Handler.branch,
     (("POST",), rf"{_API}/preupload/{_PART}"): _Handler.preupload,

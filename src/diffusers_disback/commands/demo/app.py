@@ -17,7 +17,7 @@ WAITING = 64  # requests in the queue, of all visitors; more are refused
 WORKERS = 8  # requests of a kind that may run or wait for the model
 CSS = """
 .images { display: flex; flex-wrap: wrap; gap: 8px; }
-.images img { flex: 1 1 128px; max-width: 512px; min-width: 0; aspect-ratio: 1; image-rendering: pixelated; }
+.images img { flex: 1 1 128px; max-width: 384px; min-width: 0; aspect-ratio: 1; image-rendering: pixelated; }
 """
 
 
@@ -94,7 +94,12 @@ def build(sampler: Sampler, title: str, settings: dict[str, Any] = {}) -> gradio
 
     def slider(name: str, value: float, step: float = 1) -> gradio.Slider:
         wanted, whole = BOUNDS[name]
-        labels = {"seed": "Seed", "number": "Number of images", "steps": "Steps", "guidance": "Guidance"}
+        labels = {
+            "seed": "Seed",
+            "number": "Number of images",
+            "steps": "Teacher's steps",
+            "guidance": "Teacher's guidance",
+        }
         return gradio.Slider(
             wanted.minimum,
             wanted.maximum,
@@ -110,8 +115,11 @@ def build(sampler: Sampler, title: str, settings: dict[str, Any] = {}) -> gradio
         prompt = _condition(sampler, settings.get("prompt", ""))
         with gradio.Row():
             seed, number = slider("seed", 0), slider("number", 1)
+            if sampler.teacher is not None:
+                steps = slider("steps", settings.get("steps", TEACHER_STEPS))
+                guidance = slider("guidance", settings.get("guidance", 1) if sampler.is_guided else 1, 0.25)
+                guidance.visible = sampler.is_guided
         common = [prompt, seed, number]
-        steps = guidance = node = None
         shows_path, node = gradio.State(False), gradio.State(0)
         of_node = gradio.State()
         with gradio.Tabs():
@@ -127,19 +135,15 @@ def build(sampler: Sampler, title: str, settings: dict[str, Any] = {}) -> gradio
         follows = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": WORKERS}
         student = {"fn": app.student, "inputs": common, "outputs": of_student, **follows}
         page.load(**student)
-        gradio.on([one.input for one in common], trigger_mode="always_last", **student)
+        gradio.on([one.change for one in common], trigger_mode="always_last", **student)
         if sampler.teacher is not None:
-            with gradio.Row():
-                steps = slider("steps", settings.get("steps", TEACHER_STEPS))
-                guidance = slider("guidance", settings.get("guidance", 1), 0.25)
-                guidance.visible = sampler.is_guided
             inputs = [shows_path, *common, steps, guidance, node]
             many = {"fn": app.many_steps, "inputs": inputs, "outputs": [of_teacher, of_node], **follows}
             page.load(**many)
             # Each request is sent, so that it ends the one before.
-            changed = [one.input for one in (*common, steps, guidance)]
+            changed = [one.change for one in (*common, steps, guidance)]
             if sampler.path is not None:
-                changed.append(node.input)
+                changed.append(node.change)
                 for tab, is_path in ((first, False), (second, True)):
                     tab.select(lambda chosen=is_path: chosen, outputs=shows_path, show_progress="hidden").then(**many)
             gradio.on(changed, trigger_mode="multiple", **many)
