@@ -524,7 +524,7 @@ ROUTES: dict[tuple[tuple[str, ...], str], Callable[..., Any]] = {
     (("POST",), "/api/repos/create"): _Handler.create_repo,
     (("POST",), rf"{_SPACE_API}/preupload/{_PART}"): _Handler.preupload,
     (("POST",), rf"{_SPACE_API}/commit/{_PART}"): _Handler.commit,
-    (("GET",), _SPACE_API): _Handler.info,
+    (("GET",), rf"{_SPACE_API}(?:/revision/{_PART})?"): _Handler.info,
     (("POST",), "/api/validate-yaml"): _Handler.validate,
     (("POST", "DELETE"), rf"{_API}/branch/{_PART}"): _Handler.branch,
     (("POST",), rf"{_API}/preupload/{_PART}"): _Handler.preupload,

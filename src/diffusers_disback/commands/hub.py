@@ -16,7 +16,11 @@ def add_commands(group: Any) -> None:
     pushing.add_argument("--create_pr", action="store_true", help="open a pull request in place of a commit to main")
     pushing.add_argument("--commit_message", metavar="TEXT", help="message of the commit to main")
     pushing.add_argument(
-        "--push_demo", nargs="?", const="", metavar="SPACE", help="create a Space with the demo (default name: REPO-demo)"
+        "--push_demo",
+        nargs="?",
+        const="",
+        metavar="SPACE",
+        help="create a Space with the demo (default name: REPO-demo)",
     )
     pulling.add_argument("repo_id", metavar="REPO", help="user/name on the Hub")
     pulling.add_argument("folder", metavar="FOLDER", help="the folder to write into; new, or empty")
@@ -30,8 +34,8 @@ def add_commands(group: Any) -> None:
 def push(parsed: argparse.Namespace) -> None:
     """Uploads a run's folder, or a path's, to the Hub. It can be repeated: what is there already is not sent again."""
     from ..hub.publish.run import path_of_run, push_run
-    from ..hub.repository import Repository
     from ..hub.publish.space import push_space
+    from ..hub.repository import Repository
     from ..models.reference import ModelReference
 
     demo_of_nothing = parsed.create_pr or not Path(parsed.folder, "model_index.json").is_file()

@@ -19,7 +19,10 @@ def add_commands(group: Any) -> None:
     )
     parser.add_argument("--student_only", action="store_true", help="load neither the teacher nor the path")
     parser.add_argument(
-        "--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="precision of the denoisers (default: no)"
+        "--mixed_precision",
+        choices=["no", "bf16", "fp16"],
+        default="no",
+        help="precision of the denoisers (default: no)",
     )
     parser.add_argument(
         "--host", metavar="ADDRESS", help="the address to listen at (default: one that only this machine reaches)"

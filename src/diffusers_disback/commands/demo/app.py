@@ -16,8 +16,8 @@ SMALL = 256  # pixels of a side, up to which images are sent without loss
 WAITING = 64  # requests in the queue, of all visitors; more are refused
 WORKERS = 8  # requests of a kind that may run or wait for the model
 CSS = """
-.images { display: flex; flex-wrap: wrap; gap: 8px; }
-.images img { flex: 1 1 128px; max-width: 384px; min-width: 0; aspect-ratio: 1; image-rendering: pixelated; }
+.images { display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: 8px; }
+.images img { width: 100%; max-width: 384px; image-rendering: pixelated; }
 """
 
 
@@ -96,7 +96,7 @@ def build(sampler: Sampler, title: str, settings: dict[str, Any] = {}) -> gradio
         wanted, whole = BOUNDS[name]
         labels = {
             "seed": "Seed",
-            "number": "Number of images",
+            "number": "Images",
             "steps": "Teacher's steps",
             "guidance": "Teacher's guidance",
         }

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...evaluation.entries import Entry, PipelineEntry
+from ...evaluation.entries import Entry, ImageFolder
 from ...evaluation.report_format import REPORT, read_report
 from ...families import load_family
 from ...hub.files import inside, printable
@@ -47,7 +47,7 @@ def load(
         ValueError: If it is no one-step student, or something that it names cannot be loaded.
     """
     found = Entry(name, ModelReference(name, revision)).find(cache_dir)
-    if not isinstance(found, PipelineEntry):
+    if isinstance(found, ImageFolder):
         raise ValueError(f"{name} is a folder of images; name a student's folder, or one on the Hub.")
     student = load_family(found.model)
     if not is_one_step_scheduler(student.pipeline.scheduler):
