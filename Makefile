@@ -1,4 +1,4 @@
-# `make quickstart`, `make quickstart-pixels`, `make test`, `make quality`: each makes .venv if need be, and can be repeated.
+# `make quickstart`, `make quickstart-pixels`, `make test`, `make quality`, `make release-check`: each makes .venv if need be, and can be repeated.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -13,7 +13,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 	--num_cpu_threads_per_process $(CORES)
 SOURCES := src tests examples benchmarks setup.py
 
-.PHONY: quickstart quickstart-pixels test style quality FORCE
+.PHONY: quickstart quickstart-pixels test style quality release-check FORCE
 
 quickstart: $(VENV)/.installed
 	$(LAUNCH) examples/text_to_image/train_disback.py --output_dir $(OUTPUT) --resume_from_checkpoint latest
@@ -33,6 +33,10 @@ quality: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+
+# Builds wheel and sdist, checks them, and uses the wheel in an environment of its own, into which it downloads all it needs.
+release-check: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "slow and network" tests/test_release.py
 
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt $(VENV)/.torch
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
