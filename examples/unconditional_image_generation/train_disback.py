@@ -1,6 +1,14 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["diffusers-disback[train,eval]"]
+#
+# [tool.uv.sources]
+# diffusers-disback = { path = "../..", editable = true }
+# ///
 """Distils a diffusers teacher of pixels into a one-step generator with DisBack (arXiv 2408.15991), with class labels or without.
 
+    uv run train_disback.py                                  # installs nothing beforehand: docs/zero_setup.md
     accelerate launch train_disback.py                       # the embedded digits teacher, minutes on a CPU
     accelerate launch train_disback.py --pretrained_model_name_or_path google/ddpm-cifar10-32
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedType, ProjectConfiguration
+from accelerate.utils import AutocastKwargs, DistributedType, ProjectConfiguration, parse_flag_from_env
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -24,8 +24,10 @@ def accelerator_of(config: TrainingConfig) -> Accelerator:
     """A fresh accelerator, as the settings say.
 
     Raises:
-        ValueError: If fp16 is asked for on a CPU, or a discriminator in fp16 or on networks that processes share.
+        ValueError: If fp16 is asked for on a CPU, a discriminator in fp16 or on networks that processes share, or a launch that
+            is not supported.
     """
+    _check_launch()
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
@@ -46,6 +48,16 @@ def accelerator_of(config: TrainingConfig) -> Accelerator:
     if config.has_discriminator:
         _check_trains_by_one_loss(accelerator)
     return accelerator
+
+
+def _check_launch() -> None:
+    """Raises a `ValueError` if processes were launched to share networks in a way that is not supported."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        kind = "FSDP" if parse_flag_from_env("ACCELERATE_USE_FSDP") else "DeepSpeed"
+        raise ValueError(
+            f"This launch shards networks by {kind}, which is not supported. Launch with plain data parallelism (`accelerate "
+            "launch --multi_gpu`), or train adapters (--lora_rank)."
+        )
 
 
 def _check_trains_by_one_loss(accelerator: Accelerator) -> None:
