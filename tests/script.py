@@ -1,10 +1,13 @@
 """The training script at tiny size, as functions of its flags."""
 
+import socket
 from pathlib import Path
 
 import torch
 import train_disback
 from safetensors.torch import load_file
+
+from processes import start_python
 
 
 SCRIPT = Path(train_disback.__file__)
@@ -43,3 +46,23 @@ def arguments(folder: Path, teacher: Path, prompts: Path, /, **changes) -> list[
 
 def student(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def in_two_processes(
+    folder: Path, line: list, program: str = "two_processes.py", **environment: str
+) -> list[dict[str, torch.Tensor]]:
+    """Runs a program, by default the script, in two gloo processes, forks of this one, which have imported all. Returns what
+    each rank holds at the end."""
+    with socket.create_server(("localhost", 0)) as free:
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), **environment}
+    command = [str(Path(__file__).with_name(program)), str(folder), *map(str, line)]
+    folder.mkdir()
+    logs = [folder / f"{rank}.log" for rank in (0, 1)]
+    processes = [
+        start_python(command, True, log, **place, WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank, log in enumerate(logs)
+    ]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0], "".join(log.read_text()[-3000:] for log in logs)
+    return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]

@@ -73,7 +73,7 @@ def test_flags_in_the_docs_exist():
         "mixed_precision",
         "multi_gpu",
         "quiet",
-        *("config_file", "machine_rank"),  # of accelerate
+        *("config_file", "machine_rank", "fsdp_version", "fsdp_offload_params", "use_fsdp"),  # of accelerate
         *("env", "flavor", "secrets", "timeout", "volume", "help"),  # of hf
         *("task", "report", "walk"),  # of the benchmark
     }

@@ -43,13 +43,13 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cpu", "one_gpu", "eight_gpus", "two_machines"])
+@pytest.mark.parametrize("name", ["cpu", "one_gpu", "eight_gpus", "two_machines", "fsdp2"])
 def test_a_config_is_launched(name, tmp_path, teacher_folder, prompts_file):
     """Where there are no GPUs, with two gloo processes in place of as many as a config says."""
     line = arguments(tmp_path / "run", teacher_folder, prompts_file, **SHORT, train_batch_size=1)
     launcher = [ACCELERATE, "launch", "--config_file", CONFIGS / f"{name}.yaml", "--main_process_port", free_port()]
     launcher += ["--num_cpu_threads_per_process", 1]
-    if name in ("eight_gpus", "two_machines"):
+    if name in ("eight_gpus", "two_machines", "fsdp2"):
         launcher += ["--num_processes", 2]
     launches = [launcher]
     if name == "two_machines":
@@ -64,7 +64,7 @@ def test_what_is_not_supported_is_refused(tmp_path, teacher_folder, prompts_file
     first = [ACCELERATE, "launch", "--use_fsdp", "--fsdp_version", 1, "--num_processes", 2]
     process = begun([*first, "--num_machines", 1, "--main_process_port", free_port(), SCRIPT, *line])
     told = process.communicate(timeout=300)[0]
-    assert process.returncode and "shards networks by FSDP" in told and not (tmp_path / "run" / "unet").exists()
+    assert process.returncode and "--fsdp_version 2" in told and not (tmp_path / "run" / "unet").exists()
 
 
 def metadata(script: Path) -> str:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +14,13 @@ import torch
 import train_disback
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from script import SCRIPT, SHORT, arguments, student
+from script import SCRIPT, SHORT, arguments, in_two_processes, student
 from stages import equal, interrupted_at
 from write_faults import Fault, full
 
 from diffusers_disback import EVALUATORS, DegradationPath, DisBackOneStepPipeline, Evaluator, Metric, session
 from diffusers_disback.commands.command_line import run as command_line
 from diffusers_disback.evaluation.report import read_report
-from processes import start_python
 
 
 def test_what_a_run_leaves(run, capsys):
@@ -814,23 +812,6 @@ def test_accelerate_launch_of_what_is_refused(tmp_path, teacher_folder, prompts_
     told = done.stderr.strip().splitlines()[-1]
     assert told.startswith(f"train_disback.py: {tmp_path / 'run'} holds a run's results already")
     assert "Traceback" not in done.stderr
-
-
-def in_two_processes(folder, line) -> list[dict[str, torch.Tensor]]:
-    """Runs the script in two gloo processes, forks of this one, which have imported all. Returns what each rank holds at the end."""
-    with socket.create_server(("localhost", 0)) as free:
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    command = [str(Path(__file__).with_name("two_processes.py")), str(folder), *map(str, line)]
-    folder.mkdir()
-    logs = [folder / f"{rank}.log" for rank in (0, 1)]
-    processes = [
-        start_python(command, True, log, **place, WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
-        for rank, log in enumerate(logs)
-    ]
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0], "".join(log.read_text()[-3000:] for log in logs)
-    return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
 
 
 def test_two_processes_train_both_stages_and_agree(tmp_path, teacher_folder, prompts_file):

@@ -10,6 +10,7 @@ import torch  # noqa: E402
 import train_disback  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 
 from diffusers_disback.backtracking import BacktrackingTrainer  # noqa: E402
 from diffusers_disback.degradation import DegradationRecorder  # noqa: E402
@@ -28,7 +29,7 @@ def remembered(method, role):
         result = method(self)
         for name, learner in networks:
             for key, value in learner.unwrapped().state_dict().items():
-                weights[f"{name}.{key}"] = value.clone()
+                weights[f"{name}.{key}"] = value.full_tensor() if isinstance(value, DTensor) else value.clone()
         return result
 
     return wrapped

@@ -216,7 +216,8 @@ class BacktrackingTrainer(Stage):
         node = self.schedule.node(done - 1, self.measures)
         with self.student.deployed() as network:
             measures = {} if self.evaluate is None else self.evaluate(network)
-        mismatch = self.mismatch(node) if self.accelerator.is_main_process else {}
+        asks = self.accelerator.is_main_process or self.scores.is_collective
+        mismatch = self.mismatch(node) if asks else {}
         return {"node": node, **measures, **mismatch}
 
     def result(self) -> BacktrackingResult:

@@ -131,19 +131,22 @@ class DegradationRecorder(Stage):
 
     def append(self, done: int) -> None:
         """Records a node, with its own loss and the teacher's in each band."""
-        if self.accelerator.is_main_process:
-            since = done - (self.path.nodes[-1]["step"] if self.path.nodes else 0)
-            measured = {
-                "denoising_loss": self.loss_history[-1]["losses"],
-                "teacher_denoising_loss": self.loss_history[0]["losses"],
-            }
-            loss = (self._loss_since_node / since).item()
-            learner = self.fake_score
-            with writing(self.path.folder):
-                self.path.append(learner.unwrapped(), done, loss, learner.adapter, self.node_dtype, measured)
-            self.recorded()
+        with self.fake_score.deployed() as network:
+            if self.accelerator.is_main_process:
+                self._append(network, done)
         self.accelerator.wait_for_everyone()
         self._loss_since_node = torch.zeros_like(self._loss_since_node)
+
+    def _append(self, network: nn.Module, done: int) -> None:
+        since = done - (self.path.nodes[-1]["step"] if self.path.nodes else 0)
+        measured = {
+            "denoising_loss": self.loss_history[-1]["losses"],
+            "teacher_denoising_loss": self.loss_history[0]["losses"],
+        }
+        loss = (self._loss_since_node / since).item()
+        with writing(self.path.folder):
+            self.path.append(network, done, loss, self.fake_score.adapter, self.node_dtype, measured)
+        self.recorded()
 
     @property
     def node_dtype(self) -> torch.dtype:

@@ -167,9 +167,16 @@ def check_adapter_fit(network: nn.Module, weights: dict[str, torch.Tensor], what
 
 
 def fill(network: nn.Module, weights: dict[str, torch.Tensor], what: str) -> None:
-    """Copies weights into a network, if names and shapes agree in everything."""
+    """Copies weights into a network, if names and shapes agree in everything; of one that is sharded into the own share."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import FSDPModule
+
     check_fit(network.state_dict(), weights, what)
-    network.load_state_dict(weights, strict=True)
+    if isinstance(network, FSDPModule):
+        given: dict[str, Any] = {**weights}
+        set_model_state_dict(network, given, options=StateDictOptions(full_state_dict=True, strict=True))
+    else:
+        network.load_state_dict(weights, strict=True)
 
 
 def fill_adapter(network: nn.Module, weights: dict[str, torch.Tensor], adapter: str, what: str) -> None:

@@ -21,7 +21,7 @@ from ..models.adapters import LORA, Lora, SharedNetwork, fused, save_lora
 from ..models.score_model import ScoreModel
 from ..models.weights import fill, mapped_weights, read_weights, save_weights
 from .config import TrainingConfig
-from .networks import SHARDED, accelerator_of, in_precision, tuned
+from .networks import accelerator_of, in_precision, tuned
 from .optim import optimizer_of
 
 
@@ -31,7 +31,7 @@ MAX_SKIPPED_UPDATES = 100  # updates in a row that fp16's loss scaling may skip;
 class Learner:
     """A network that is trained: its own accelerator, optimiser, learning rate schedule and average.
 
-    Each has an accelerator of its own because FSDP2 and DeepSpeed take one model each.
+    Each has an accelerator of its own: which gradients are accumulated is counted for each by itself.
 
     Args:
         name (`str`): Its folder in a checkpoint.
@@ -147,8 +147,8 @@ class Learner:
             self._update(list(self.network.parameters()))
 
     def _update(self, parameters: list[nn.Parameter]) -> None:
-        norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        if self.accelerator.scaler is None and self.accelerator.distributed_type not in SHARDED:
+        norm = self._clipped(parameters)
+        if self.accelerator.scaler is None:
             # Once a gradient was not finite, no update is made with it or after it. Nothing waits for the device: the
             # flag is looked at where losses are logged.
             self.found_nonfinite = self.found_nonfinite | ~torch.isfinite(norm)
@@ -171,6 +171,10 @@ class Learner:
             self.ema.step(self.parameters())
             if self.config.offload_ema:
                 self.ema.to("cpu")
+
+    def _clipped(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Clips gradients. Returns their norm before, a scalar."""
+        return self.accelerator.clip_grad_norm_(parameters, self.config.max_grad_norm)
 
     def _guard(self, parameters: list[nn.Parameter]) -> None:
         """Keeps the optimiser from an update if the flag is up."""
@@ -292,9 +296,6 @@ class AdapterLearner(Learner):
         shared (`SharedNetwork`): With an adapter for the role.
         original (`nn.Module`): The network in float32, without adapters, to fuse the trained adapter into.
         learning_rate (`float`), and the others: As of `Learner`.
-
-    Raises:
-        ValueError: If the processes shard their networks.
     """
 
     adapter: str
@@ -313,12 +314,6 @@ class AdapterLearner(Learner):
         self.shared = shared
         self.original = original
         self._begin(name, shared.network, shared.parameters(name), learning_rate, updates, config)
-        kind = self.accelerator.distributed_type
-        if kind in SHARDED:
-            raise ValueError(
-                f"Adapters are trained on a network that every process holds whole, but this launch is of type "
-                f"{kind.value}. Launch with plain data parallelism, or train in full, without --lora_rank."
-            )
         if self.accelerator.num_processes > 1:
             for parameter in self.parameters():
                 parameter.data = broadcast(parameter.data)

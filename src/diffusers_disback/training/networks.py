@@ -1,12 +1,14 @@
 """Prepares networks for a run: its accelerator, precision and memory settings, and a base that roles share."""
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedType, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import AutocastKwargs, ProjectConfiguration, parse_flag_from_env
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -14,20 +16,19 @@ from ..models.adapters import SharedNetwork, base_of, lora_config
 from ..models.batch import Condition
 from ..models.score_model import ScoreModel
 from .config import TrainingConfig
+from .sharding import is_sharded
 
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def accelerator_of(config: TrainingConfig) -> Accelerator:
     """A fresh accelerator, as the settings say.
 
     Raises:
-        ValueError: If fp16 is asked for on a CPU, a discriminator in fp16 or on networks that processes share, or a launch that
-            is not supported.
+        ValueError: If fp16 is asked for on a CPU, a discriminator in fp16, or a launch that is not supported with these
+            settings.
     """
-    _check_launch()
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
@@ -40,6 +41,7 @@ def accelerator_of(config: TrainingConfig) -> Accelerator:
         # Each weight is cast once in a pass: a cache would only hold copies, of the whole network where no gradient is asked.
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
+    _check_launch(config, accelerator.mixed_precision)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError(
             "--mixed_precision fp16, here or of `accelerate launch`, needs a GPU, but this run is on the CPU. Pass "
@@ -50,14 +52,43 @@ def accelerator_of(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def _check_launch() -> None:
-    """Raises a `ValueError` if processes were launched to share networks in a way that is not supported."""
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        kind = "FSDP" if parse_flag_from_env("ACCELERATE_USE_FSDP") else "DeepSpeed"
+def _check_launch(config: TrainingConfig, mixed_precision: str) -> None:
+    """Raises a `ValueError` if processes were launched to share networks in a way that is not supported, here or with these
+    settings."""
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("DeepSpeed is not supported. Launch with plain data parallelism, or with FSDP2.")
+    if not is_sharded():
+        return
+    if os.environ.get("FSDP_VERSION") != "2" or parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
         raise ValueError(
-            f"This launch shards networks by {kind}, which is not supported. Launch with plain data parallelism (`accelerate "
-            "launch --multi_gpu`), or train adapters (--lora_rank)."
+            "Of FSDP version 2 is supported, without offloading: pass --fsdp_version 2 --fsdp_offload_params false to "
+            "`accelerate launch`, or launch with plain data parallelism."
         )
+    if not torch.distributed.is_initialized():
+        raise ValueError("FSDP shards over the processes of a launch, but this is a single one. Launch without FSDP.")
+    if find_spec("torch.distributed.checkpoint.hf_storage") is None:
+        raise ValueError(f"FSDP2 needs safetensors in torch's checkpoints, which torch {torch.__version__} has not.")
+    refused = {
+        "--lora_rank": (
+            config.lora_rank is not None,
+            "adapters are trained on a network that every process holds whole",
+        ),
+        "a discriminator": (config.has_discriminator, "it looks into a network that every process holds whole"),
+        "--metric_for_best_model": (config.metric_for_best_model is not None, "it keeps whole students"),
+        "--offload_idle_role": (config.offload_idle_role, "shares stay on their device"),
+        "--offload_ema": (config.offload_ema, "shares stay on their device"),
+        "--use_8bit_adam": (config.use_8bit_adam, "its states have no shares"),
+        "--use_paged_adam": (config.use_paged_adam, "its states have no shares"),
+        "--channels_last": (config.channels_last, "weights are sharded as they lie in memory"),
+        "--compile": (config.compile, "that was never tried"),
+        "--mixed_precision fp16": (mixed_precision == "fp16", "its loss scaling was never tried"),
+    }
+    for name, (is_asked_for, why) in refused.items():
+        if is_asked_for:
+            raise ValueError(
+                f"This launch shards networks by FSDP, which does not go with {name}: {why}. Leave it out, or launch with plain "
+                "data parallelism."
+            )
 
 
 def _check_trains_by_one_loss(accelerator: Accelerator) -> None:
@@ -66,11 +97,6 @@ def _check_trains_by_one_loss(accelerator: Accelerator) -> None:
         raise ValueError(
             "A discriminator is trained by one loss with the fake score, but --mixed_precision fp16, here or of `accelerate "
             "launch`, scales the loss of each network by itself. Pass --mixed_precision bf16, or no."
-        )
-    if accelerator.distributed_type in SHARDED:
-        raise ValueError(
-            f"A discriminator looks into a network that every process holds whole, but this launch is of type "
-            f"{accelerator.distributed_type.value}. Launch with plain data parallelism, or leave --adversarial_weight at 0."
         )
 
 

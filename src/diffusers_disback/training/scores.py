@@ -1,5 +1,6 @@
 """The two scores of a stage, the fake score and the target: whole networks, or adapters on one network that they share."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 from ..families import ModelFamily
 from ..models.adapters import SharedNetwork
 from ..models.score_model import ScoreModel
+from ..models.weights import fill
 from ..path.path import DegradationPath
 from .config import BacktrackingConfig, TrainingConfig
 from .learner import AdapterLearner, Learner
 from .networks import add_adapter, in_precision, shared_base, tuned
+from .sharded_learner import ShardedLearner
+from .sharding import is_sharded, own_share, shard
 
 
 class Scores(ABC):
@@ -42,6 +46,8 @@ class Scores(ABC):
     fake_score: Learner
     target: ScoreModel
     shared: SharedNetwork | None = None
+    learner_of_network: type[Learner] = Learner
+    is_collective = False  # whether all processes have to ask for a prediction
 
     def __init__(
         self,
@@ -78,7 +84,7 @@ class Scores(ABC):
         config, updates, rate = self.config, backtracking.max_train_steps, backtracking.generator_learning_rate
         ema_decay = backtracking.ema_decay if backtracking.use_ema else None
         if not config.is_adapter("generator"):
-            return Learner("generator", generator, rate, updates, config, ema_decay)
+            return self.learner_of_network("generator", generator, rate, updates, config, ema_decay)
         shared = self.shared
         if shared is None or generator is not self.family.network:
             shared = shared_base(generator, config)
@@ -142,7 +148,7 @@ class FullScores(Scores):
         if loads:
             self.nodes.load(len(self.nodes), into=network)
             self.nodes.prefetch(len(self.nodes) - 1)
-        self.fake_score = Learner("fake_score", network, learning_rate, updates, self.config)
+        self.fake_score = self.learner_of_network("fake_score", network, learning_rate, updates, self.config)
 
     def add_target(self) -> None:
         self.target = self.frozen(self.family.score_model().copy().network)
@@ -151,7 +157,7 @@ class FullScores(Scores):
         if node:
             self.nodes.load(node, self.target.network)
         else:
-            self.target.network.load_state_dict(self.family.network.state_dict(), strict=True)
+            fill(self.target.network, self.family.network.state_dict(), "the teacher")
 
     def _target_weights(self) -> dict[str, Tensor]:
         return self.target.network.state_dict()
@@ -161,6 +167,31 @@ class FullScores(Scores):
 
     def place_target(self, device: torch.device | str) -> None:
         self.target.network.to(device)
+
+
+class ShardedScores(FullScores):
+    """Both are whole networks, of which each process holds a share."""
+
+    learner_of_network = ShardedLearner
+    is_collective = True
+
+    def add_target(self) -> None:
+        self.target = self._frozen_shares(self.family.score_model().copy().network)
+
+    def frozen(self, network: nn.Module) -> ScoreModel:
+        """The same, of a copy: what is sharded is so for good."""
+        return self._frozen_shares(copy.deepcopy(network))
+
+    def _frozen_shares(self, network: nn.Module) -> ScoreModel:
+        network = tuned(network.requires_grad_(False), self.config)
+        return in_precision(self.family.score_model(shard(network, self.accelerator.device)), self.accelerator)
+
+    def _target_weights(self) -> dict[str, Tensor]:
+        return {name: own_share(tensor) for name, tensor in self.target.network.state_dict().items()}
+
+    def _restore_target(self, weights: dict[str, Tensor]) -> None:
+        for name, share in self._target_weights().items():
+            share.copy_(weights[name])
 
 
 class AdapterScores(Scores):
@@ -214,4 +245,6 @@ class AdapterScores(Scores):
 
 def scores_of(config: TrainingConfig) -> type[Scores]:
     """The kind of scores that the settings ask for."""
+    if is_sharded():
+        return ShardedScores
     return AdapterScores if config.is_adapter("fake_score") else FullScores

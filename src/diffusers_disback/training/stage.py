@@ -29,6 +29,7 @@ from .learner import Learner
 from .processes import decided_by_main, peak_memory_mb
 from .run_folder import RunFolder
 from .settings.fields import Settings, values
+from .sharding import is_sharded
 from .signals import SignalHandler, signal_handler
 from .validation import Validation, measured_by
 
@@ -129,7 +130,8 @@ class Stage(ABC):
 
     def identity(self) -> dict[str, Any]:
         """What, besides the settings, has to be the same for a checkpoint to be resumed."""
-        return {"num_processes": self.accelerator.num_processes, **measured_by(self.config)}
+        launch = {"num_processes": self.accelerator.num_processes, "is_sharded": is_sharded() or None}
+        return {**launch, **measured_by(self.config)}
 
     def state(self) -> dict[str, Any]:
         """What a stage adds to a checkpoint's `stage.json`."""

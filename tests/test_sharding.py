@@ -1,0 +1,103 @@
+"""Training in full by FSDP2, in two gloo processes, against the same by plain data parallelism or in one process."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from script import SHORT, arguments, in_two_processes, student
+from stages import close, equal, training
+
+from diffusers_disback.training.networks import _check_launch, accelerator_of
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+NODE = "path/degradation-000004/unet/diffusion_pytorch_model.safetensors"
+FLAGS = {"train_batch_size": 1, "checkpointing_steps": 2, "use_ema": True, "validation_steps": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"objective": "sid", "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+        {"mixed_precision": "bf16", "target_schedule": "adaptive", "mismatch_steps": 1},
+    ],
+    ids=["dmd", "sid", "bf16"],
+)
+def test_sharded_stages_are_those_of_data_parallelism(changes, tmp_path, teacher_folder, prompts_file):
+    ranks = {}
+    for name, environment in (("sharded", FSDP), ("parallel", {})):
+        line = arguments(tmp_path / name, teacher_folder, prompts_file, **{**FLAGS, **changes})
+        ranks[name] = in_two_processes(tmp_path / f"{name}-ranks", line, **environment)
+    assert equal(*ranks["sharded"]), "every process gathers the same"
+    atol = 2e-3 if "mixed_precision" in changes else 2e-4
+    assert close(ranks["sharded"][0], ranks["parallel"][0], atol=atol)
+    for file in ("unet/diffusion_pytorch_model.safetensors", NODE):
+        assert close(load_file(tmp_path / "sharded" / file), load_file(tmp_path / "parallel" / file), atol=atol), file
+    configs = [json.loads((tmp_path / name / "unet" / "config.json").read_text()) for name in ranks]
+    assert configs[0] == configs[1], "nothing of FSDP is published"
+    curves = [json.loads((tmp_path / name / "report.json").read_text())["curve"] for name in ranks]
+    assert [row.keys() for row in curves[0]] == [row.keys() for row in curves[1]]
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_resumed_bit_for_bit(tmp_path, teacher_folder, prompts_file):
+    line = arguments(tmp_path / "two", teacher_folder, prompts_file, **FLAGS)
+    in_two_processes(tmp_path / "ranks", line, **FSDP)
+    two = student(tmp_path / "two")
+    checkpoints = tmp_path / "two" / "checkpoints" / "backtracking"
+    files = {file.name for file in (checkpoints / "checkpoint-000002" / "generator").iterdir()}
+    assert len(files) == 3 and all(name.endswith((".safetensors", ".json")) for name in files), "and no pickle"
+    for file in ("report.json", "model_index.json"):
+        (tmp_path / "two" / file).unlink()
+    resume = ["--resume_from_checkpoint", checkpoints / "checkpoint-000002"]
+    in_two_processes(tmp_path / "again", [*line, *resume], **FSDP)
+    assert equal(student(tmp_path / "two"), two)
+    with pytest.raises(AssertionError, match="is_sharded was True, is None"):
+        in_two_processes(tmp_path / "parallel", [*line, *resume])
+
+
+@pytest.mark.parametrize(
+    "environment, told",
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "--fsdp_version 2"),
+        ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "without offloading"),
+        (FSDP, "a single one"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+    ],
+)
+def test_a_launch_that_is_not_supported_is_refused(environment, told, tmp_path, monkeypatch):
+    accelerator_of(training(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=told):
+        _check_launch(training(tmp_path), "no")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flag, value", [("lora_rank", 2), ("offload_idle_role", True), ("use_8bit_adam", True), ("channels_last", True)]
+)
+def test_what_does_not_go_with_shards_is_refused(flag, value, tmp_path, teacher_folder, prompts_file):
+    line = arguments(tmp_path / "run", teacher_folder, prompts_file, **SHORT, **{flag: value})
+    with pytest.raises(AssertionError, match=f"does not go with --{flag}"):
+        in_two_processes(tmp_path / "ranks", line, **FSDP)
+
+
+@pytest.mark.slow
+def test_a_sharded_update_is_that_of_one_process(tmp_path):
+    """Three updates with clipped gradients and an average, in which a whole copy says what the shares are to be."""
+    ranks = in_two_processes(tmp_path / "ranks", [], "sharded_updates.py", **FSDP)
+    assert equal(*ranks)
+    found = {name: {} for name in ("start", "sharded", "whole", "average", "restored", "filled")}
+    for key, tensor in ranks[0].items():
+        name, _, key = key.partition("/")
+        found[name][key] = tensor
+    assert close(found["sharded"], found["whole"], atol=1e-6)
+    assert all((found["whole"][key] - start).abs().max() > 1e-4 for key, start in found["start"].items())
+    assert not equal(found["average"], found["sharded"])
+    assert equal(found["restored"], found["average"]), "weights, moments and average are read back exactly"
+    assert equal(found["filled"], found["start"])
+    assert torch.stack([found["sharded"][key].isfinite().all() for key in found["sharded"]]).all()
