@@ -1,4 +1,4 @@
-"""Trains a network in shares, and a whole copy of it by the same gradients: `sharded_updates.py <folder>`."""
+"""Trains a network in shares, and a whole copy of it by the same gradients: `sharded_updates.py <folder> <teacher>`."""
 
 import sys
 from pathlib import Path
@@ -10,6 +10,7 @@ import copy  # noqa: E402
 
 import tiny  # noqa: E402
 import torch  # noqa: E402
+from diffusers import DDPMPipeline  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from stages import training  # noqa: E402
 
@@ -19,10 +20,15 @@ from diffusers_disback.training.processes import process_state  # noqa: E402
 from diffusers_disback.training.sharded_learner import ShardedLearner  # noqa: E402
 
 
-folder = Path(sys.argv[1])
+def grey_pixels() -> DDPMPipeline:
+    """With parameters of one row, of which the second process has nothing, and no block of its own."""
+    return tiny.pixels(in_channels=1, out_channels=1)
+
+
+folder, name = Path(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 state = process_state()
-family = family_of(tiny.pipeline())
+family = family_of({"latents": tiny.pipeline, "grey pixels": grey_pixels}[name]())
 config = training(folder / "run", max_grad_norm=0.1)
 start = copy.deepcopy(family.network)
 
@@ -36,11 +42,12 @@ def loss_of(model, number: int, rank: int) -> torch.Tensor:
     draw = torch.Generator().manual_seed(10 * number + rank)
     shape = (1, *family.latent_shape(None))
     x0, noise = torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)
-    condition = {"encoder_hidden_states": torch.randn(1, 4, width, generator=draw)}
+    condition = {}
+    if name == "latents":
+        condition["encoder_hidden_states"] = torch.randn(1, 4, start.config.cross_attention_dim, generator=draw)
     return model.denoising_loss(x0, noise, torch.tensor([300 + number]), condition)
 
 
-width = start.config.cross_attention_dim
 whole = copy.deepcopy(start).requires_grad_(True).eval()
 optimizer = torch.optim.AdamW(
     whole.parameters(), lr=1e-3, betas=config.adam_betas("generator"), eps=config.adam_epsilon, fused=True

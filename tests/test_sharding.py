@@ -76,7 +76,6 @@ def test_a_launch_that_is_not_supported_is_refused(environment, told, tmp_path, 
         _check_launch(training(tmp_path), "no")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "flag, value", [("lora_rank", 2), ("offload_idle_role", True), ("use_8bit_adam", True), ("channels_last", True)]
 )
@@ -87,9 +86,10 @@ def test_what_does_not_go_with_shards_is_refused(flag, value, tmp_path, teacher_
 
 
 @pytest.mark.slow
-def test_a_sharded_update_is_that_of_one_process(tmp_path):
+@pytest.mark.parametrize("teacher", ["latents", "grey pixels"])
+def test_a_sharded_update_is_that_of_one_process(teacher, tmp_path):
     """Three updates with clipped gradients and an average, in which a whole copy says what the shares are to be."""
-    ranks = in_two_processes(tmp_path / "ranks", [], "sharded_updates.py", **FSDP)
+    ranks = in_two_processes(tmp_path / "ranks", [teacher], "sharded_updates.py", **FSDP)
     assert equal(*ranks)
     found = {name: {} for name in ("start", "sharded", "whole", "average", "restored", "filled")}
     for key, tensor in ranks[0].items():
