@@ -522,6 +522,8 @@ def test_conditions_on_disk_or_on_the_fly(run, baseline, capsys):
     on_the_fly = student(run("off", cache_conditions="off"))
     assert all(torch.allclose(on_the_fly[key], baseline[key], atol=1e-4) for key in baseline)
     assert "are encoded on the fly" in capsys.readouterr().err
+    half = student(run("half", cache_conditions="off", text_encoder_precision="bf16"))
+    assert all(torch.allclose(half[key], baseline[key], atol=5e-3) for key in baseline) and not equal(half, baseline)
 
 
 def test_a_variant_is_read_and_its_name_is_dropped(run, tmp_path):
@@ -563,9 +565,9 @@ def test_revision_and_cache_reach_the_library(run, monkeypatch, tmp_path):
     """Both are looked up by `ModelReference`, which tests of sharing do on the Hub."""
     calls, load = [], session.load_family
 
-    def spy(reference, cache_dir):
+    def spy(reference, cache_dir, text_encoder_dtype):
         calls.append((reference.revision, cache_dir))
-        return load(reference, cache_dir)
+        return load(reference, cache_dir, text_encoder_dtype)
 
     monkeypatch.setattr(session, "load_family", spy)
     run(revision="v1", cache_dir=tmp_path / "cache")
