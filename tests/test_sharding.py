@@ -22,9 +22,9 @@ FLAGS = {"train_batch_size": 1, "checkpointing_steps": 2, "use_ema": True, "vali
     [
         {},
         {"objective": "sid", "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
-        {"mixed_precision": "bf16", "target_schedule": "adaptive", "mismatch_steps": 1},
+        {"target_schedule": "adaptive", "mismatch_steps": 1},
     ],
-    ids=["dmd", "sid", "bf16"],
+    ids=["dmd", "sid", "adaptive"],
 )
 def test_sharded_stages_are_those_of_data_parallelism(changes, tmp_path, teacher_folder, prompts_file):
     ranks = {}
@@ -32,14 +32,28 @@ def test_sharded_stages_are_those_of_data_parallelism(changes, tmp_path, teacher
         line = arguments(tmp_path / name, teacher_folder, prompts_file, **{**FLAGS, **changes})
         ranks[name] = in_two_processes(tmp_path / f"{name}-ranks", line, **environment)
     assert equal(*ranks["sharded"]), "every process gathers the same"
-    atol = 2e-3 if "mixed_precision" in changes else 2e-4
-    assert close(ranks["sharded"][0], ranks["parallel"][0], atol=atol)
+    assert close(ranks["sharded"][0], ranks["parallel"][0], atol=2e-4)
     for file in ("unet/diffusion_pytorch_model.safetensors", NODE):
-        assert close(load_file(tmp_path / "sharded" / file), load_file(tmp_path / "parallel" / file), atol=atol), file
+        assert close(load_file(tmp_path / "sharded" / file), load_file(tmp_path / "parallel" / file), atol=2e-4), file
     configs = [json.loads((tmp_path / name / "unet" / "config.json").read_text()) for name in ranks]
     assert configs[0] == configs[1], "nothing of FSDP is published"
     curves = [json.loads((tmp_path / name / "report.json").read_text())["curve"] for name in ranks]
     assert [row.keys() for row in curves[0]] == [row.keys() for row in curves[1]]
+
+
+@pytest.mark.slow
+def test_a_sharded_update_in_bf16_is_that_of_data_parallelism(tmp_path, teacher_folder, prompts_file):
+    """The first. Later ones drift apart, since half precision rounds weights that differ in the last place to different ones."""
+    changes = {"degradation_steps": 1, "num_path_nodes": 1, "stage": "record", "mixed_precision": "bf16"}
+    weights = []
+    for name, environment in (("sharded", FSDP), ("parallel", {})):
+        line = arguments(tmp_path / name, teacher_folder, prompts_file, train_batch_size=1, **changes)
+        ranks = in_two_processes(tmp_path / f"{name}-ranks", line, **environment)
+        weights.append(torch.cat([tensor.flatten() for _, tensor in sorted(ranks[0].items())]))
+    differ = (weights[0] - weights[1]).abs() > 1e-5
+    assert differ.float().mean() < 2e-3, (
+        "Adam's first update is the gradient's sign: those near 0 alone may have another"
+    )
 
 
 @pytest.mark.slow
@@ -96,7 +110,10 @@ def test_a_sharded_update_is_that_of_one_process(teacher, tmp_path):
         name, _, key = key.partition("/")
         found[name][key] = tensor
     assert close(found["sharded"], found["whole"], atol=1e-6)
-    assert all((found["whole"][key] - start).abs().max() > 1e-4 for key, start in found["start"].items())
+    moved = [key for key, start in found["start"].items() if (found["whole"][key] - start).abs().max() > 1e-4]
+    assert len(moved) > 0.9 * len(found["start"]), (
+        "all but biases that nothing depends on, as those of attention's keys"
+    )
     assert not equal(found["average"], found["sharded"])
     assert equal(found["restored"], found["average"]), "weights, moments and average are read back exactly"
     assert equal(found["filled"], found["start"])
