@@ -1,4 +1,4 @@
-# `make quickstart`, `make quickstart-pixels`, `make test`, `make quality`, `make release-check`: each makes .venv if need be, and can be repeated.
+# `make quickstart`, `make quickstart-pixels`, `make test`, `make quality`, `make docs`, `make release-check`: each makes .venv if need be, and can be repeated.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -13,7 +13,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 	--num_cpu_threads_per_process $(CORES)
 SOURCES := src tests examples benchmarks setup.py
 
-.PHONY: quickstart quickstart-pixels test style quality release-check FORCE
+.PHONY: quickstart quickstart-pixels test style quality docs release-check FORCE
 
 quickstart: $(VENV)/.installed
 	$(LAUNCH) examples/text_to_image/train_disback.py --output_dir $(OUTPUT) --resume_from_checkpoint latest
@@ -24,6 +24,11 @@ quickstart-pixels: $(VENV)/.installed
 # More arguments of pytest: make test ARGS="-m slow"
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile $(ARGS)
+
+# The site of docs/, in site/.
+docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 style: $(VENV)/.installed
 	$(BIN)/ruff check --fix $(SOURCES)

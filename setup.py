@@ -15,7 +15,7 @@ extras = {
     "train": ["datasets>=3.0", "peft>=0.18", "tensorboard", "Jinja2"],
     "eval": ["torchmetrics>=1.4", "matplotlib>=3.9", "scipy"],
     "completion": ["shtab>=1.7"],
-    "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
+    "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29", "latex2mathml>=3.77"],
     "bitsandbytes": ["bitsandbytes>=0.50"],
     "demo": ["gradio>=6.31,<7"],
     "xformers": ["xformers>=0.0.30; platform_system == 'Linux' and platform_machine == 'x86_64'"],

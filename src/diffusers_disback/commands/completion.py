@@ -28,7 +28,7 @@ def completion(parsed: argparse.Namespace) -> None:
         import shtab
     except ImportError as error:
         raise ValueError("Completion needs shtab: pip install 'diffusers-disback[completion]'.") from error
-    for parser in _parsers(parsed.top):
+    for parser in parsers(parsed.top):
         if parser.prog.endswith(" plan"):  # which reads the flags of the training script itself
             for own in groups(DisBackConfig).values():
                 for one in own:
@@ -39,10 +39,10 @@ def completion(parsed: argparse.Namespace) -> None:
     print(shtab.complete(parsed.top, parsed.shell))
 
 
-def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     """A parser, and those of all commands in it."""
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for each in action.choices.values():
-                yield from _parsers(each)
+                yield from parsers(each)
