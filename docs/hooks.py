@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "src"))
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 _FENCE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 _ROW = re.compile(r"^\| `(\w+)` \| `([\w.]+)` \|", re.MULTILINE)
+_TYPE = re.compile(r"<code>`[^<]*</code>")
 _MATHS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -76,8 +77,9 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(content, page, config, files):
-    """Writes mathematics as MathML, which browsers show without a script."""
+    """Writes mathematics as MathML, which browsers show without a script, and types of the API without backticks."""
     display = {"span": "inline", "div": "block"}
+    content = _TYPE.sub(lambda match: re.sub(r"[`*]", "", match[0]), content)
     return _MATHS.sub(lambda match: convert(html.unescape(match[2]), display=display[match[1]]), content)
 
 
