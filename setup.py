@@ -17,7 +17,7 @@ extras = {
     "completion": ["shtab>=1.7"],
     "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29", "latex2mathml>=3.77"],
     "bitsandbytes": ["bitsandbytes>=0.50"],
-    "demo": ["gradio>=6.31,<7"],
+    "demo": ["gradio>=6.31,<7"],  # not in dev: it holds Pillow below 13
     "xformers": ["xformers>=0.0.30; platform_system == 'Linux' and platform_machine == 'x86_64'"],
 }
 extras["dev"] = [
