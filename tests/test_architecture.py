@@ -75,7 +75,7 @@ ORDER = {
     "commands": [
         {"command_line"},
         {"options"},
-        {"completion", "convert_edm", "demo", "evaluate", "hub", "info", "path", "plan", "sweep"},
+        {"completion", "convert_edm", "demo", "evaluate", "exports", "hub", "info", "path", "plan", "sweep"},
         {"cli"},
     ],
 }
@@ -234,7 +234,7 @@ NAMES_PARTS = {
     "hub/publish/export.py": "a LoRA is of a UNet, if nothing else is said",
     "evaluation/entries.py": "another autoencoder takes the place of a model's own",
     "evaluation/networks.py": "a CLIP that scores images has a tokenizer",
-    "commands/cli.py": "which denoiser a LoRA is extracted from",
+    "commands/exports.py": "which denoiser a LoRA is extracted from",
     "training/settings/groups.py": "a setting is the autoencoder's",
 }
 

@@ -34,6 +34,14 @@ def student_of(pipeline):
     )
 
 
+def write_report(folder, path, teacher):
+    """A report of a student of the path, of two nodes."""
+    report = json.loads(REPORT.read_text())
+    report["path"] |= {"id": path.manifest["id"], "num_nodes": 2}
+    report["settings"] |= {"pretrained_model_name_or_path": str(teacher)}
+    (folder / "report.json").write_text(json.dumps(report))
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, teacher_folder):
     """A student of a path of two nodes, as a run leaves it."""
@@ -41,10 +49,7 @@ def run_folder(tmp_path_factory, teacher_folder):
     teacher = load_family(str(teacher_folder))
     save_student(teacher.one_step(tiny.unet(seed=3), 399), teacher.local_model, folder)
     path = tiny.path(folder / "path", teacher_folder)
-    report = json.loads(REPORT.read_text())
-    report["path"] |= {"id": path.manifest["id"], "num_nodes": 2}
-    report["settings"] |= {"pretrained_model_name_or_path": str(teacher_folder)}
-    (folder / "report.json").write_text(json.dumps(report))
+    write_report(folder, path, teacher_folder)
     return folder
 
 

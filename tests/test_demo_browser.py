@@ -1,7 +1,6 @@
 """The demo in a real browser: run it with `-m slow` where gradio, playwright and a chromium are installed."""
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from test_demo import REPORT
+from test_demo import write_report
 
 from diffusers_disback.families import load_family
 from diffusers_disback.hub.publish.student import save_student
@@ -62,10 +61,7 @@ def shapes_student(tmp_path_factory):
     for step in (1, 2):
         teacher.network.conv_out.bias.data += 0.2
         path.append(teacher.network, step=step, loss=0.5)
-    report = json.loads(REPORT.read_text())
-    report["path"] |= {"id": path.manifest["id"], "num_nodes": 2}
-    report["settings"] |= {"pretrained_model_name_or_path": str(TEACHER)}
-    (folder / "report.json").write_text(json.dumps(report))
+    write_report(folder, path, TEACHER)
     return folder
 
 

@@ -166,15 +166,14 @@ def test_from_a_teacher_of_an_older_name_to_a_card_and_a_pushed_path(
         scope = {}
         exec(snippet.split("```")[0], scope)
         assert scope["image"].size == (16, 16)
-    about_path = path_card(path.manifest, repo, {}, image=False, usage=type(load_family(str(where))).usage)
+    family = load_family(str(where))
+    about_path = path_card(path.manifest, repo, {}, image=False, usage=type(family).usage)
     scope = {}
     exec(about_path.split("```python")[1].split("```")[0], scope)
-    given = load_family(str(where)).encode(tiny.PROMPTS[:1])
+    given = family.encode(tiny.PROMPTS[:1])
     noise = torch.randn(1, 4, 8, 8)
-    outputs = [
-        load_family(str(where)).call(network, noise, torch.tensor([500]), given)
-        for network in (scope["network"], teacher.transformer)
-    ]
+    networks = (scope["network"], teacher.transformer)
+    outputs = [family.call(network, noise, torch.tensor([500]), given) for network in networks]
     assert not torch.equal(*outputs)
     assert command(["plan", "--pretrained_model_name_or_path", str(where)]) == 0
     assert "16 x 16 pixels" in capsys.readouterr().out

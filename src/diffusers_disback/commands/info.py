@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from ..hub.files import inside, printable, read_json
 from ..hub.markdown import python, shell
+from ..hub.published import REPORT
 from .options import TEACHER, add_cache_dir, add_command
 
 
 if TYPE_CHECKING:
+    import torch
+
     from ..hub.repository import Repository
 
 Section = tuple[str, dict[str, Any]]
 """What something is, and what is known of it by name."""
 
-_INDEX, _MANIFEST, _REPORT, _LORA = "model_index.json", "path.json", "report.json", "pytorch_lora_weights.safetensors"
 _SCHEDULER = "scheduler/scheduler_config.json"
 
 
@@ -79,6 +81,8 @@ class Place:
         """
         from ..hub.repository import Repository, is_repo_id
         from ..models.model_files import locate
+        from ..models.pipeline_folder import INDEX
+        from ..path.manifest import MANIFEST
 
         is_folder = os.path.isdir(name)
         names: list[str] = []
@@ -89,7 +93,7 @@ class Place:
 
         def choose(found: list[str]) -> list[str]:
             names[:] = found
-            return [one for one in found if one in (_INDEX, _MANIFEST, _REPORT) or one.endswith("config.json")]
+            return [one for one in found if one in (INDEX, MANIFEST, REPORT) or one.endswith("config.json")]
 
         root, _ = locate(name, revision, choose, cache_dir)
         return cls(name, root, names, None if is_folder else Repository(name), cache_dir)
@@ -115,7 +119,10 @@ def header_of(file: Path) -> dict[str, tuple[str, list[int]]]:
     """The precision and the shape of every tensor of a file of weights on this machine."""
     from ..models.weights import layout_of
 
-    shapes, dtypes = layout_of(file)
+    return _tensors(*layout_of(file))
+
+
+def _tensors(shapes: "dict[str, torch.Size]", dtypes: dict[str, str]) -> dict[str, tuple[str, list[int]]]:
     return {key: (dtypes[key], list(shape)) for key, shape in shapes.items()}
 
 
@@ -126,6 +133,8 @@ def describe(place: Place) -> Iterator[Section]:
         ValueError: If it is nothing that is known here, or a file in it is not as its format says.
     """
     from ..evaluation.report_format import read_report
+    from ..models.pipeline_folder import INDEX
+    from ..path.manifest import ADAPTER, MANIFEST
 
     report, known = read_report(place.root), False
     if place.repository is None and any(name.startswith("settings/") for name in place.names):
@@ -134,14 +143,14 @@ def describe(place: Place) -> Iterator[Section]:
     if "student" in report:
         known = True
         yield describe_student(place, report)
-    if _INDEX in place.names:
+    if INDEX in place.names:
         known = True
         yield describe_pipeline(place, "student" in report)
-    for name in (_MANIFEST, f"path/{_MANIFEST}"):
+    for name in (MANIFEST, f"path/{MANIFEST}"):
         if name in place.names:
             known = True
             yield describe_path(place, name)
-    for name in (_LORA, f"lora/{_LORA}"):
+    for name in (ADAPTER, f"lora/{ADAPTER}"):
         if name in place.names:
             known = True
             yield describe_lora(name, place.header(name))
@@ -159,7 +168,7 @@ def describe_file(file: Path) -> Section:
     from ..models.original_layout import SUPPORTED, kind_of, read_header, settings_in
 
     shapes, dtypes = read_header(file, str(file))
-    header = {key: (dtypes[key], list(shape)) for key, shape in shapes.items()}
+    header = _tensors(shapes, dtypes)
     if any("lora" in key for key in header):
         return describe_lora(file.name, header)
     kind = kind_of(shapes, str(file))
@@ -276,11 +285,11 @@ def _on_the_hub(path: dict[str, Any]) -> str:
 
 def describe_path(place: Place, name: str) -> Section:
     """What the manifest of a degradation path says of it."""
-    from ..path.manifest import read_manifest
+    from ..path.manifest import MANIFEST, read_manifest
 
     manifest = read_manifest(inside(place.root, name, place.name), place.name, pinned=place.repository is not None)
     teacher, start, nodes = manifest["teacher"], manifest["generator"], manifest["nodes"]
-    where = place.name if name == _MANIFEST else f"{place.name}/path"
+    where = place.name if name == MANIFEST else f"{place.name}/path"
     return f"A degradation path of {len(nodes)} nodes", {
         "teacher": teacher["name_or_path"],
         "start": f"{start['name_or_path'] or 'the teacher'} at timestep {start['conditioning_timestep']}",

@@ -48,9 +48,7 @@ def add_token(parser: Any) -> None:
 def add_teacher(parser: Any) -> None:
     """Adds the flags that name a teacher, and what is to be taken otherwise than its files say."""
     group = parser.add_argument_group("the teacher")
-    group.add_argument(
-        TEACHER, metavar="TEACHER", help="a folder, a model on the Hub (user/name), or a checkpoint file"
-    )
+    _add_name(group)
     group.add_argument("--revision", help="branch, tag or commit of the teacher on the Hub (default: main)")
     group.add_argument(
         "--teacher_lora", metavar="LORA", help="a LoRA to fuse into the teacher: file, folder or Hub id"
@@ -61,10 +59,14 @@ def add_teacher(parser: Any) -> None:
 def add_teacher_place(parser: Any) -> None:
     """Adds the flags of a path's teacher that has moved."""
     group = parser.add_argument_group("the teacher, if it is not where the path says")
+    _add_name(group)
+    _add_form(group)
+
+
+def _add_name(group: Any) -> None:
     group.add_argument(
         TEACHER, metavar="TEACHER", help="a folder, a model on the Hub (user/name), or a checkpoint file"
     )
-    _add_form(group)
 
 
 def _add_form(group: Any) -> None:
