@@ -1,4 +1,4 @@
-"""The demo in a real browser: run it with `-m slow` where gradio, playwright and a chromium are installed."""
+"""The demo in a real browser: run it with `-m slow` where a chromium is installed, too."""
 
 import importlib.util
 import os

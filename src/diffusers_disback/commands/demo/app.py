@@ -94,6 +94,7 @@ def build(sampler: Sampler, title: str, settings: dict[str, Any] = {}) -> gradio
 
     def slider(name: str, value: float, step: float = 1) -> gradio.Slider:
         wanted, whole = BOUNDS[name]
+        assert wanted.minimum is not None and wanted.maximum is not None
         labels = {
             "seed": "Seed",
             "number": "Images",
@@ -120,8 +121,9 @@ def build(sampler: Sampler, title: str, settings: dict[str, Any] = {}) -> gradio
                 guidance = slider("guidance", settings.get("guidance", 1) if sampler.is_guided else 1, 0.25)
                 guidance.visible = sampler.is_guided
         common = [prompt, seed, number]
-        shows_path, node = gradio.State(False), gradio.State(0)
-        of_node = gradio.State()
+        shows_path = gradio.State(False)
+        node: gradio.State | gradio.Slider = gradio.State(0)
+        of_node: gradio.State | gradio.HTML = gradio.State()
         with gradio.Tabs():
             with gradio.Tab("Student and teacher" if sampler.teacher else "Student") as first, gradio.Row():
                 of_student = gradio.HTML(elem_id="student")
