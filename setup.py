@@ -18,10 +18,12 @@ extras = {
     "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29", "latex2mathml>=3.77"],
     "bitsandbytes": ["bitsandbytes>=0.50"],
     "demo": ["gradio>=6.31,<7"],
+    "trackio": ["trackio>=0.43"],
     "xformers": ["xformers>=0.0.30; platform_system == 'Linux' and platform_machine == 'x86_64'"],
 }
 extras["dev"] = [
     *(*extras["train"], *extras["eval"], *extras["bitsandbytes"], *extras["completion"], *extras["demo"]),
+    *extras["trackio"],
     *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.150", "markdown-it-py>=3", "ruff>=0.6", "build", "twine"),
     "playwright>=1.50",
     *("mypy>=1.15", "types-psutil", "types-PyYAML", "types-tqdm"),

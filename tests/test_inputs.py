@@ -9,6 +9,7 @@ import tiny
 
 from diffusers_disback import DisBackConfig
 from diffusers_disback.families import family_of
+from diffusers_disback.training import checks
 from diffusers_disback.training.checks import check_settings
 from diffusers_disback.training.inputs import check_inputs
 from diffusers_disback.training.networks import accelerator_of
@@ -89,7 +90,7 @@ def config(tmp_path, **changes):
     return DisBackConfig(**{"output_dir": str(tmp_path / "out"), **changes})
 
 
-def test_folders_that_are_files_and_trackers_that_are_not_there_are_told(tmp_path):
+def test_folders_that_are_files_and_trackers_that_are_not_there_are_told(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     os.mkfifo(tmp_path / "pipe")
     os.symlink("nowhere", tmp_path / "link")
@@ -105,8 +106,11 @@ def test_folders_that_are_files_and_trackers_that_are_not_there_are_told(tmp_pat
     ):
         with pytest.raises(ValueError, match=f"--report_to '?{name}'? .*{message}"):
             check_settings(config(tmp_path, report_to=name))
-    for name in ("all", "none", "tensorboard"):
+    for name in ("all", "none", "tensorboard", "trackio"):
         check_settings(config(tmp_path, report_to=name))
+    monkeypatch.setattr(checks, "get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match=r"--report_to trackio needs a package .*: `pip install trackio`"):
+        check_settings(config(tmp_path, report_to="trackio"))
 
 
 def test_half_precision_of_fp16_is_refused_on_a_cpu(tmp_path, monkeypatch):

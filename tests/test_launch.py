@@ -1,4 +1,4 @@
-"""How a run is launched: accelerate's configs, `uv run`, and a tracker that is installed besides. All on the CPU."""
+"""How a run is launched: accelerate's configs, `uv run`, and a tracker that needs a server. All on the CPU."""
 
 import os
 import re
@@ -117,13 +117,11 @@ def installed(place: Path, *packages: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.network
-def test_a_run_is_tracked_by_trackio(beside, tmp_path, teacher_folder, prompts_file):
+def test_a_run_is_tracked_by_trackio(tmp_path, teacher_folder, prompts_file):
     """On this machine alone, without the Hub."""
-    installed(beside, "trackio")
     line = arguments(tmp_path / "run", teacher_folder, prompts_file, **SHORT, report_to="trackio", logging_steps=1)
     where = {"TRACKIO_DIR": str(tmp_path / "tracked"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
-    finished([begun([beside / "python", SCRIPT, *line, "--tracker_project_name", "shapes"], **where)])
+    finished([begun([sys.executable, SCRIPT, *line, "--tracker_project_name", "shapes"], **where)])
     (database,) = (tmp_path / "tracked").glob("shapes*.db")
     with sqlite3.connect(database) as connection:
         rows = [str(row) for row in connection.execute("select * from metrics")]
