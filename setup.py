@@ -23,7 +23,7 @@ extras = {
 }
 extras["dev"] = [
     *(*extras["train"], *extras["eval"], *extras["bitsandbytes"], *extras["completion"], *extras["demo"]),
-    *extras["trackio"],
+    *(*extras["trackio"], *extras["docs"]),
     *("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.150", "markdown-it-py>=3", "ruff>=0.6", "build", "twine"),
     "playwright>=1.50",
     *("mypy>=1.15", "types-psutil", "types-PyYAML", "types-tqdm"),
