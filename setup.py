@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -10,6 +11,23 @@ version = next(
     for line in (HERE / "src/diffusers_disback/__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
+
+found = re.search(r"""^repository-code: ["']?([^"'\s]+)""", (HERE / "CITATION.cff").read_text(), re.M)
+repository = found and found[1].rstrip("/")
+
+
+def long_description(readme: str, repository: str | None) -> str:
+    """A README for readers elsewhere: relative links lead to the repository at this version; while it has no address, only
+    their text is kept."""
+
+    def absolute(link: re.Match) -> str:
+        image, text, target = link.groups()
+        if repository is None:
+            return "" if image else text
+        return f"{image}[{text}]({repository}/{'raw' if image else 'blob'}/v{version}/{target})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)]+)\)", absolute, readme)
+
 
 extras = {
     "train": ["datasets>=3.0", "peft>=0.18", "tensorboard", "Jinja2"],
@@ -33,7 +51,7 @@ setup(
     name="diffusers-disback",
     version=version,
     description="One-step text-to-image generators from any diffusers teacher, by distribution backtracking (DisBack).",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=long_description((HERE / "README.md").read_text(), repository),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

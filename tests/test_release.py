@@ -9,12 +9,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from test_packaging import RELATIVE_LINK
 
 from diffusers_disback import __version__
 
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "MANIFEST.in", "src"]
+SOURCES = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "MANIFEST.in", "src"]
 USE = """
 import sys
 from pathlib import Path
@@ -72,7 +73,9 @@ def test_wheel_and_sdist_are_as_an_index_wants_them(distributions):
     called(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
     with zipfile.ZipFile(wheel) as archive:
         tops = {name.split("/")[0] for name in archive.namelist()}
+        metadata = archive.read(f"diffusers_disback-{__version__}.dist-info/METADATA").decode()
     assert tops == {"diffusers_disback", f"diffusers_disback-{__version__}.dist-info"}
+    assert "# diffusers-disback" in metadata and RELATIVE_LINK.findall(metadata) == []
     with tarfile.open(sdist) as archive:
         assert f"diffusers_disback-{__version__}/CHANGELOG.md" in archive.getnames()
 
