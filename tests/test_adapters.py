@@ -18,6 +18,7 @@ from diffusers_disback.families import family_of
 from diffusers_disback.models.adapters import SharedNetwork, base_of, fused, lora_config
 from diffusers_disback.models.lora_layouts import KOHYA
 from diffusers_disback.models.weights import fill_adapter
+from diffusers_disback.training.networks import tuned
 
 
 ROLES = ("generator", "fake_score", "target")
@@ -541,11 +542,32 @@ def test_xformers_that_cannot_be_used_is_told(run):
         run(enable_xformers_memory_efficient_attention=True)
 
 
+@pytest.mark.parametrize("name", ["sana", "stable_diffusion_3", "pixart", "dit"])
+def test_xformers_are_of_unets(name, tmp_path, monkeypatch):
+    """On SANA they would replace its linear attention by another."""
+    network = tiny.PIPELINES[name]().transformer
+    asked = []
+    monkeypatch.setattr(type(network), "enable_xformers_memory_efficient_attention", lambda _: asked.append(1))
+    with pytest.raises(ValueError, match=f"is of UNets, and the denoiser is a {type(network).__name__}"):
+        tuned(network, training(tmp_path, enable_xformers_memory_efficient_attention=True))
+    assert not asked
+
+
+def test_blocks_without_a_name_in_diffusers_are_compiled_as_well(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    for name in ("sana", "stable_diffusion_3", "pixart", "dit"):
+        network = tiny.PIPELINES[name]().transformer
+        tuned(network, training(tmp_path, compile=True))
+        assert compiled == [type(block).__name__ for block in network.transformer_blocks] and compiled
+        compiled.clear()
+    with pytest.raises(ValueError, match="--compile: a UNet2DModel has no repeated blocks to compile"):
+        tuned(tiny.unet_2d(), training(tmp_path, compile=True))
+
+
 def test_attention_of_the_dispatcher(tmp_path):
     """It serves Flux's layers; those of UNets, and what is not installed, are told."""
     from diffusers import FluxTransformer2DModel
-
-    from diffusers_disback.training.networks import tuned
 
     flux = FluxTransformer2DModel(
         in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,

@@ -15,7 +15,8 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
 )
-from script import arguments
+from safetensors.torch import load_file, save_file
+from script import SHORT, arguments
 from stages import equal, weights
 
 import diffusers_disback
@@ -163,6 +164,32 @@ def test_the_one_step_pipeline_refuses_what_a_student_cannot_do(name, caplog, mo
     for timestep in (0, 399, 1000):
         with pytest.raises(ValueError, match="begins at pure noise; pass 999"):
             family.one_step(family.network, timestep)
+
+
+@every_family
+def test_a_schedule_of_another_length_ends_at_its_own_last_timestep(name):
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)
+    family = family_of(tiny.FLOW[name](flow=scheduler if name == "sana" else dict(scheduler.config)))
+    assert family.default_timestep() == 499
+    given, noise = family.encode(tiny.PROMPTS[:2]), noise_of(family)
+    with torch.no_grad():
+        x0 = OneStepGenerator(family.score_model(), 499)(noise, given)
+    pipe = family.one_step(family.network, 499)
+    drawn = pipe(tiny.PROMPTS[:2], **call_of(family), latents=noise, output_type="latent").images
+    assert torch.equal(drawn, x0)
+
+
+@every_family
+def test_several_images_of_several_prompts_are_those_of_single_calls(name):
+    """Prompts of different lengths, each with its own mask."""
+    family = family_of(tiny.FLOW[name]())
+    pipe = family.one_step(family.network, 999)
+    prompts, noise = ["a red circle on a navy background", "a star"], noise_of(family, 4)
+    call = {**call_of(family), "output_type": "latent"}
+    many = pipe(prompts, num_images_per_prompt=2, latents=noise, **call).images
+    for index in range(4):
+        (one,) = pipe(prompts[index // 2], latents=noise[index : index + 1], **call).images
+        assert torch.allclose(many[index], one, atol=1e-5), index
 
 
 @every_family
@@ -501,21 +528,57 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(name, flags, tmp_path, pr
 ALONE = """
 import sys
 sys.modules["diffusers_disback"] = None  # an import of it fails
-from diffusers import AutoPipelineForText2Image
-pipe = AutoPipelineForText2Image.from_pretrained({folder!r})
-image = pipe("a red circle", num_inference_steps=1, guidance_scale=0, **{call!r}).images[0]
-print(type(pipe).__name__, image.size)
+import torch
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from safetensors.torch import load_file, save_file
+student, teacher, node, lora, noise, images = {files!r}
+call = dict(num_inference_steps=1, guidance_scale=0, latents=load_file(noise)["noise"], output_type="pt", **{call!r})
+auto = AutoPipelineForText2Image.from_pretrained(student)
+drawn = dict(student=auto("a red circle", **call).images)
+drawn["node"] = DiffusionPipeline.from_pretrained(node)("a red circle", **call).images
+if {takes_lora}:
+    pipe = DiffusionPipeline.from_pretrained(teacher)
+    pipe.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")
+    pipe.scheduler = type(auto.scheduler).from_pretrained(student, subfolder="scheduler")
+    drawn["lora"] = pipe("a red circle", **call).images
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    drawn["fused"] = pipe("a red circle", **call).images
+save_file({{name: image.contiguous() for name, image in drawn.items()}}, images)
+print(type(auto).__name__)
 """
+
+
+def drawn_by_stock_classes_alone(family, tmp_path, prompts_file, repo):
+    """Images of a student, a node of its path, and of the teacher with its LoRA: here, and where there is no package."""
+    family.pipeline.save_pretrained(tmp_path / "teacher")
+    takes_lora = family.usage.takes_lora
+    run = distil(tmp_path / "run", tmp_path / "teacher", prompts_file, **SHORT, lora_rank=2 if takes_lora else None)
+    push = {"push_to_hub": True, "hub_model_id": repo}
+    distil(tmp_path / "full", tmp_path / "teacher", prompts_file, **SHORT, **push)
+    node = DiffusionPipeline.download(repo, revision="degradation-000002")
+    noise = noise_of(family, 1)
+    save_file({"noise": noise}, tmp_path / "noise.safetensors")
+    places = [run, tmp_path / "teacher", node, run / "lora", tmp_path / "noise.safetensors", tmp_path / "images"]
+    program = ALONE.format(files=[str(place) for place in places], call=call_of(family), takes_lora=takes_lora)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[-2] == type(family.pipeline).__name__
+    student = load_family(str(run))
+    here = student.sample(student.pipeline, student.arguments(["a red circle"]), noise)
+    return here, load_file(tmp_path / "images")
 
 
 @pytest.mark.slow
 @every_family
-def test_a_student_is_loaded_in_a_process_that_cannot_import_this_package(name, tmp_path):
-    family = family_of(tiny.FLOW[name]())
-    family.one_step(family.network, 999).save_pretrained(tmp_path)
-    program = ALONE.format(folder=str(tmp_path), call=call_of(family))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.split("\n")[-2] == f"{family.pipeline_classes[0]} {(SIDE[name], SIDE[name])}", done.stderr
+def test_a_process_that_cannot_import_this_package_draws_the_same(
+    name, tmp_path, prompts_file, repo, hub, small_pictures
+):
+    here, drawn = drawn_by_stock_classes_alone(family_of(tiny.FLOW[name]()), tmp_path, prompts_file, repo)
+    assert torch.equal(drawn["student"], here)
+    assert torch.equal(drawn["fused"], here)
+    assert torch.allclose(drawn["lora"], here, atol=1e-5), "not fused, products are rounded otherwise"
+    assert not torch.equal(drawn["node"], here)
 
 
 @every_family

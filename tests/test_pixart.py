@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
 from script import arguments
 from stages import equal, weights
+from test_flow_families import drawn_by_stock_classes_alone
 
 from diffusers_disback import DegradationPath, ModelReference, OneStepGenerator, load_family
 from diffusers_disback.commands.cli import main as command
@@ -153,11 +154,10 @@ def test_from_a_teacher_of_an_older_name_to_a_card_and_a_pushed_path(
         assert type(node) is type(teacher) and not equal(weights(node.transformer), weights(teacher.transformer))
     path.load(0, into=student.transformer)
     assert equal(weights(student.transformer), weights(teacher.transformer))
-    if name != "alpha":
-        replay = {"stage": "backtrack", "degradation_path": repo}
-        train_disback.main(arguments(tmp_path / "again", where, prompts_file, **replay, **flags))
-        one, two = (load_family(str(tmp_path / folder)).network for folder in ("run", "again"))
-        assert equal(weights(one), weights(two))
+    replay = {"stage": "backtrack", "degradation_path": repo}
+    train_disback.main(arguments(tmp_path / "again", where, prompts_file, **replay, **flags))
+    one, two = (load_family(str(tmp_path / folder)).network for folder in ("run", "again"))
+    assert equal(weights(one), weights(two))
     monkeypatch.chdir(tmp_path)
     card = hub.files(repo)["README.md"].decode()
     snippets = card.split("```python")[1:]
@@ -180,11 +180,21 @@ def test_from_a_teacher_of_an_older_name_to_a_card_and_a_pushed_path(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["alpha", "sigma"])
+def test_a_process_that_cannot_import_this_package_draws_the_same(
+    name, tmp_path, prompts_file, repo, hub, small_pictures
+):
+    here, drawn = drawn_by_stock_classes_alone(family_of(tiny.pixart(**CASES[name])), tmp_path, prompts_file, repo)
+    assert torch.equal(drawn["student"], here) and not torch.equal(drawn["node"], here)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"lora_rank": 2}])
-def test_a_resumed_run_ends_where_an_unbroken_one_does(more, tmp_path, prompts_file, small_pictures):
+@pytest.mark.parametrize("name", ["alpha", "sigma"])
+def test_a_resumed_run_ends_where_an_unbroken_one_does(name, more, tmp_path, prompts_file, small_pictures):
     import train_disback
 
-    tiny.pixart().save_pretrained(tmp_path / "teacher")
+    tiny.pixart(**CASES[name]).save_pretrained(tmp_path / "teacher")
     steps = {"num_path_nodes": 1, "steps_per_target": 1, "checkpointing_steps": 1, **more}
     for folder, flags in (
         ("whole", {}),

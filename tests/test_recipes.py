@@ -212,7 +212,7 @@ def teachers(tmp_path_factory):
 @pytest.mark.parametrize("file", recipes("sd21_24gb"))
 def test_a_recipe_runs_at_tiny_size(file, teachers, tmp_path, prompts_file, small_pictures):
     """Both stages, with its objective, optimisers, guidance, adapters and offloading. What is of size alone is smaller; 8-bit
-    optimisers and bf16 need a GPU."""
+    optimisers need a GPU."""
     smaller = {
         "pretrained_model_name_or_path": teachers(file),
         "prompts_file": prompts_file,
@@ -225,8 +225,6 @@ def test_a_recipe_runs_at_tiny_size(file, teachers, tmp_path, prompts_file, smal
         "max_train_steps": 2,
         "fake_score_updates": 1,
         "lr_warmup_steps": 0,
-        "mixed_precision": "no",
-        "text_encoder_precision": "no",
         "use_8bit_adam": "false",
         "num_validation_images": 1,
         "report_to": "none",

@@ -15,7 +15,7 @@ from .data.captions import given_prompts
 from .data.prompts import PromptFile
 from .degradation import DegradationRecorder
 from .evaluation import Evaluation, check_evaluators
-from .evaluation.report import Report, inference_copy, summary
+from .evaluation.report import Report, summary
 from .evaluation.teacher_images import TeacherImages
 from .families import ModelFamily, load_family
 from .hub.files import write_text
@@ -23,6 +23,7 @@ from .hub.publish.background import RunUpload, repository_of
 from .hub.publish.results import is_finished, write_results
 from .hub.publish.student import check_teacher_files, save_student
 from .hub.published import without_token
+from .models.casting import inference_copy
 from .models.reference import ModelReference
 from .path.path import DegradationPath
 from .training.checks import check_settings

@@ -17,13 +17,14 @@ from ..families import FAMILIES, ModelFamily, family_class, load_family
 from ..families.other import OtherPipeline, embeds_guidance, is_text_to_image
 from ..hub.files import inside, parse_json, read_text
 from ..hub.repository import HubError
+from ..models.casting import inference_copy
 from ..models.generator import is_one_step_scheduler
 from ..models.noise_schedule import ddpm_scheduler
 from ..models.pipeline_folder import INDEX
 from ..models.reference import LocalModel, ModelReference
 from ..models.weights import fingerprint
 from . import Evaluation
-from .report import TEACHER_STEPS, inference_copy
+from .report import TEACHER_STEPS
 from .sampling import Sampled, sample_batches
 
 

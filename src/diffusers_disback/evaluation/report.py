@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import Tensor
 
 from .. import __version__
 from ..families import ModelFamily
-from ..models.adapters import SharedNetwork, base_of
+from ..models.adapters import SharedNetwork
+from ..models.casting import inference_copy
 from ..path.path import DegradationPath
 from . import Evaluation
 from .plots import convergence_plot, image_grid
@@ -29,37 +29,6 @@ from .teacher_images import TeacherImages
 TEACHER_STEPS = 25
 RESAMPLES = 50  # of the prompts, for the intervals of teacher, initial student and student
 _NO_IMAGES = (torch.empty(0, 3, 0, 0, dtype=torch.uint8), 0.0)  # where another process has them
-
-
-@contextmanager
-def inference_copy(network: ModelMixin, device: torch.device, dtype: torch.dtype) -> Iterator[ModelMixin]:
-    """A float32 network on a device, in a precision, for as long as it draws images.
-
-    Args:
-        network (`ModelMixin`): A denoiser. In float32 it is moved, and moved back; in half of it a copy is made.
-        device (`torch.device`): Where images are drawn.
-        dtype (`torch.dtype`): That the run computes in. The rest of the pipeline stays in float32.
-    """
-    if dtype == torch.float32:
-        home = next(network.parameters()).device
-        yield network.to(device)
-        network.to(home)
-        return
-
-    def cast(values: Any, to: torch.dtype) -> Any:
-        return tree_map(lambda v: v.to(to) if torch.is_tensor(v) and v.is_floating_point() else v, values)
-
-    def cast_inputs(
-        _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # The timestep, second or by name, may be a logarithm of the noise level: it keeps its precision.
-        places = tuple(value if place == 1 else cast(value, dtype) for place, value in enumerate(given))
-        return places, {name: value if name == "timestep" else cast(value, dtype) for name, value in named.items()}
-
-    half = base_of(network, device, dtype)
-    half.register_forward_pre_hook(cast_inputs, with_kwargs=True)
-    half.register_forward_hook(lambda _, given, output: cast(output, torch.float32))
-    yield half
 
 
 class Report:

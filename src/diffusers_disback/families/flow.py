@@ -39,6 +39,9 @@ class FlowFamily(TransformerFamily, TextFamily):
     def noise_schedule(self) -> FlowSchedule:
         return FlowSchedule.of(self.pipeline.scheduler)
 
+    def default_timestep(self) -> int:
+        return self.schedule.num_timesteps - 1
+
     def at_resolution(self, resolution: int | None) -> None:
         self.size = resolution
         self.schedule = self.noise_schedule()

@@ -6,7 +6,7 @@ of Python, quoted arguments; front matter is written by a YAML dumper.
 """
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +125,8 @@ def _student_card(report: dict[str, Any], title: str, repo: str, path_image: boo
     ]
     teacher = settings["pretrained_model_name_or_path"]
     is_plain = single_file_of(teacher) is None and not any(settings[name] for name in _OTHER_BASES)
+    side = _whole(report["resolution"], "resolution")
+    sized = replace(usage, takes_size="height=" not in usage.condition)  # that of the teacher may be another
     return _render(
         "student.md",
         usage,
@@ -137,7 +139,8 @@ def _student_card(report: dict[str, Any], title: str, repo: str, path_image: boo
         repo=repo,
         path_image=path_image,
         lora_fits=usage.takes_lora and is_plain and bool(report.get("lora")),
-        arguments=usage.call(report["example_prompt"], 1, _whole(report["resolution"], "resolution")),
+        arguments=usage.call(report["example_prompt"], 1, side),
+        teacher_arguments=sized.call(report["example_prompt"], 1, side),
         denoiser=title_of(component_of(report)),
         figures={name: report[name] for name in ("floor", "teacher", "initial", "student") if name in report},
         command=shlex.split(report["command"]),

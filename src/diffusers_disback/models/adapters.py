@@ -235,7 +235,11 @@ def base_of(
         for key, tensor in network.state_dict().items()
     }
     base.load_state_dict(weights, strict=True, assign=True)
-    return base
+    for key, buffer in network.named_buffers():
+        if key not in weights:  # a table, such as positions of patches, that a state leaves out
+            place, _, name = key.rpartition(".")
+            base.get_submodule(place).register_buffer(name, buffer.to(device, copy=True), persistent=False)
+    return base.train(network.training)
 
 
 def _quantized(

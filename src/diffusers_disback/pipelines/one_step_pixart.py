@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,34 @@ from diffusers.utils import logging
 logger = logging.get_logger(__name__)
 
 
+@contextmanager
+def _decoding_in_its_own_precision(vae: Any) -> Iterator[None]:
+    """Casts what the autoencoder decodes to its own precision, where the transformer computes in another."""
+    first = getattr(vae, "post_quant_conv", None) or vae.decoder
+    hook = first.register_forward_pre_hook(lambda _, given: (given[0].to(vae.dtype), *given[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class _OneStep:
     """The call of a student, before that of the stock pipeline of which it is a mixin."""
 
     scheduler: Any
     transformer: Any
+    vae: Any
     vae_scale_factor: int
+
+    def encode_prompt(self, *arguments: Any, **keywords: Any) -> tuple:
+        """As of the stock pipeline, with embeddings in the transformer's precision: parts may be of different ones."""
+        embeds, mask, negative, negative_mask = super().encode_prompt(*arguments, **keywords)  # type: ignore[misc]
+        dtype = self.transformer.dtype
+        return embeds.to(dtype), mask, None if negative is None else negative.to(dtype), negative_mask
+
+    def prepare_latents(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        """As of the stock pipeline, in the transformer's precision."""
+        return super().prepare_latents(*arguments, **keywords).to(self.transformer.dtype)  # type: ignore[misc]
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes `model_index.json` in the stock pipeline's name."""
@@ -40,6 +64,7 @@ class _OneStep:
     def __call__(
         self,
         prompt: Any = None,
+        *,
         num_inference_steps: int = 1,
         guidance_scale: float = 0.0,
         height: int | None = None,
@@ -77,15 +102,16 @@ class _OneStep:
             if name.startswith("negative_") and value not in (None, ""):
                 logger.warning(f"`{name}` has no effect: no guidance is used.")
         side = self.transformer.config.sample_size * self.vae_scale_factor
-        return super().__call__(  # type: ignore[misc]
-            prompt,
-            num_inference_steps=1,
-            guidance_scale=guidance_scale,
-            height=side if height is None else height,
-            width=side if width is None else width,
-            use_resolution_binning=use_resolution_binning,
-            **arguments,
-        )
+        with _decoding_in_its_own_precision(self.vae):
+            return super().__call__(  # type: ignore[misc]
+                prompt,
+                num_inference_steps=1,
+                guidance_scale=guidance_scale,
+                height=side if height is None else height,
+                width=side if width is None else width,
+                use_resolution_binning=use_resolution_binning,
+                **arguments,
+            )
 
 
 class DisBackOneStepPixArtAlphaPipeline(_OneStep, PixArtAlphaPipeline):

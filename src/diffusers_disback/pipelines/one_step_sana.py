@@ -26,6 +26,21 @@ class DisBackOneStepSanaPipeline(SanaPipeline):
     without this class: call the stock pipeline with `num_inference_steps=1, guidance_scale=0` and `height` and `width`.
     """
 
+    def encode_prompt(
+        self,
+        prompt: Any,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: Any = "",
+        num_images_per_prompt: int = 1,
+        *arguments: Any,
+        **keywords: Any,
+    ) -> tuple:
+        """As of the stock pipeline, which in diffusers 0.42 gives images of several prompts each other's masks."""
+        encoded = super().encode_prompt(
+            prompt, do_classifier_free_guidance, negative_prompt, 1, *arguments, **keywords
+        )
+        return tuple(None if one is None else one.repeat_interleave(num_images_per_prompt, 0) for one in encoded)
+
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes `model_index.json` in the stock pipeline's name, and this file beside it as `pipeline.py`."""
         super().save_config(save_directory)
@@ -47,6 +62,7 @@ class DisBackOneStepSanaPipeline(SanaPipeline):
     def __call__(
         self,
         prompt: Any = None,
+        *,
         num_inference_steps: int = 1,
         guidance_scale: float = 0.0,
         height: int | None = None,

@@ -7,6 +7,8 @@ import inspect
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,17 @@ from diffusers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+
+@contextmanager
+def _decoding_in_its_own_precision(vae: Any) -> Iterator[None]:
+    """Casts what the autoencoder decodes to its own precision, where the transformer computes in another."""
+    first = getattr(vae, "post_quant_conv", None) or vae.decoder
+    hook = first.register_forward_pre_hook(lambda _, given: (given[0].to(vae.dtype), *given[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class DisBackOneStepStableDiffusion3Pipeline(StableDiffusion3Pipeline):
@@ -52,7 +65,7 @@ class DisBackOneStepStableDiffusion3Pipeline(StableDiffusion3Pipeline):
 
     @torch.no_grad()
     def __call__(
-        self, prompt: Any = None, num_inference_steps: int = 1, guidance_scale: float = 0.0, **arguments: Any
+        self, prompt: Any = None, *, num_inference_steps: int = 1, guidance_scale: float = 0.0, **arguments: Any
     ) -> Any:
         """Generates images in one step, by the stock pipeline's call.
 
@@ -81,7 +94,8 @@ class DisBackOneStepStableDiffusion3Pipeline(StableDiffusion3Pipeline):
                 "leave the argument out."
             )
         for name, value in arguments.items():
-            if name.startswith("negative_") and value is not None:
+            if name.startswith("negative_") and value not in (None, ""):
                 logger.warning(f"`{name}` has no effect: no guidance is used.")
         call = {"num_inference_steps": 1, "guidance_scale": guidance_scale, **arguments}
-        return super().__call__(prompt, **call)
+        with _decoding_in_its_own_precision(self.vae):
+            return super().__call__(prompt, **call)

@@ -18,6 +18,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from ..families import ModelFamily
 from ..hub.files import write_json
 from ..models.adapters import LORA, Lora, SharedNetwork, fused, save_lora
+from ..models.casting import called_in_float32
 from ..models.score_model import ScoreModel
 from ..models.weights import fill, mapped_weights, read_weights, save_weights
 from .config import TrainingConfig
@@ -345,7 +346,8 @@ class AdapterLearner(Learner):
     def deployed(self) -> Iterator[nn.Module]:
         with super().deployed() as network:
             self.shared.activate(self.adapter)
-            yield network
+            with called_in_float32(network):
+                yield network
 
     def publish(self) -> nn.Module:
         """A copy of the original network with the trained adapter fused into it; the adapter itself stays in `lora`."""

@@ -9,7 +9,7 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, ProjectConfiguration, parse_flag_from_env
-from diffusers import ModelMixin
+from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from ..models.adapters import SharedNetwork, base_of, lora_config
@@ -133,6 +133,13 @@ def tuned(network: ModelMixin, config: TrainingConfig, checkpointed: Callable | 
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
     if config.enable_xformers_memory_efficient_attention:
+        if not isinstance(
+            network, (UNet2DConditionModel, UNet2DModel)
+        ):  # it would replace SANA's linear attention, too
+            raise ValueError(
+                f"--enable_xformers_memory_efficient_attention is of UNets, and the denoiser is a {type(network).__name__}. Leave "
+                "it out: torch's own attention, which is the default, is as frugal."
+            )
         try:
             network.enable_xformers_memory_efficient_attention()
         except (ImportError, ModuleNotFoundError, ValueError) as error:
@@ -145,8 +152,24 @@ def tuned(network: ModelMixin, config: TrainingConfig, checkpointed: Callable | 
     if config.compile:
         # All blocks share one code object, of which each width, role and batch size is a variant.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        network.compile_repeated_blocks()
+        _compile_blocks(network)
     return network
+
+
+def _compile_blocks(network: ModelMixin) -> None:
+    """Compiles the blocks that diffusers names as repeated, or else those of a transformer.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if getattr(network, "_repeated_blocks", None):
+        network.compile_repeated_blocks()
+        return
+    blocks = getattr(network, "transformer_blocks", ())
+    if not blocks:
+        raise ValueError(f"--compile: a {type(network).__name__} has no repeated blocks to compile. Leave it out.")
+    for block in blocks:
+        block.compile()
 
 
 def _dispatch_attention(network: ModelMixin, backend: str) -> None:

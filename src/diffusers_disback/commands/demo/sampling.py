@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ...data.prompts import caption_of
 from ...data.truncation import told_once
-from ...evaluation.report import TEACHER_STEPS, inference_copy, move_to_node
+from ...evaluation.report import TEACHER_STEPS, move_to_node
 from ...families import ModelFamily
+from ...models.casting import inference_copy
 from ...path.path import DegradationPath
 from ...training.settings.fields import Range, check_number, check_text
 
