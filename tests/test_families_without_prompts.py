@@ -487,6 +487,8 @@ def test_pipelines_of_one_class_are_told_apart_by_their_scheduler(tmp_path):
         family.one_step(family.network, 399).save_pretrained(tmp_path / "student")
         assert type(family).__name__ == type(load_family(str(tmp_path / "student"))).__name__ == kind
     with pytest.raises(ValueError, match="has prediction_type='v_prediction': supported is EDM's own precond"):
+        family_of(tiny.edm("v_prediction"))
+    with pytest.raises(ValueError, match="is of networks that predict edm: leave --prediction_type v_prediction out"):
         load_family(ModelReference(str(tmp_path / "Edm"), prediction_type="v_prediction"))
     start = ModelReference(str(tmp_path / "Pixels")).resolve_denoiser("unet")
     with pytest.raises(ValueError, match="says that it predicts epsilon, but the teacher predicts edm"):

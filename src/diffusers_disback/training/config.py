@@ -90,7 +90,7 @@ class TrainingConfig(
             )
 
     def _check_discriminator(self) -> None:
-        why = "--adversarial_weight" if self.adversarial_weight else f"--objective {self.objective}"
+        why = self.discriminator_setting
         if self.train_data_dir is None:
             raise ValueError(
                 f"{why} needs a discriminator, which learns from real images: pass --train_data_dir, an image folder with a "
@@ -104,6 +104,11 @@ class TrainingConfig(
         """Whether stage 2 trains a discriminator: for the adversarial term, or for the objective itself."""
         objective = make_objective(self.objective, self.objective_args)
         return self.adversarial_weight > 0 or objective.needs_discriminator
+
+    @property
+    def discriminator_setting(self) -> str:
+        """The setting that asks for the discriminator, if there is one, as it is written on a command line."""
+        return "--adversarial_weight" if self.adversarial_weight else f"--objective {self.objective}"
 
     @property
     def teacher(self) -> ModelReference:

@@ -126,8 +126,9 @@ def real_images(
         return None
     if not teacher.takes_prompts and len(conditions) != 1:
         raise ValueError(
-            f"The teacher has {len(conditions)} class labels, but which of them an image has is not read: a discriminator is "
-            "for teachers with prompts, or without conditions."
+            f"{config.discriminator_setting} needs a discriminator, which is for teachers with prompts, or without conditions: the "
+            f"teacher has {len(conditions)} class labels, and which of them an image has is not read. Take another objective, with "
+            "--adversarial_weight 0."
         )
     size, shows = teacher.resolution(config.resolution), state.is_main_process
     return RealImages(files, teacher.encode_images, size, len(conditions), state.device, show_progress=shows)
