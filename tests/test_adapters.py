@@ -4,17 +4,21 @@ import copy
 import json
 import shutil
 
+import diffusers
 import pytest
 import tiny
 import torch
+import train_disback
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from kohya_reader import merge
 from safetensors.torch import load_file
+from script import arguments
 from stages import close, equal, interrupted_at, record, recorder, trainer, training, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_disback import DegradationPath, DisBackOneStepPipeline
-from diffusers_disback.families import family_of
+from diffusers_disback.commands.command_line import run as run_command
+from diffusers_disback.families import FAMILIES, family_of
 from diffusers_disback.models.adapters import SharedNetwork, base_of, fused, lora_config
 from diffusers_disback.models.lora_layouts import KOHYA
 from diffusers_disback.models.weights import fill_adapter
@@ -583,6 +587,25 @@ def test_attention_of_the_dispatcher(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             tuned(network, training(tmp_path, attention_backend=backend))
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].network_name == "transformer"])
+def test_attention_that_would_change_nothing_is_refused_in_a_line(name, tmp_path, prompts_file, capsys):
+    """Before anything is drawn. Diffusers itself takes it for these transformers without a word."""
+    pipe = tiny.PIPELINES[name]()
+    assert not any(
+        hasattr(one.processor, "_attention_backend") for one in pipe.transformer.modules() if hasattr(one, "processor")
+    )
+    pipe.save_pretrained(tmp_path / "teacher")
+    prompts = {} if FAMILIES[name].takes_prompts else {"prompts_file": None}
+    line = arguments(tmp_path / "run", tmp_path / "teacher", prompts_file, attention_backend="native", **prompts)
+    assert run_command(train_disback.main, line, "train_disback.py") == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith(
+        f"train_disback.py: --attention_backend native: no layer of a {type(pipe.transformer).__name__} asks"
+    )
+    assert f"in diffusers {diffusers.__version__}. Leave it out" in told
+    assert not (tmp_path / "run" / "evaluation").exists()
 
 
 def test_settings_that_do_not_fit_together(run):

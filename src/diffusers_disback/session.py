@@ -38,7 +38,7 @@ from .training.inputs import (
     real_images,
     validation_prompts,
 )
-from .training.networks import PRECISIONS, accelerator_of, compute_dtype
+from .training.networks import PRECISIONS, accelerator_of, check_tuning, compute_dtype
 from .training.open_path import open_path
 from .training.processes import process_state
 from .training.results import BacktrackingResult
@@ -203,6 +203,7 @@ class DisBackTrainer:
         encoders = PRECISIONS[config.text_encoder_precision]
         self.teacher: ModelFamily = load_family(config.teacher, config.cache_dir, encoders).to(state.device)
         self.teacher.at_resolution(config.resolution)
+        check_tuning(self.teacher.network, config)
         self.args = config = with_defaults(config, self.teacher)
         if self._completes_command:
             self._command = [*self._command, "--conditioning_timestep", str(config.conditioning_timestep)]

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -128,18 +129,12 @@ def tuned(network: ModelMixin, config: TrainingConfig, checkpointed: Callable | 
     Raises:
         ValueError: If xformers or another attention is asked for and cannot be used.
     """
+    check_tuning(network, config)
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing(checkpointed)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)
     if config.enable_xformers_memory_efficient_attention:
-        if not isinstance(
-            network, (UNet2DConditionModel, UNet2DModel)
-        ):  # it would replace SANA's linear attention, too
-            raise ValueError(
-                f"--enable_xformers_memory_efficient_attention is of UNets, and the denoiser is a {type(network).__name__}. Leave "
-                "it out: torch's own attention, which is the default, is as frugal."
-            )
         try:
             network.enable_xformers_memory_efficient_attention()
         except (ImportError, ModuleNotFoundError, ValueError) as error:
@@ -156,34 +151,43 @@ def tuned(network: ModelMixin, config: TrainingConfig, checkpointed: Callable | 
     return network
 
 
-def _compile_blocks(network: ModelMixin) -> None:
-    """Compiles the blocks that diffusers names as repeated, or else those of a transformer.
+def check_tuning(network: ModelMixin, config: TrainingConfig) -> None:
+    """Refuses settings of `tuned` that a denoiser cannot have.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If xformers are asked for on a transformer, or another attention where no layer asks diffusers' dispatcher, whose
+            `set_attention_backend` would change nothing without a word, or compiling where no blocks are repeated.
     """
-    if getattr(network, "_repeated_blocks", None):
+    name, backend = type(network).__name__, config.attention_backend
+    if config.enable_xformers_memory_efficient_attention and not isinstance(
+        network, (UNet2DConditionModel, UNet2DModel)
+    ):
+        raise ValueError(  # diffusers would replace SANA's linear attention, too
+            f"--enable_xformers_memory_efficient_attention is of UNets, and the denoiser is a {name}. Leave it out: torch's own "
+            "attention, which is the default, is as frugal."
+        )
+    processors = (getattr(one, "processor", None) for one in network.modules())
+    if backend is not None and not any(hasattr(one, "_attention_backend") for one in processors):
+        raise ValueError(
+            f"--attention_backend {backend}: no layer of a {name} asks diffusers' dispatcher for its attention, in diffusers "
+            f"{diffusers.__version__}. Leave it out: it computes torch's scaled dot product attention."
+        )
+    if config.compile and not (network._repeated_blocks or len(getattr(network, "transformer_blocks", ()))):
+        raise ValueError(f"--compile: a {name} has no repeated blocks to compile. Leave it out.")
+
+
+def _compile_blocks(network: ModelMixin) -> None:
+    """Compiles the blocks that diffusers names as repeated, or else those of a transformer."""
+    if network._repeated_blocks:
         network.compile_repeated_blocks()
         return
-    blocks = getattr(network, "transformer_blocks", ())
-    if not blocks:
-        raise ValueError(f"--compile: a {type(network).__name__} has no repeated blocks to compile. Leave it out.")
+    blocks: Any = network.transformer_blocks
     for block in blocks:
         block.compile()
 
 
 def _dispatch_attention(network: ModelMixin, backend: str) -> None:
-    """Chooses the attention of a network's layers by diffusers' dispatcher.
-
-    Raises:
-        ValueError: If there is no such attention here, or no layer asks the dispatcher.
-    """
-    asking = [one for one in network.modules() if hasattr(getattr(one, "processor", None), "_attention_backend")]
-    if not asking:
-        raise ValueError(
-            f"--attention_backend {backend}: no layer of a {type(network).__name__} asks diffusers' dispatcher for its attention, in "
-            f"diffusers {diffusers.__version__}. Leave it out: it computes torch's scaled dot product attention."
-        )
+    """Chooses the attention of a network's layers by diffusers' dispatcher; a `ValueError` if there is no such attention here."""
     try:
         network.set_attention_backend(backend)
     except (ImportError, RuntimeError, ValueError) as error:
