@@ -124,7 +124,7 @@ def test_each_is_a_few_lines():
 
 @pytest.mark.parametrize(("name", "objective", "flags"), RUNS, ids=lambda value: value if type(value) is str else None)
 def test_from_settings_to_a_card_and_a_pushed_path(
-    tmp_path, repo, hub, prompts_file, monkeypatch, name, objective, flags
+    tmp_path, repo, hub, prompts_file, monkeypatch, small_pictures, name, objective, flags
 ):
     teacher = TEACHERS[name]()
     teacher.save_pretrained(tmp_path / "teacher")
@@ -170,7 +170,7 @@ def test_from_settings_to_a_card_and_a_pushed_path(
     assert {"samples.png", "path.png", "convergence.png"} <= hub.files(repo).keys()
 
 
-def test_the_snippets_of_the_docs_are_taken_up(tmp_path, prompts_file, monkeypatch):
+def test_the_snippets_of_the_docs_are_taken_up(tmp_path, prompts_file, monkeypatch, small_pictures):
     """An objective, a family and an evaluator, as the page on how to add them has them."""
     for registry, name in ((OBJECTIVES, "mean_shift"), (EVALUATORS, "sharpness"), (FAMILIES, "latent_diffusion")):
         monkeypatch.setitem(registry, name, None)  # so that it is gone when the test is over
@@ -198,12 +198,12 @@ def test_what_a_family_does_not_take_is_refused(tmp_path, prompts_file):
         distil(tmp_path / "other", tmp_path / "flow", prompts_file, conditioning_timestep=399)
 
 
-def test_a_teacher_of_no_family_is_told_what_a_family_answers(tmp_path, prompts_file, monkeypatch):
-    monkeypatch.delitem(FAMILIES, "pixels")
-    tiny.pixels().save_pretrained(tmp_path / "pixels")
-    with pytest.raises(
-        ValueError, match="is a DDPMPipeline; supported are stable_diffusion: StableDiffusionPipeline"
-    ) as told:
-        distil(tmp_path / "run", tmp_path / "pixels", prompts_file)
+def test_a_teacher_of_no_family_is_told_the_families_and_what_one_answers(tmp_path, prompts_file):
+    latent_diffusion().save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="^The teacher is a LDMPipeline; supported are stable_diffusion: ") as told:
+        distil(tmp_path / "run", tmp_path / "teacher", prompts_file)
+    for name, family in FAMILIES.items():
+        assert f" {name}: {', '.join(family.pipeline_classes)}" in str(told.value)
     for answer in ("pipeline_classes", "network_name", "noise_schedule", "conditions", "call", "one_step", "sample"):
         assert answer in str(told.value) and hasattr(ModelFamily, answer)
+    assert not (tmp_path / "run").exists()
