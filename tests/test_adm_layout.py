@@ -125,7 +125,7 @@ def test_a_teacher_denoises_and_is_sampled_as_the_reference(teacher):
     assert ours.std() > 0.01, "images that are not clamped away"
 
 
-def test_a_student_runs_in_the_stock_pipeline(teacher, tmp_path):
+def test_a_student_runs_in_the_stock_pipeline(teacher, tmp_path, small_pictures):
     """Distilled by the script, it is the generator bit for bit."""
     _, folder = teacher
     flags = {

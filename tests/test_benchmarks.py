@@ -174,9 +174,19 @@ def test_a_command_line_is_run_in_a_fork_as_it_is_anew(forked, tmp_path):
     assert process.exitcode == 3 and (tmp_path / "log").read_text() == "__main__ told path\n"
 
 
-def test_what_is_to_be_measured_on_a_gpu_runs_at_tiny_size(tmp_path, capsys, monkeypatch):
-    """All parts; two of them again, after they were cut off: by the limit, and after a checkpoint."""
+def test_a_part_for_a_gpu_runs_once_at_tiny_size_unless_it_was_cut_off(tmp_path, capsys):
     assert gpu.run("tests", tmp_path, tiny=True, limit=0.0)["status"] is None
+    assert not list(tmp_path.glob("*.json"))
+    for told in (": done, ", ": is there"):
+        assert gpu.main(["--tiny", "--output", str(tmp_path), "--parts", "step"]) == 0
+        assert capsys.readouterr().out.count(told) == 1
+    figures = json.loads((tmp_path / "step.json").read_text())["figures"]
+    assert figures["results"][0]["seconds"].keys() == {"baseline", "ours"}
+
+
+@pytest.mark.slow
+def test_what_is_to_be_measured_on_a_gpu_runs_at_tiny_size(tmp_path, capsys, monkeypatch):
+    """All parts; one of them again, after it was cut off after a checkpoint."""
     gpu.main(["--tiny", "--output", str(tmp_path), "--parts", "pixels-teacher"])
     with monkeypatch.context() as patch:
         patch.setattr(Stage, "_validate", lambda stage, done: os.kill(os.getpid(), signal.SIGKILL))

@@ -309,7 +309,7 @@ F_DISTILL = {"objective": "f_distill", "objective_args": "divergence=jensen_shan
 
 
 @pytest.mark.parametrize("changes", [TERM, pytest.param(F_DISTILL, marks=pytest.mark.slow)], ids=["dmd", "f_distill"])
-def test_the_script_trains_with_a_discriminator(changes, tmp_path, teacher_folder, images):
+def test_the_script_trains_with_a_discriminator(changes, tmp_path, teacher_folder, images, small_pictures):
     """And changed images are seen when a run is resumed."""
     train_disback.main(lines(tmp_path / "run", teacher_folder, images, **changes))
     made = student(tmp_path / "run")
@@ -323,7 +323,7 @@ def test_the_script_trains_with_a_discriminator(changes, tmp_path, teacher_folde
         assert "images" in json.loads((tmp_path / "run" / "settings" / "backtracking.json").read_text())["inputs"]
 
 
-def test_a_teacher_without_prompts_takes_images_without_captions(tmp_path, images):
+def test_a_teacher_without_prompts_takes_images_without_captions(tmp_path, images, small_pictures):
     tiny.pixels().save_pretrained(tmp_path / "teacher")
     (tmp_path / "images").mkdir()
     for file in images.glob("*.png"):

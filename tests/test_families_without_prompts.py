@@ -149,7 +149,7 @@ def test_the_deployed_student_is_the_generator_bit_for_bit(name, prediction, tmp
 
 
 @some("pixels", "null label", "dit", "edm")
-def test_from_settings_to_a_card_and_a_pushed_path(name, teacher, tmp_path, repo, hub, monkeypatch):
+def test_from_settings_to_a_card_and_a_pushed_path(name, teacher, tmp_path, repo, hub, monkeypatch, small_pictures):
     case, pipe = CASES[name], CASES[name].make()
     push = {"push_to_hub": True, "hub_model_id": repo, "num_evaluation_prompts": 5, "validation_steps": 2}
     folder = distil(tmp_path / "run", teacher, name, validation_prompts=case.captions[-1:], **push)
@@ -194,7 +194,9 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(name, teacher, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["null label", "dit", "edm"])
-def test_adapters_are_trained_where_diffusers_loads_none_and_the_student_is_whole(name, teacher, tmp_path, repo, hub):
+def test_adapters_are_trained_where_diffusers_loads_none_and_the_student_is_whole(
+    name, teacher, tmp_path, repo, hub, small_pictures
+):
     """Both stages, a path of adapters, and its replay from the Hub; the student by the stock pipeline."""
     push = {"push_to_hub": True, "hub_model_id": repo}
     folder = distil(tmp_path / "run", teacher, name, lora_rank=2, **push)
@@ -211,7 +213,9 @@ def test_adapters_are_trained_where_diffusers_loads_none_and_the_student_is_whol
 
 
 @pytest.mark.parametrize("name", ["pixels", "null label", pytest.param("edm rescaled", marks=pytest.mark.slow)])
-def test_a_path_of_its_own_has_a_card_and_nodes_that_load(name, teacher, tmp_path, repo, hub, monkeypatch):
+def test_a_path_of_its_own_has_a_card_and_nodes_that_load(
+    name, teacher, tmp_path, repo, hub, monkeypatch, small_pictures
+):
     """A stock pipeline that cannot be called with labels, or samples otherwise, is not said to be."""
     folder = distil(tmp_path / "run", teacher, name, stage="record")
     assert command(["push", str(folder), repo, "--pretrained_model_name_or_path", str(teacher)]) == 0
@@ -340,7 +344,7 @@ def test_a_label_for_none_is_for_pixels(teacher_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["null label"])
-def test_a_path_belongs_to_its_label_for_none(name, teacher, tmp_path):
+def test_a_path_belongs_to_its_label_for_none(name, teacher, tmp_path, small_pictures):
     """0 is a label as any other."""
     folder = distil(tmp_path / "run", teacher, name, stage="record", null_class_label=0)
     assert DegradationPath.from_pretrained(folder / "path").teacher.null_class_label == 0

@@ -61,19 +61,18 @@ def test_the_snippets_of_the_card_run(run, monkeypatch):
         assert scope["image"].size == (16, 16)
 
 
-def test_the_stages_apart_equal_the_stages_together(run, tmp_path):
-    together = run("together")
+def test_the_stages_apart_equal_the_stages_together(run, tmp_path, baseline):
     recorded = run("recorded", stage="record")
     assert not (recorded / "model_index.json").exists() and (recorded / "path.png").exists()
     assert json.loads((recorded / "report.json").read_text())["stages"].keys() == {"degradation"}
     apart = run("apart", stage="backtrack", degradation_path=recorded / "path")
-    assert equal(student(apart), student(together))
+    assert equal(student(apart), baseline)
     same_folder = run("recorded2", stage="record", degradation_path=tmp_path / "elsewhere")
     assert not (same_folder / "path").exists() and len(DegradationPath.from_pretrained(tmp_path / "elsewhere")) == 2
     replayed = run("replayed", degradation_path=tmp_path / "elsewhere")
-    assert equal(student(replayed), student(together)), "a complete path is replayed, not recorded again"
+    assert equal(student(replayed), baseline), "a complete path is replayed, not recorded again"
     in_place = run("recorded", stage="backtrack")
-    assert equal(student(in_place), student(together))
+    assert equal(student(in_place), baseline)
 
 
 @pytest.mark.parametrize("cache_conditions, leave", [("disk", True), ("off", False)])
@@ -116,7 +115,8 @@ def test_a_finished_run_prints_its_summary_again(run, capsys):
     assert equal(student(folder), before)
 
 
-@pytest.mark.parametrize("where", [pytest.param("first", marks=pytest.mark.slow), "second"])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["first", "second"])
 def test_an_interrupted_run_goes_on_and_ends_the_same(run, monkeypatch, where):
     from diffusers_disback.backtracking import BacktrackingTrainer
     from diffusers_disback.degradation import DegradationRecorder
@@ -148,7 +148,7 @@ def signalled_at(number, step, train_step):
 
 
 def test_a_signal_ends_either_stage_after_its_step_with_a_checkpoint_and_a_code(
-    tmp_path, teacher_folder, prompts_file, baseline, monkeypatch, capsys
+    tmp_path, teacher_folder, prompts_file, baseline, monkeypatch, capsys, small_pictures
 ):
     from diffusers_disback.backtracking import BacktrackingTrainer
     from diffusers_disback.degradation import DegradationRecorder
@@ -305,7 +305,7 @@ def test_a_longer_run_goes_on_from_a_finished_one(run):
     assert equal(student(longer), student(run("whole", max_train_steps=6)))
 
 
-def test_resuming_from_a_named_checkpoint(run):
+def test_resuming_from_a_named_checkpoint(run, baseline):
     whole = run("whole", checkpointing_steps=1)
     (whole / "report.json").unlink()
     again = run(
@@ -313,7 +313,7 @@ def test_resuming_from_a_named_checkpoint(run):
         checkpointing_steps=1,
         resume_from_checkpoint=whole / "checkpoints" / "backtracking" / "checkpoint-000002",
     )
-    assert equal(student(again), student(run("other")))
+    assert equal(student(again), baseline)
 
 
 # Every flag does something ------------------------------------------------------------------------------------------
@@ -322,26 +322,14 @@ def test_resuming_from_a_named_checkpoint(run):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"seed": 1},
         {"conditioning_timestep": 249},
         {"guidance_scale": 1.0},
-        {"guidance_schedule": "constant"},
-        {"num_path_nodes": 1},
         {"num_path_nodes": 0},
-        {"degradation_steps": 6},
         {"degradation_lr_multiplier": 2.0},
         {"degradation_steps": 9, "degradation_stop": 0.9},
-        {"steps_per_target": 1},
         {"target_schedule": "adaptive", "mismatch_steps": 1, "target_share": 0.1},
-        {"max_train_steps": 5},
-        {"fake_score_updates": 2},
-        {"objective": "diff_instruct"},
         {"objective": "sid", "objective_args": ["alpha=1.2"]},
-        {"generator_learning_rate": 2e-3},
-        {"fake_score_learning_rate": 2e-3},
         {"lr_scheduler": "cosine"},
-        {"train_batch_size": 1},
-        {"adam_beta1": 0.5},
         {"use_ema": True},
         {"resolution": 32},
         {"mixed_precision": "bf16"},
@@ -349,6 +337,18 @@ def test_resuming_from_a_named_checkpoint(run):
             # What they do is held by tests of its own; here, that the script passes them on.
             pytest.param(changes, marks=pytest.mark.slow)
             for changes in (
+                {"seed": 1},
+                {"guidance_schedule": "constant"},
+                {"num_path_nodes": 1},
+                {"degradation_steps": 6},
+                {"steps_per_target": 1},
+                {"max_train_steps": 5},
+                {"fake_score_updates": 2},
+                {"objective": "diff_instruct"},
+                {"generator_learning_rate": 2e-3},
+                {"fake_score_learning_rate": 2e-3},
+                {"train_batch_size": 1},
+                {"adam_beta1": 0.5},
                 {"lr_warmup_steps": 2},
                 {"adam_beta2": 0.9},
                 {"generator_adam_beta1": 0.5},
@@ -797,6 +797,7 @@ def launch(command: list, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_accelerate_launch(tmp_path, teacher_folder, prompts_file, baseline):
     line = arguments(tmp_path / "run", teacher_folder, prompts_file)
     done = launch([Path(sys.executable).with_name("accelerate"), "launch", "--cpu", SCRIPT, *line])
