@@ -6,10 +6,14 @@
 <!-- not run: takes hours -->               and the test that does the same at small size, if there is one
 """
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import docs_place
 import pytest
 from test_docs import PAGES, ROOT
 
@@ -18,7 +22,15 @@ FENCE = re.compile(r"((?:^<!-- [^\n]* -->\n)*)^```(\w*)\n(.*?)^```$", re.MULTILI
 MARK = re.compile(r"<!-- (run|run with|run by|not run)(?:: (.+))? -->\n")
 OUTPUT = ("text", "json")  # which nobody runs
 LANGUAGES = ("bash", "python", "yaml")
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+FLAGS_GO_TO = (("accelerate",), ("diffusers-disback", "python"))  # the first of these that a snippet has
+SCRIPT = "examples/text_to_image/train_disback.py"
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 class Snippet(NamedTuple):
@@ -45,6 +57,9 @@ def snippets(page: Path) -> list[Snippet]:
             raise ValueError(f"{page}: nothing says how this is run, or why it is not:\n{marks}```{language}\n{text}")
         found.append(Snippet(language, text, mark[1], mark[2] or ""))
     return found
+
+
+RUN = [page for page in PAGES if re.search(r"^<!-- run(?: with: .+)? -->$", page.read_text(), re.MULTILINE)]
 
 
 @every_page
@@ -75,3 +90,47 @@ def test_a_block_without_a_mark_is_found(text, tmp_path):
     (tmp_path / "page.md").write_text(text)
     with pytest.raises(ValueError, match="nothing says how"):
         snippets(tmp_path / "page.md")
+
+
+def run(number: int, snippet: Snippet) -> None:
+    """Runs a snippet in the current folder. What one exports, the next ones have."""
+    suffix = {"bash": "sh", "python": "py", "yaml": "yaml"}[snippet.language]
+    file, exported = Path(f"snippet-{number}.{suffix}").absolute(), Path("exported.sh").absolute()
+    file.write_text(snippet.text)
+    script = [f"[ ! -e {exported} ] || source {exported}", f"cd {Path.cwd()}"]
+    if snippet.language == "bash":
+        for tools in FLAGS_GO_TO:
+            if re.search(rf"^\s*({'|'.join(tools)}) ", snippet.text, re.MULTILINE):
+                script += [f'{tool}() {{ command {tool} "$@" {snippet.what}; }}' for tool in tools]
+                break
+        script += [f"source {file}", f"export -p > {exported}"]
+    elif snippet.language == "python":
+        script.append(f"python {Path(__file__).with_name('docs_python.py')} {file} {snippet.what}")
+    else:
+        script.append(f"accelerate launch {SCRIPT} --config {file} {snippet.what}")
+    with open("output.txt", "w+") as output:
+        command = ["bash", "-euo", "pipefail", "-c", "\n".join(script)]
+        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=600)
+        output.seek(0)
+        assert done.returncode == 0, f"{snippet.text}\n{output.read()[-5000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN, ids=name_of)
+def test_what_a_page_shows_runs(page, tmp_path, hub, monkeypatch):
+    """In order, in a folder with what the page names."""
+    (tmp_path / "place").mkdir()
+    monkeypatch.chdir(tmp_path / "place")
+    shown = [snippet for snippet in snippets(page) if snippet.how in ("run", "run with")]
+    docs_place.lay_out(name_of(page), "".join(snippet.text for snippet in shown), hub)
+    own = {
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_TOKEN": hub.add_user("user"),
+        "HOME": str(tmp_path / "home"),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": str(ROOT / "src"),
+    }
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    for number, snippet in enumerate(shown):
+        run(number, snippet)

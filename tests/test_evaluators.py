@@ -74,14 +74,12 @@ def saved(network, folder, **changes):
     return folder
 
 
-@pytest.fixture(scope="module")
-def dinov2(tmp_path_factory):
+def save_dinov2(folder):
     torch.manual_seed(0)
-    return saved(Dinov2Model(Dinov2Config(**SMALL, image_size=24)), tmp_path_factory.mktemp("networks") / "dinov2")
+    return saved(Dinov2Model(Dinov2Config(**SMALL, image_size=24)), folder)
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
+def save_clip(folder):
     torch.manual_seed(1)
     tokenizer = make_tokenizer()
     text = {key: value for key, value in SMALL.items() if key != "patch_size"} | {
@@ -93,12 +91,21 @@ def clip(tmp_path_factory):
         "pad_token_id": tokenizer.pad_token_id,
     }
     vision = {**SMALL, "intermediate_size": 32, "image_size": SIDE}
-    folder = tmp_path_factory.mktemp("networks") / "clip"
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
     model.logit_scale.data.fill_(0.5)
     saved(model, folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    return save_dinov2(tmp_path_factory.mktemp("networks") / "dinov2")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return save_clip(tmp_path_factory.mktemp("networks") / "clip")
 
 
 @pytest.fixture(scope="module")
