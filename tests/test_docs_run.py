@@ -1,4 +1,4 @@
-"""The code blocks of the docs. A mark above each says how it is run, or why it is not:
+"""The code blocks of the docs, and the notebook. A mark above each says how it is run, or why it is not:
 
 <!-- run -->                                as it stands
 <!-- run with: --max_train_steps 2 -->      with these flags at the end of its commands, so that it takes less time
@@ -6,6 +6,8 @@
 <!-- not run: takes hours -->               and the test that does the same at small size, if there is one
 """
 
+import ast
+import json
 import os
 import re
 import subprocess
@@ -17,12 +19,16 @@ import docs_place
 import pytest
 from test_docs import PAGES, ROOT
 
+from diffusers_disback.commands.command_line import read_flags
+from diffusers_disback.training.config import DisBackConfig
+
 
 FENCE = re.compile(r"((?:^<!-- [^\n]* -->\n)*)^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"<!-- (run|run with|run by|not run)(?:: (.+))? -->\n")
 OUTPUT = ("text", "json")  # which nobody runs
 LANGUAGES = ("bash", "python", "yaml")
 FLAGS_GO_TO = (("accelerate",), ("diffusers-disback", "python"))  # the first of these that a snippet has
+NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 SCRIPT = "examples/text_to_image/train_disback.py"
 
 
@@ -115,22 +121,57 @@ def run(number: int, snippet: Snippet) -> None:
         assert done.returncode == 0, f"{snippet.text}\n{output.read()[-5000:]}"
 
 
+@pytest.fixture
+def run_all(tmp_path, hub, monkeypatch):
+    """Runs the snippets of a page in order, in a folder with what they name, as a user of the Hub who is logged in."""
+
+    def run_all(page: Path, shown: list[Snippet]) -> None:
+        (tmp_path / "place").mkdir()
+        monkeypatch.chdir(tmp_path / "place")
+        docs_place.lay_out(name_of(page), "".join(snippet.text for snippet in shown), hub)
+        own = {
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_TOKEN": hub.add_user("user"),
+            "HOME": str(tmp_path / "home"),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": str(ROOT / "src"),
+        }
+        for name, value in own.items():
+            monkeypatch.setenv(name, value)
+        for number, snippet in enumerate(shown):
+            run(number, snippet)
+
+    return run_all
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=name_of)
-def test_what_a_page_shows_runs(page, tmp_path, hub, monkeypatch):
-    """In order, in a folder with what the page names."""
-    (tmp_path / "place").mkdir()
-    monkeypatch.chdir(tmp_path / "place")
-    shown = [snippet for snippet in snippets(page) if snippet.how in ("run", "run with")]
-    docs_place.lay_out(name_of(page), "".join(snippet.text for snippet in shown), hub)
-    own = {
-        "HF_HOME": str(tmp_path / "cache"),
-        "HF_TOKEN": hub.add_user("user"),
-        "HOME": str(tmp_path / "home"),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "PYTHONPATH": str(ROOT / "src"),
-    }
-    for name, value in own.items():
-        monkeypatch.setenv(name, value)
-    for number, snippet in enumerate(shown):
-        run(number, snippet)
+def test_what_a_page_shows_runs(page, run_all):
+    run_all(page, [snippet for snippet in snippets(page) if snippet.how in ("run", "run with")])
+
+
+# The notebook ------------------------------------------------------------------------------------------------------------
+
+
+def cells() -> list[tuple[str, list[str]]]:
+    """Code and tags of the notebook's cells of code, none of which has an output."""
+    found = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in found), "outputs are of one's own run"
+    return [("".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in found]
+
+
+def test_the_notebook_has_the_settings_of_the_quickstart():
+    (code,) = (code for code, _ in cells() if "quickstart = {" in code)
+    wanted = read_flags(DisBackConfig, (NOTEBOOK.parent / "text_to_image/shapes/quickstart.args").read_text().split())
+    assert ast.literal_eval(re.search(r"quickstart = (\{.*?^\})", code, re.MULTILINE | re.DOTALL)[1]) == wanted
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(run_all):
+    """With other parameters, in one process."""
+    settings = {"max_train_steps": 4, "degradation_steps": 3, "steps_per_target": 1, "train_batch_size": 2}
+    others = f"\nsettings, num_images = {settings | {'validation_steps': 4}}, 8"
+    code = "\n\n".join(code + others * ("parameters" in tags) for code, tags in cells())
+    assert code.count(others) == 1
+    run_all(NOTEBOOK, [Snippet("python", code, "run", "")])
+    assert Path("outputs", "notebook", "model_index.json").is_file()
