@@ -8,6 +8,7 @@ from pathlib import Path
 import original_layout
 import tiny
 import train_disback
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, LCMScheduler
 from hub_server import HubServer
 from huggingface_hub import HfApi
@@ -47,6 +48,7 @@ def run(folder: Path, **flags) -> None:
     """A run of the script, with its path."""
     teacher = tiny.save_teacher(Path("teachers", "tiny"))
     train_disback.main(arguments(folder, teacher, tiny.write_prompts(teacher), **{**SHORT, **flags}))
+    AcceleratorState._reset_state(reset_partial_state=True)  # commands of other precisions follow
 
 
 def recorded(folder: Path, **flags) -> None:

@@ -11,12 +11,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import docs_place
 import pytest
+from docs_commands import Commands
 from test_docs import PAGES, ROOT
 
 from diffusers_disback.commands.command_line import read_flags
@@ -133,13 +133,14 @@ def run_all(tmp_path, hub, monkeypatch):
             "HF_HOME": str(tmp_path / "cache"),
             "HF_TOKEN": hub.add_user("user"),
             "HOME": str(tmp_path / "home"),
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PATH": os.pathsep.join([str(tmp_path / "commands"), os.environ["PATH"]]),
             "PYTHONPATH": str(ROOT / "src"),
         }
         for name, value in own.items():
             monkeypatch.setenv(name, value)
-        for number, snippet in enumerate(shown):
-            run(number, snippet)
+        with Commands(tmp_path / "commands"):
+            for number, snippet in enumerate(shown):
+                run(number, snippet)
 
     return run_all
 
@@ -148,6 +149,21 @@ def run_all(tmp_path, hub, monkeypatch):
 @pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_what_a_page_shows_runs(page, run_all):
     run_all(page, [snippet for snippet in snippets(page) if snippet.how in ("run", "run with")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "snippet, told",
+    [
+        (Snippet("bash", "diffusers-disback info nowhere\necho $?\n", "run", ""), "nowhere"),
+        (Snippet("bash", "cat nowhere | wc\n", "run", ""), "No such file"),
+        (Snippet("python", "raise ValueError('said')\n", "run", ""), "ValueError: said"),
+        (Snippet("yaml", "seeds: 1\n", "run", ""), "seeds"),
+    ],
+)
+def test_a_snippet_that_fails_is_told(snippet, told, run_all):
+    with pytest.raises(AssertionError, match=told):
+        run_all(ROOT / "README.md", [snippet])
 
 
 # The notebook ------------------------------------------------------------------------------------------------------------
