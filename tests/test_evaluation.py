@@ -8,6 +8,7 @@ import tiny
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from script import in_two_processes
 from torch import nn
 
 from diffusers_disback.evaluation import (
@@ -327,3 +328,9 @@ def test_other_warnings_of_a_picture_are_passed_on(tmp_path):
 
     with pytest.warns(UserWarning, match="something else"), glyphs_told_once(tmp_path / "x.png"):
         warnings.warn("something else", stacklevel=1)
+
+
+def test_one_process_measures_while_the_other_waits_for_nothing(tmp_path):
+    """torchmetrics would ask the other for its share, and wait for ever."""
+    one, other = in_two_processes(tmp_path / "ranks", [], program="one_measures.py")
+    assert one["distance"] > 0 and not other

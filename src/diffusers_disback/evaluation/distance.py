@@ -47,7 +47,11 @@ class FrechetDistance(FeatureEvaluator):
                 f"A Frechet distance in {self.num_features} features needs more reference images than that, but has "
                 f"{len(features)}: raise --num_validation_images."
             )
-        self.metric = FrechetInceptionDistance(_Given(self.num_features), reset_real_features=False)
+        self.metric = FrechetInceptionDistance(
+            _Given(self.num_features),
+            reset_real_features=False,
+            sync_on_compute=False,  # one process has all images and measures them alone
+        )
         self.metric.update(features, real=True)
 
     def __call__(self, images: Tensor, prompts: Sequence[str] = ()) -> dict[str, float]:
