@@ -186,7 +186,7 @@ def test_the_notebook_has_the_settings_of_the_quickstart():
 def test_the_notebook_runs(run_all):
     """With other parameters, in one process."""
     settings = {"max_train_steps": 4, "degradation_steps": 3, "steps_per_target": 1, "train_batch_size": 2}
-    others = f"\nsettings, num_images = {settings | {'validation_steps': 4}}, 8"
+    others = f"\nsettings, num_images = {settings | {'validation_steps': 4}}, 70"
     code = "\n\n".join(code + others * ("parameters" in tags) for code, tags in cells())
     assert code.count(others) == 1
     run_all(NOTEBOOK, [Snippet("python", code, "run", "")])

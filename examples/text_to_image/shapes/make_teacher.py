@@ -14,6 +14,7 @@ result and writes its card.
 """
 
 import argparse
+import math
 import shutil
 from pathlib import Path
 
@@ -91,8 +92,8 @@ def encode_dataset(vae: AutoencoderKL, num_images: int, work_dir: Path) -> dict[
     file = work_dir / "latents.safetensors"
     if not file.exists():
         rows = []
-        for step in tqdm(range(num_images // 100), desc="encode", mininterval=10):
-            images, scenes = fresh_pictures(100, 3, step, vae.device, MAX_TILT)
+        for step in tqdm(range(math.ceil(num_images / 100)), desc="encode", mininterval=10):
+            images, scenes = fresh_pictures(min(100, num_images - 100 * step), 3, step, vae.device, MAX_TILT)
             posterior = vae.encode(images * 2 - 1).latent_dist
             rows.append((posterior.mean, posterior.std, scenes))
         mean, std, scenes = (torch.cat(column).cpu().contiguous() for column in zip(*rows, strict=True))
