@@ -37,7 +37,7 @@ ORDER = {
         {"autoencoder", "flat_layout", "teacher_lora"},
         {"reference"},
         {"adapters"},
-        {"lora_layouts"},
+        {"casting", "lora_layouts"},
     ],
     "data": [{"truncation", "cache", "prompts"}, {"captions", "conditions"}, {"images"}],
     "path": [{"manifest", "node_spacing", "target_schedule"}, {"storage"}, {"sharing", "nodes"}, {"path"}],

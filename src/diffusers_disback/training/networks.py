@@ -10,7 +10,7 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, ProjectConfiguration, parse_flag_from_env
-from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..models.adapters import SharedNetwork, base_of, lora_config
@@ -159,9 +159,8 @@ def check_tuning(network: ModelMixin, config: TrainingConfig) -> None:
             `set_attention_backend` would change nothing without a word, or compiling where no blocks are repeated.
     """
     name, backend = type(network).__name__, config.attention_backend
-    if config.enable_xformers_memory_efficient_attention and not isinstance(
-        network, (UNet2DConditionModel, UNet2DModel)
-    ):
+    blocks = getattr(network, "transformer_blocks", ())  # of a transformer; those of a UNet lie in its levels
+    if config.enable_xformers_memory_efficient_attention and len(blocks):
         raise ValueError(  # diffusers would replace SANA's linear attention, too
             f"--enable_xformers_memory_efficient_attention is of UNets, and the denoiser is a {name}. Leave it out: torch's own "
             "attention, which is the default, is as frugal."
@@ -172,7 +171,7 @@ def check_tuning(network: ModelMixin, config: TrainingConfig) -> None:
             f"--attention_backend {backend}: no layer of a {name} asks diffusers' dispatcher for its attention, in diffusers "
             f"{diffusers.__version__}. Leave it out: it computes torch's scaled dot product attention."
         )
-    if config.compile and not (network._repeated_blocks or len(getattr(network, "transformer_blocks", ()))):
+    if config.compile and not (network._repeated_blocks or len(blocks)):
         raise ValueError(f"--compile: a {name} has no repeated blocks to compile. Leave it out.")
 
 
