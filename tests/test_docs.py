@@ -111,3 +111,13 @@ def test_the_toy_finds_its_way_back(tmp_path, monkeypatch, capsys):
     assert data == 0 and teacher < first < second < third < initial, "the path leads from the teacher to the student"
     assert phases[-1] < 0.2 * initial
     assert (tmp_path / "toy.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_table_has_a_header(page):
+    """A blank line within a table ends it: what follows is shown as text."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    lines = ["", *text.splitlines(), ""]
+    for before, line, after in zip(lines[:-2], lines[1:-1], lines[2:], strict=True):
+        if line.startswith("|") and not before.strip():
+            assert re.fullmatch(r"\|( *:?-+:? *\|)+", after.strip()), line
