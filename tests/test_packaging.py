@@ -66,3 +66,11 @@ def test_the_changelog_says_where_modules_are():
     rows = re.findall(r"^  \| `([\w.]+)` \| `([\w.]+)` \|$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert len(rows) > 40
     assert [new for _, new in rows if find_spec(f"diffusers_disback.{new}") is None] == []
+
+
+@pytest.mark.parametrize("script", ["text_to_image", "unconditional_image_generation"])
+def test_requirements_of_the_examples_are_those_of_the_package(setup_script, script):
+    told = setup_script[1]
+    brings = {*told["extras_require"]["train"], *told["extras_require"]["eval"]}
+    lines = set((ROOT / "examples" / script / "requirements.txt").read_text().split())
+    assert brings <= lines <= {*brings, *told["install_requires"]}
