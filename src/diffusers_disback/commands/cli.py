@@ -1,6 +1,7 @@
 """Distil diffusers teachers into one-step generators: everything but training itself, which is a script
 (examples/text_to_image/train_disback.py). `diffusers-disback COMMAND --help` describes a command."""
 
+import logging
 import sys
 
 from .. import __version__
@@ -32,8 +33,14 @@ def execute(arguments: list[str]) -> int | None:
     return parsed.function(parsed)
 
 
+# They warn of optional packages as soon as they are imported. Levels of these loggers last when transformers sets that of its own.
+_TOLD_OF_IMPORTS = ("transformers.utils.import_utils", "bitsandbytes.backends.cpu.ops")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit code; see `diffusers_disback.commands.command_line.run`."""
+    for name in _TOLD_OF_IMPORTS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     return run(execute, sys.argv[1:] if arguments is None else arguments, "diffusers-disback")
 
 
