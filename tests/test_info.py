@@ -1,6 +1,8 @@
 """What `diffusers-disback info` says of folders, files and repositories, and that it downloads no weights."""
 
 import json
+import subprocess
+import sys
 
 import tiny
 import torch
@@ -69,6 +71,7 @@ def test_a_lora_and_what_is_none(tmp_path, capsys):
     said = told(capsys, str(tmp_path), code=2)
     assert "is no pipeline, path, LoRA or training run of this library. It holds photo.png.\n" in said
     assert "is no folder or file, and no name of a repository" in told(capsys, "./nothing", code=2)
+    assert told(capsys, "", code=2).startswith("diffusers-disback: '' is no folder or file")
 
 
 def test_names_of_others_do_not_leave_the_folder_nor_command_the_terminal(tmp_path, teacher_folder, capsys):
@@ -93,3 +96,13 @@ def test_a_header_on_the_hub_that_is_none_is_told(hub, repo, capsys):
     for content in (b"", b"\xff" * 16, b"\x02" + b"\x00" * 7 + b"[]", len(bad).to_bytes(8, "little") + bad):
         HfApi().upload_file(path_or_fileobj=content, path_in_repo="pytorch_lora_weights.safetensors", repo_id=repo)
         assert "pytorch_lora_weights.safetensors of " in told(capsys, repo, code=2)
+
+
+def test_an_error_is_one_line_whatever_libraries_say_on_their_import(tmp_path):
+    """transformers and bitsandbytes warn of optional packages."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    command = [sys.executable, "-m", "diffusers_disback.commands.cli", "info", "broken"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("diffusers-disback: "), done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr

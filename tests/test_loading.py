@@ -130,3 +130,15 @@ def test_large_finite_weights_are_fine():
     check_finite(
         {"a": torch.full((100,), 3e38), "b": torch.full((99,), 6e4).half(), "c": torch.arange(3)}.items(), "it"
     )
+
+
+@pytest.mark.parametrize(
+    "named, said",
+    [
+        ({}, ""),
+        ({"revision": "v1"}, " (revision v1)"),
+        ({"revision": "a", "variant": "b"}, " (revision a, variant b)"),
+    ],
+)
+def test_a_message_names_no_revision_that_was_not_asked_for(named, said):
+    assert ModelReference("nowhere", **named).said == said

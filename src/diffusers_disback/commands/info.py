@@ -87,7 +87,7 @@ class Place:
         is_folder = os.path.isdir(name)
         names: list[str] = []
         if not is_folder and not is_repo_id(name):
-            raise ValueError(f"{name} is no folder or file, and no name of a repository on the Hub (user/name).")
+            raise ValueError(f"{name!r} is no folder or file, and no name of a repository on the Hub (user/name).")
         if is_folder and revision is not None:
             raise ValueError(f"{name} is a folder, which has no revisions; leave --revision {revision} out.")
 

@@ -117,7 +117,7 @@ class Entry:
         except HubError as error:
             raise ValueError(
                 f"The model {name!r} cannot be loaded: it is neither a folder with a diffusers pipeline in safetensors, nor "
-                f"such a model on the Hub (revision {self.reference.revision}), nor a folder of images. {error}"
+                f"such a model on the Hub{self.reference.said}, nor a folder of images. {error}"
             ) from error
 
 

@@ -158,7 +158,7 @@ def load_family(
         )
     except UNREADABLE as error:
         raise ValueError(
-            f"The teacher {name!r} cannot be loaded (revision {model.reference.revision}, variant {variant}): it has to be a "
+            f"The teacher {name!r} cannot be loaded{model.reference.said}: it has to be a "
             f"whole diffusers pipeline in safetensors. {error}"
         ) from error
     pipeline.register_to_config(_name_or_path=name)
@@ -200,7 +200,7 @@ def resolve_teacher(teacher: ModelReference, cache_dir: str | None = None) -> Lo
     except HubError as error:
         raise ValueError(
             f"The teacher {teacher.name_or_path!r} cannot be loaded: it is neither a folder with a diffusers pipeline in "
-            f"safetensors nor such a model on the Hub (revision {teacher.revision}). {error}"
+            f"safetensors nor such a model on the Hub{teacher.said}. {error}"
         ) from error
 
 

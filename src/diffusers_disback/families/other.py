@@ -43,8 +43,8 @@ class OtherPipeline:
             )
         except UNREADABLE as error:
             raise ValueError(
-                f"The model {model.name_or_path!r} cannot be loaded (revision {model.reference.revision}, variant "
-                f"{model.reference.variant}): it has to be a whole diffusers pipeline in safetensors. {error}"
+                f"The model {model.name_or_path!r} cannot be loaded{model.reference.said}: it has to "
+                f"be a whole diffusers pipeline in safetensors. {error}"
             ) from error
         model.fuse_lora(self.denoiser)
         self.pipeline.scheduler = model.overridden_scheduler(self.pipeline.scheduler)

@@ -96,6 +96,12 @@ class ModelReference:
     rescale_betas_zero_snr: bool = False
     null_class_label: int | None = None
 
+    @property
+    def said(self) -> str:
+        """Revision and variant for messages, in brackets; empty where neither was named."""
+        named = [f"{key} {getattr(self, key)}" for key in ("revision", "variant") if getattr(self, key) is not None]
+        return f" ({', '.join(named)})" if named else ""
+
     def resolve(self, network_name: Callable[[str], str], cache_dir: str | None = None) -> "LocalModel":
         """Brings the whole model to this machine: downloads it, makes a single file into a folder, and checks all of it.
 
