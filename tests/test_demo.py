@@ -2,12 +2,15 @@
 
 import copy
 import json
+import re
 import threading
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import yaml
+from packaging.specifiers import SpecifierSet
 from peft import LoraConfig
 
 from diffusers_disback.commands.cli import main
@@ -22,7 +25,8 @@ from diffusers_disback.hub.repository import Repository
 from diffusers_disback.path.path import DegradationPath
 
 
-REPORT = Path(__file__).parent.parent / "docs" / "quickstart_report.json"
+ROOT = Path(__file__).parent.parent
+REPORT = ROOT / "docs" / "quickstart_report.json"
 TWO_STEPS = Wanted("a red circle", steps=2)
 
 
@@ -249,6 +253,13 @@ def test_a_space_runs_the_same_command(repo, hub, monkeypatch):
     with pytest.raises(SystemExit):
         exec(files["app.py"], {})
     assert ran == [["demo", repo]]
+
+
+def test_a_space_has_a_python_that_the_package_takes():
+    front = yaml.safe_load(space_files("alice/student")["README.md"].decode().split("---")[1])
+    (wanted,) = re.findall(r'python_requires="(.+)"', (ROOT / "setup.py").read_text())
+    assert isinstance(front["python_version"], str), "3.10 would be read as 3.1"
+    assert front["python_version"] in SpecifierSet(wanted)
 
 
 def test_a_space_with_another_app_is_not_overwritten(repo, hub):

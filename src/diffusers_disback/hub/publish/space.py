@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 GRADIO = "6.31.0"  # that the demo is tested with
+PYTHON = "3.11"  # the oldest of setup.py; the Hub would take an older one
 TAG = "disback-demo"  # by which a Space is known as one of these
 
 
@@ -26,6 +27,7 @@ def space_files(student: str) -> Files:
         "title": student.split("/")[-1],
         "sdk": "gradio",
         "sdk_version": GRADIO,
+        "python_version": PYTHON,
         "app_file": "app.py",
         "models": [student],
         "tags": [TAG],
