@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,39 @@ def test_a_superseded_teacher_gives_up_between_two_steps(sampler):
         sampler.many_steps(Wanted("a red circle", steps=50), 0, is_wanted)
     assert len(asked) == 4
     assert sampler.many_steps(TWO_STEPS).images.shape == (1, 3, 16, 16)
+
+
+def test_superseded_requests_do_not_wait_for_the_teacher_of_another(sampler):
+    """Or they would fill the queue, from which other visitors are turned away then."""
+    runs, may_end, ended, samples = threading.Event(), threading.Event(), [], []
+
+    def is_slow():
+        runs.set()
+        return may_end.wait(timeout=60)
+
+    def ask(number):
+        with sampler.latest.request("alice") as is_newest:
+            try:
+                samples.append(sampler.many_steps(TWO_STEPS, 0, is_newest))
+            except Superseded:
+                ended.append(number)
+
+    bob = threading.Thread(target=sampler.many_steps, args=(TWO_STEPS, 0, is_slow))
+    bob.start()
+    assert runs.wait(timeout=60)
+    requests = []
+    for number in range(3):
+        requests.append(threading.Thread(target=ask, args=(number,)))
+        requests[-1].start()
+        time.sleep(0.05)  # the order in which they enter
+    for request in requests[:2]:
+        request.join(timeout=1)
+    before, newest_waits = sorted(ended), requests[2].is_alive()
+    may_end.set()
+    for thread in (bob, *requests):
+        thread.join(timeout=60)
+    assert before == [0, 1] and newest_waits
+    assert len(samples) == 1 and ended == before
 
 
 def test_a_student_does_not_wait_for_its_teacher(sampler):

@@ -21,6 +21,7 @@ from ...training.settings.fields import Range, check_number, check_text
 
 
 MOST_CHARACTERS = 1000  # of a prompt; CLIP reads 77 tokens of it
+PATIENCE = 0.1  # seconds of waiting for the teacher, after which a request asks whether it is still wanted
 # Of what a visitor may ask for; the second says whether it is a whole number.
 BOUNDS: dict[str, tuple[Range, bool]] = {
     "seed": (Range(minimum=0, maximum=9999), True),
@@ -99,7 +100,7 @@ class Sampler:
 
     The student is asked by one thread at a time, and so is the teacher. The teacher waits before each of its network's
     evaluations while the student samples, and gives up there when its request is superseded: a student's request never waits for
-    a teacher's.
+    a teacher's. Superseded requests that wait for the teacher give up, too.
 
     Args:
         student (`ModelFamily`): With the pipeline as its folder has it, its safety checker included.
@@ -172,7 +173,7 @@ class Sampler:
         Args:
             wanted (`Wanted`): The prompt, the steps, ...
             node (`int`): 0 is the teacher.
-            is_wanted (`Callable`): Asked before each evaluation of the network.
+            is_wanted (`Callable`): Asked while it waits for another's images, and before each evaluation of the network.
 
         Raises:
             Superseded: If it is not wanted any more.
@@ -181,9 +182,7 @@ class Sampler:
         assert self.teacher is not None
         nodes = 0 if self.path is None else len(self.path)
         check_number("node", node, Range(minimum=0, maximum=nodes), True)
-        with self._teacher_lock:
-            self._is_wanted = is_wanted
-            self._check_is_wanted()
+        with self._alone(is_wanted):
             if self.path is not None:
                 was, self._node = self._node, None
                 move_to_node(self.path, self._network, was, node)
@@ -199,6 +198,19 @@ class Sampler:
         pipeline.set_progress_bar_config(disable=True)
         family.to(self.device)
         return pipeline
+
+    @contextmanager
+    def _alone(self, is_wanted: Callable[[], bool]) -> Iterator[None]:
+        """Waits for the teacher as long as a request is wanted, and holds it."""
+        while not self._teacher_lock.acquire(timeout=PATIENCE):
+            if not is_wanted():
+                raise Superseded
+        try:
+            self._is_wanted = is_wanted
+            self._check_is_wanted()
+            yield
+        finally:
+            self._teacher_lock.release()
 
     def _check_is_wanted(self) -> None:
         if not self._is_wanted():
