@@ -1,6 +1,7 @@
 """Training in full by FSDP2, in two gloo processes, against the same by plain data parallelism or in one process."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -87,6 +88,23 @@ def test_a_launch_that_is_not_supported_is_refused(environment, told, tmp_path, 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=told):
+        _check_launch(training(tmp_path), "no")
+
+
+def test_a_torch_whose_writer_has_other_parameters_is_refused(tmp_path, monkeypatch):
+    """As torch 2.8 has it."""
+    from torch.distributed.checkpoint import hf_storage
+
+    class Older:
+        def __init__(self, path, fqn_to_index_mapping=None, token=None, save_sharded=False):
+            raise AssertionError("it is not asked")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    _check_launch(training(tmp_path), "no")
+    monkeypatch.setattr(hf_storage, "HuggingFaceStorageWriter", Older)
+    with pytest.raises(ValueError, match=f"needs a newer torch: torch {re.escape(torch.__version__)} cannot"):
         _check_launch(training(tmp_path), "no")
 
 

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..models.adapters import SharedNetwork, base_of, lora_config
 from ..models.batch import Condition
 from ..models.score_model import ScoreModel
 from .config import TrainingConfig
-from .sharding import is_sharded
+from .sharding import can_save_shards, is_sharded
 
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,8 +66,10 @@ def _check_launch(config: TrainingConfig, mixed_precision: str) -> None:
         )
     if not torch.distributed.is_initialized():
         raise ValueError("FSDP shards over the processes of a launch, but this is a single one. Launch without FSDP.")
-    if find_spec("torch.distributed.checkpoint.hf_storage") is None:
-        raise ValueError(f"FSDP2 needs safetensors in torch's checkpoints, which torch {torch.__version__} has not.")
+    if not can_save_shards():
+        raise ValueError(
+            f"FSDP2 needs a newer torch: torch {torch.__version__} cannot write each process's share into safetensors."
+        )
     refused = {
         "--lora_rank": (
             config.lora_rank is not None,

@@ -5,6 +5,8 @@ Parameters are gathered and reduced in float32; autocast computes in the run's p
 """
 
 import copy
+import inspect
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -75,6 +77,18 @@ def own_share(tensor: Tensor) -> Tensor:
 # Checkpoints ---------------------------------------------------------------------------------------------------------
 
 
+_WRITING = {"save_distributed": True}
+
+
+def can_save_shards() -> bool:
+    """Whether this torch can be asked as `save_shards` asks it. Older ones have no such writer, or one of other parameters."""
+    if find_spec("torch.distributed.checkpoint.hf_storage") is None:
+        return False
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    return _WRITING.keys() <= inspect.signature(HuggingFaceStorageWriter.__init__).parameters.keys()
+
+
 def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     """Writes each process's shares into a safetensors file of its own. To be called on every process.
 
@@ -84,7 +98,7 @@ def save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     """
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
-    save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), **_WRITING))
 
 
 def names_of_shards(folder: Path) -> set[str]:
