@@ -16,7 +16,7 @@ from diffusers import (
     SD3Transformer2DModel,
 )
 from safetensors.torch import load_file, save_file
-from script import SHORT, arguments
+from script import SHORT, arguments, in_two_processes
 from stages import equal, weights
 
 import diffusers_disback
@@ -523,6 +523,15 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(name, flags, tmp_path, pr
     distil(tmp_path / "half", tmp_path / "teacher", prompts_file, resume_from_checkpoint="latest", **steps)
     one, two = (load_family(str(tmp_path / folder)).network for folder in ("whole", "half"))
     assert equal(weights(one), weights(two))
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_network_that_has_buffers(tmp_path, prompts_file):
+    """One of them asks the student alone, at validations: to send the positions of patches then was to wait for ever."""
+    tiny.pipeline_3().save_pretrained(tmp_path / "teacher")
+    line = arguments(tmp_path / "run", tmp_path / "teacher", prompts_file, **SHORT, validation_steps=1)
+    one, two = in_two_processes(tmp_path / "ranks", line)
+    assert one and equal(one, two)
 
 
 ALONE = """

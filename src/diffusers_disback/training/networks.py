@@ -8,7 +8,12 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    parse_flag_from_env,
+)
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -39,7 +44,8 @@ def accelerator_of(config: TrainingConfig) -> Accelerator:
         # A learning rate step per update, whatever the number of processes.
         step_scheduler_with_optimizer=False,
         # Each weight is cast once in a pass: a cache would only hold copies, of the whole network where no gradient is asked.
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+        # Buffers, such as positions of patches, are constants; to send them would be to wait for others in every pass.
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False), DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     _check_launch(config, accelerator.mixed_precision)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
