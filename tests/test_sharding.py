@@ -80,7 +80,6 @@ def test_a_sharded_run_is_resumed_bit_for_bit(tmp_path, teacher_folder, prompts_
         ({"ACCELERATE_USE_FSDP": "true"}, "--fsdp_version 2"),
         ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "without offloading"),
         (FSDP, "a single one"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
     ],
 )
 def test_a_launch_that_is_not_supported_is_refused(environment, told, tmp_path, monkeypatch):
@@ -89,6 +88,14 @@ def test_a_launch_that_is_not_supported_is_refused(environment, told, tmp_path, 
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=told):
         _check_launch(training(tmp_path), "no")
+
+
+@pytest.mark.parametrize("flag, told", [("DEEPSPEED", "DeepSpeed"), ("PARALLELISM_CONFIG", "parallelism config")])
+def test_what_is_never_supported_is_refused_before_accelerate_looks(flag, told, tmp_path, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{flag}", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    with pytest.raises(ValueError, match=f"{told} is not supported"):
+        accelerator_of(training(tmp_path))
 
 
 def test_a_torch_whose_writer_has_other_parameters_is_refused(tmp_path, monkeypatch):

@@ -34,6 +34,7 @@ def accelerator_of(config: TrainingConfig) -> Accelerator:
         ValueError: If fp16 is asked for on a CPU, a discriminator in fp16, or a launch that is not supported with these
             settings.
     """
+    _check_launcher()
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
@@ -58,11 +59,16 @@ def accelerator_of(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
+def _check_launcher() -> None:
+    """Raises a `ValueError` if `accelerate launch` was asked for what is never supported; accelerate's own errors name no remedy."""
+    for flag, name in (("DEEPSPEED", "DeepSpeed"), ("PARALLELISM_CONFIG", "accelerate's parallelism config")):
+        if parse_flag_from_env(f"ACCELERATE_USE_{flag}"):
+            raise ValueError(f"{name} is not supported. Launch with plain data parallelism, or with FSDP2.")
+
+
 def _check_launch(config: TrainingConfig, mixed_precision: str) -> None:
     """Raises a `ValueError` if processes were launched to share networks in a way that is not supported, here or with these
     settings."""
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError("DeepSpeed is not supported. Launch with plain data parallelism, or with FSDP2.")
     if not is_sharded():
         return
     if os.environ.get("FSDP_VERSION") != "2" or parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
