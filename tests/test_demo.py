@@ -3,9 +3,11 @@
 import copy
 import json
 import re
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -294,6 +296,45 @@ def test_a_space_has_a_python_that_the_package_takes():
     (wanted,) = re.findall(r'python_requires="(.+)"', (ROOT / "setup.py").read_text())
     assert isinstance(front["python_version"], str), "3.10 would be read as 3.1"
     assert front["python_version"] in SpecifierSet(wanted)
+
+
+def test_a_space_takes_flags_of_the_demo(tmp_path, capsys):
+    app = space_files("alice/student", ["--student_only", "--mixed_precision", "bf16"])["app.py"]
+    assert b"main(['demo', 'alice/student', '--student_only', '--mixed_precision', 'bf16'])" in app
+    assert main(["push", str(tmp_path), "alice/student", "--demo_student_only"]) == 2
+    assert "pass --push_demo, too" in capsys.readouterr().err
+
+
+def test_what_the_hub_refuses_is_left_out_and_told(run_folder, repo, hub, changed, capsys, monkeypatch):
+    repository = Repository(repo)
+    repository.create()
+    commit = repository.commit({"path.json": b"{}"}, "Add a path")
+    hub.repos[repo].gated = True
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("bob"))
+    report = changed(path={"id": "0" * 32, "num_nodes": 2, "repo_id": repo, "commit": commit})
+    sampler = load(str(run_folder))[0]
+    told = capsys.readouterr().err
+    assert sampler.teacher is not None and sampler.path is None
+    assert f"{repo} is gated" in told and "without the path" in told
+
+    settings = {**report["settings"], "pretrained_model_name_or_path": "alice/nowhere"}
+    changed(path=None, settings=settings)
+    monkeypatch.setattr(loading.RunFolder, "settings", lambda _: None)
+    assert load(str(run_folder))[0].teacher is None
+    assert "The demo is without the teacher" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="alice/elsewhere"):
+        load(str(run_folder), teacher="alice/elsewhere")
+
+
+def test_the_command_samples_in_the_precision_that_is_asked_for(run_folder, monkeypatch):
+    from diffusers_disback.commands import demo
+
+    shown = []
+    page = SimpleNamespace(build=lambda sampler, *_: shown.append(sampler), serve=lambda *_: None)
+    monkeypatch.setitem(sys.modules, "diffusers_disback.commands.demo.app", page)
+    monkeypatch.setattr(demo, "find_spec", lambda _: True)
+    assert not main(["demo", str(run_folder), "--mixed_precision", "bf16"])
+    assert shown[0]._network.dtype == shown[0]._one_step.unet.dtype == torch.bfloat16
 
 
 def test_a_space_with_another_app_is_not_overwritten(repo, hub):

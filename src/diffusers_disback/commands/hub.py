@@ -22,6 +22,14 @@ def add_commands(group: Any) -> None:
         metavar="SPACE",
         help="create a Space with the demo (default name: REPO-demo)",
     )
+    pushing.add_argument(
+        "--demo_student_only", action="store_true", help="the Space loads neither the teacher nor the path"
+    )
+    pushing.add_argument(
+        "--demo_mixed_precision",
+        choices=["no", "bf16", "fp16"],
+        help="precision of the Space's denoisers (default: no)",
+    )
     pulling.add_argument("repo_id", metavar="REPO", help="user/name on the Hub")
     pulling.add_argument("folder", metavar="FOLDER", help="the folder to write into; new, or empty")
     pulling.add_argument("--revision", help="branch, tag or commit of main (default: main)")
@@ -41,6 +49,11 @@ def push(parsed: argparse.Namespace) -> None:
     demo_of_nothing = parsed.create_pr or not Path(parsed.folder, "model_index.json").is_file()
     if parsed.push_demo is not None and demo_of_nothing:
         raise ValueError("--push_demo shows a student that is pushed to main: not a path alone, nor a pull request.")
+    flags = ["--student_only"] if parsed.demo_student_only else []
+    if parsed.demo_mixed_precision is not None:
+        flags += ["--mixed_precision", parsed.demo_mixed_precision]
+    if flags and parsed.push_demo is None:
+        raise ValueError("--demo_student_only and --demo_mixed_precision are of a Space; pass --push_demo, too.")
     path, name = path_of_run(parsed.folder), parsed.pretrained_model_name_or_path
     teacher = None
     if name is not None:
@@ -57,7 +70,8 @@ def push(parsed: argparse.Namespace) -> None:
     )
     print(f"pushed to {Repository(repo_id).url}")
     if parsed.push_demo is not None:
-        space = push_space(repo_id, parsed.push_demo or f"{repo_id}-demo", parsed.private or None, parsed.token)
+        space_id = parsed.push_demo or f"{repo_id}-demo"
+        space = push_space(repo_id, space_id, parsed.private or None, parsed.token, flags)
         print(f"demo: {space}")
 
 

@@ -10,7 +10,7 @@ class HubError(ValueError):
     Args:
         message (`str`): In words for the user.
         kind (`str`): What the code asks for: `unreachable` (the same may succeed later), `changed` (by somebody else, at
-            the same time), `cache` (a file of this machine), `offline`; by default the message.
+            the same time), `unknown` (to this token, or gone), `gated`, `cache` (a file of this machine), `offline`; by default the message.
     """
 
     def __init__(self, message: str, kind: str = ""):
@@ -33,8 +33,9 @@ def explain(error: Exception, repo_id: str) -> HubError:
         message = (
             f"{repo_id} is gated: accept its conditions at {page}, and log in as who accepted them (`hf auth login`)."
         )
+        kind = "gated"
     elif isinstance(error, errors.RevisionNotFoundError):
-        message = f"{repo_id} has no such branch, tag or commit."
+        message, kind = f"{repo_id} has no such branch, tag or commit.", "unknown"
     elif status == 401 or isinstance(error, errors.RepositoryNotFoundError):
         message = (
             f"The Hub knows no {repo_id} for this token: the name is wrong, the repository is private, or the token "

@@ -1,15 +1,17 @@
 """Finds what belongs to a student: its teacher and its path, where its run says that they are."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ...evaluation.entries import Entry, ImageFolder
 from ...evaluation.report_format import REPORT, read_report
-from ...families import load_family
+from ...families import ModelFamily, load_family
+from ...hub.errors import HubError
 from ...hub.files import inside, printable
 from ...hub.repository import Repository, is_repo_id
 from ...models.generator import is_one_step_scheduler
@@ -21,6 +23,9 @@ from ...training.config import DisBackConfig
 from ...training.run_folder import RunFolder
 from ...training.settings.groups import TEACHER_FLAGS
 from .sampling import BOUNDS, MOST_CHARACTERS, Sampler
+
+
+T = TypeVar("T")
 
 
 def load(
@@ -57,14 +62,30 @@ def load(
     settings = _settings_of(report)
     if student_only:
         return Sampler(student, device=device, dtype=dtype), settings
-    path = _path_of(found.model, folder, report, cache_dir)
+    path = _unless_refused("the path", lambda: _path_of(found.model, folder, report, cache_dir))
     reference = _teacher_of(folder, report, path, teacher)
     if reference is None:
         return Sampler(student, device=device, dtype=dtype), settings
     if path is not None:
         path.teacher = reference
-    family = load_family(reference, cache_dir) if path is None else load_family(path.local_teacher())
-    return Sampler(student, family, path, device, dtype), settings
+
+    def load_teacher() -> ModelFamily:
+        return load_family(reference, cache_dir) if path is None else load_family(path.local_teacher())
+
+    family = load_teacher() if teacher is not None else _unless_refused("the teacher", load_teacher)
+    return Sampler(student, family, path if family is not None else None, device, dtype), settings
+
+
+def _unless_refused(what: str, load: Callable[[], T]) -> T | None:
+    """What is loaded; `None`, which is told, if it is on the Hub, but gated, private or gone."""
+    try:
+        return load()
+    except ValueError as error:
+        reason = error if isinstance(error, HubError) else error.__cause__
+        if not isinstance(reason, HubError) or reason.kind not in ("gated", "unknown"):
+            raise
+        print(f"{error} The demo is without {what}.", file=sys.stderr)
+        return None
 
 
 def _folder_with_report(student: LocalModel, cache_dir: str | None) -> Path:

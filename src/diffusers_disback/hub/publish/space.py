@@ -15,11 +15,12 @@ PYTHON = "3.11"  # the oldest of setup.py; the Hub would take an older one
 TAG = "disback-demo"  # by which a Space is known as one of these
 
 
-def space_files(student: str) -> Files:
+def space_files(student: str, flags: list[str] = []) -> Files:
     """The files of a student's Space.
 
     Args:
         student (`str`): On the Hub.
+        flags (`list[str]`): Of `diffusers-disback demo`.
     """
     import yaml
 
@@ -32,7 +33,7 @@ def space_files(student: str) -> Files:
         "models": [student],
         "tags": [TAG],
     }
-    app = f"import sys\n\nfrom diffusers_disback.commands.cli import main\n\n\nsys.exit(main(['demo', {student!r}]))\n"
+    app = f"import sys\n\nfrom diffusers_disback.commands.cli import main\n\n\nsys.exit(main({['demo', student, *flags]!r}))\n"
     return {
         "README.md": f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n".encode(),
         "app.py": app.encode(),
@@ -40,7 +41,9 @@ def space_files(student: str) -> Files:
     }
 
 
-def push_space(student: str, space_id: str, private: bool | None = None, token: str | None = None) -> str:
+def push_space(
+    student: str, space_id: str, private: bool | None = None, token: str | None = None, flags: list[str] = []
+) -> str:
     """Makes a student's Space, or brings it up to date. Returns its address.
 
     Args:
@@ -48,6 +51,7 @@ def push_space(student: str, space_id: str, private: bool | None = None, token: 
         space_id (`str`): `user/name`. It is made if it is not there.
         private (`bool`, *optional*): Of a new Space; by default as the account has it.
         token (`str`, *optional*): By default that of `hf auth login`. It is never written anywhere.
+        flags (`list[str]`): As of `space_files`.
 
     Raises:
         HubError: If the Space is there and holds another app, or the Hub fails.
@@ -56,7 +60,7 @@ def push_space(student: str, space_id: str, private: bool | None = None, token: 
     from huggingface_hub.errors import HTTPError
 
     api = Repository(space_id, token).api
-    operations = [CommitOperationAdd(path, content) for path, content in space_files(student).items()]
+    operations = [CommitOperationAdd(path, content) for path, content in space_files(student, flags).items()]
     try:
         made = api.create_repo(space_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
         head = _own_head(api, made.repo_id)
