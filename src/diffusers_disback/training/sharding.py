@@ -8,6 +8,7 @@ import copy
 import inspect
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -77,7 +78,7 @@ def own_share(tensor: Tensor) -> Tensor:
 # Checkpoints ---------------------------------------------------------------------------------------------------------
 
 
-_WRITING = {"save_distributed": True}
+_WRITING: dict[str, Any] = {"save_distributed": True}
 
 
 def can_save_shards() -> bool:
