@@ -125,9 +125,7 @@ def test_what_is_no_schedule_of_flow_is_refused(make, message):
 def test_what_a_scheduler_of_flow_predicts_is_known():
     assert predicted_by({"_class_name": "FlowMatchEulerDiscreteScheduler"}) == FLOW
     assert predicted_by({"_class_name": "DPMSolverMultistepScheduler", **DPM}) == FLOW
-    with pytest.raises(
-        ValueError, match="FlowMatchEulerDiscreteScheduler is of networks that predict flow_prediction: leave --pr"
-    ):
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no prediction_type that could be said"):
         with_overrides(euler(), "epsilon", False)
     with pytest.raises(ValueError, match="has no beta schedule"):
         with_overrides(euler(), None, True)

@@ -17,7 +17,6 @@ EDM = "edm"
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 RESCALED_EDM = "edm_rescaled_time"
 RESCALED_EDM_SCHEDULER = "CMStochasticIterativeScheduler"
-_OF_ONE_PREDICTION = (*FLOW_MATCHING, *EDM_SCHEDULERS, RESCALED_EDM_SCHEDULER)
 # Of a scheduler that asks its network at other times than the integers of its betas, and the value with which it does not.
 _OTHER_TIMES = {"timestep_type": "discrete", "use_flow_sigmas": False}
 
@@ -193,21 +192,21 @@ def with_overrides(
         rescale_betas_zero_snr (`bool`): Whether its betas end with zero signal, rescaled.
 
     Raises:
-        ValueError: If the scheduler has no betas to rescale, or is of networks that all predict the same.
+        ValueError: If the scheduler has no betas to rescale, no prediction type, or one that its networks do not heed.
     """
     scheduler_class: Any = type(scheduler)
     config = dict(scheduler.config)
     changes: dict[str, Any] = {}
     if prediction_type is not None:
         name = scheduler_class.__name__
-        own = predicted_by({**config, "_class_name": name})
-        if name in _OF_ONE_PREDICTION or config.get("use_flow_sigmas"):
-            raise ValueError(
-                f"{name} is of networks that predict {own}: leave --prediction_type {prediction_type} out."
-            )
         if "prediction_type" not in inspect.signature(scheduler_class.__init__).parameters:
             raise ValueError(
                 f"{name} has no prediction_type that could be said otherwise; leave --prediction_type out."
+            )
+        if name in EDM_SCHEDULERS or config.get("use_flow_sigmas"):  # whose prediction_type says nothing
+            own = predicted_by({**config, "_class_name": name})
+            raise ValueError(
+                f"{name} is of networks that predict {own}: leave --prediction_type {prediction_type} out."
             )
         changes["prediction_type"] = prediction_type
     if rescale_betas_zero_snr and not config.get("rescale_betas_zero_snr"):
