@@ -30,11 +30,16 @@ def _become(arguments: list[str], log: Path | None, environment: dict[str, str])
         os.dup2(sys.stdout.fileno(), 1)
         os.dup2(sys.stdout.fileno(), 2)
     os.environ |= environment
-    is_module, sys.argv = arguments[0] == "-m", arguments[1:] if arguments[0] == "-m" else arguments
     if "PYTHONPATH" in environment:
         sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
+    run_python(arguments)
+
+
+def run_python(arguments: list[str]) -> None:
+    """Runs `python ARGUMENTS` in this process: a script or `-m` and a module, and what it is given."""
+    is_module, sys.argv = arguments[0] == "-m", arguments[1:] if arguments[0] == "-m" else arguments
     if is_module:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
-        sys.path.insert(0, str(Path(sys.argv[0]).parent))
+        sys.path.insert(0, str(Path(sys.argv[0]).absolute().parent))
         runpy.run_path(sys.argv[0], run_name="__main__")

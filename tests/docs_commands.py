@@ -6,7 +6,6 @@ points, with the caller's folder, environment, output and exit code.
 
 import multiprocessing
 import os
-import runpy
 import sys
 import threading
 from pathlib import Path
@@ -16,6 +15,8 @@ from accelerate.commands.launch import (
     launch_command_parser,
     prepare_simple_launcher_cmd_env,
 )
+
+from processes import run_python
 
 
 ROOT = Path(__file__).parent.parent
@@ -82,14 +83,8 @@ def become(request: Path, pid: str, place: str) -> None:
         os.environ.update({key: str(value) for key, value in environment.items()})
     elif name == "diffusers-disback":
         line = ["-m", "diffusers_disback.commands.cli", *line]
-    if line[0] == "-m":
-        sys.argv = line[1:]
-        sys.path.insert(0, place)
-        runpy.run_module(line[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = line
-        sys.path.insert(0, str(Path(line[0]).absolute().parent))
-        runpy.run_path(line[0], run_name="__main__")
+    sys.path.insert(0, place)  # where Python finds a module; a script's folder comes before it
+    run_python(line)
 
 
 def forget_the_repository() -> None:

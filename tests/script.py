@@ -11,6 +11,21 @@ from processes import start_python
 
 
 SCRIPT = Path(train_disback.__file__)
+TINY = {
+    "degradation_steps": 4,
+    "degradation_stop": 0.0,
+    "num_path_nodes": 2,
+    "max_train_steps": 4,
+    "steps_per_target": 2,
+    "target_schedule": "fixed",
+    "fake_score_updates": 1,
+    "train_batch_size": 2,
+    "fake_score_learning_rate": 1e-3,
+    "generator_learning_rate": 1e-3,
+    "lr_warmup_steps": 0,
+    "num_validation_images": 1,
+    "report_to": "none",
+}
 # Half of the steps and nodes, where what is trained matters and how long does not.
 SHORT = {"degradation_steps": 2, "num_path_nodes": 1, "max_train_steps": 2, "steps_per_target": 1}
 
@@ -21,19 +36,7 @@ def arguments(folder: Path, teacher: Path, prompts: Path, /, **changes) -> list[
         "pretrained_model_name_or_path": teacher,
         "prompts_file": prompts,
         "output_dir": folder,
-        "degradation_steps": 4,
-        "degradation_stop": 0.0,
-        "num_path_nodes": 2,
-        "max_train_steps": 4,
-        "steps_per_target": 2,
-        "target_schedule": "fixed",
-        "fake_score_updates": 1,
-        "train_batch_size": 2,
-        "fake_score_learning_rate": 1e-3,
-        "generator_learning_rate": 1e-3,
-        "lr_warmup_steps": 0,
-        "num_validation_images": 1,
-        "report_to": "none",
+        **TINY,
         **changes,
     }
     line = []

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline
+from script import TINY
 from stages import equal, weights
 
 from diffusers_disback import BacktrackingTrainer, DegradationPath, DisBackConfig, DisBackTrainer, OneStepGenerator
@@ -107,19 +108,11 @@ def config_of(folder, images, prompts_file, family, objective, mode, **changes) 
             "pretrained_model_name_or_path": str(folder / "teacher"),
             "output_dir": str(folder / "run"),
             "objective": objective,
+            **TINY,
             "degradation_steps": 2,
-            "num_path_nodes": 2,
             "max_train_steps": 2,
             "steps_per_target": 1,
-            "target_schedule": "fixed",
-            "fake_score_updates": 1,
-            "train_batch_size": 2,
-            "fake_score_learning_rate": 1e-3,
-            "generator_learning_rate": 1e-3,
-            "lr_warmup_steps": 0,
-            "num_validation_images": 1,
             "validation_prompts": [],
-            "report_to": "none",
             **data,
             **MODES[mode],
             **changes,

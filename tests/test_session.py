@@ -8,32 +8,14 @@ import pytest
 import tiny
 import train_disback
 from diffusers import DiffusionPipeline
-from script import student
+from script import TINY, student
 from stages import equal
 
 from diffusers_disback import DisBackConfig, DisBackTrainer
 
 
 def settings(folder, **changes) -> DisBackConfig:
-    return DisBackConfig(
-        **{
-            "output_dir": str(folder),
-            "degradation_steps": 4,
-            "degradation_stop": 0.0,
-            "num_path_nodes": 2,
-            "max_train_steps": 4,
-            "steps_per_target": 2,
-            "target_schedule": "fixed",
-            "fake_score_updates": 1,
-            "train_batch_size": 2,
-            "fake_score_learning_rate": 1e-3,
-            "generator_learning_rate": 1e-3,
-            "lr_warmup_steps": 0,
-            "num_validation_images": 1,
-            "report_to": "none",
-            **changes,
-        }
-    )
+    return DisBackConfig(**{"output_dir": str(folder), **TINY, **changes})
 
 
 def test_a_notebook_distils_saves_and_publishes(run, tmp_path, teacher_folder, hub, repo, capsys, monkeypatch):
