@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from script import TINY
 from stages import equal, weights
+from test_flow_families import call_of, noise_of
 
 from diffusers_disback import BacktrackingTrainer, DegradationPath, DisBackConfig, DisBackTrainer, OneStepGenerator
 from diffusers_disback.families import FAMILIES, family_of
@@ -124,9 +125,7 @@ def drawn(student, family, noise, condition):
     """What a stock pipeline draws: latents of one that takes prompts, images of another, of the noise of seed 3."""
     call = {"num_inference_steps": 1, "generator": torch.Generator().manual_seed(3)}
     if family.takes_prompts:
-        size = dict.fromkeys(("height", "width"), family.resolution())
-        given = {name: value for name, value in family.call_settings.items() if name != "negative_prompt"}
-        call |= {"guidance_scale": 0, "latents": noise, "output_type": "latent", **size, **given}
+        call |= {"guidance_scale": 0, "latents": noise, "output_type": "latent", **call_of(family)}
         return student(tiny.PROMPTS[:2], **call).images
     if "class_labels" in condition:
         call |= {"class_labels": condition["class_labels"].tolist(), "guidance_scale": 1}
@@ -162,7 +161,7 @@ def test_every_pair_is_distilled(
     student = DiffusionPipeline.from_pretrained(tmp_path / "run")
     student.set_progress_bar_config(disable=True)
     assert type(student).__name__ in FAMILIES[family].pipeline_classes
-    noise = torch.randn(2, *own.latent_shape(), generator=torch.Generator().manual_seed(3))
+    noise = noise_of(own)
     source = own.conditions(tiny.PROMPTS[:2])
     condition = source.condition([0, 1 % len(source)], [False, False])
     with torch.no_grad():

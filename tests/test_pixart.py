@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
 from script import arguments
 from stages import equal, weights
-from test_flow_families import drawn_by_stock_classes_alone
+from test_flow_families import drawn_by_stock_classes_alone, noise_of
 
 from diffusers_disback import DegradationPath, ModelReference, OneStepGenerator, load_family
 from diffusers_disback.commands.cli import main as command
@@ -29,10 +29,6 @@ CASES = {
 CALL = {"use_resolution_binning": False}
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0}
 every_case = pytest.mark.parametrize("name", CASES)
-
-
-def noise_of(family, number=2):
-    return torch.randn(number, *family.latent_shape(), generator=torch.Generator().manual_seed(3))
 
 
 @every_case
