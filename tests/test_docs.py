@@ -74,6 +74,7 @@ def test_flags_in_the_docs_exist():
         "multi_gpu",
         "quiet",
         *("config_file", "machine_rank", "fsdp_version", "fsdp_offload_params", "use_fsdp"),  # of accelerate
+        *("standalone", "nproc_per_node"),  # of torchrun
         *("env", "flavor", "secrets", "timeout", "volume", "help"),  # of hf
         *("task", "report", "walk"),  # of the benchmark
     }
