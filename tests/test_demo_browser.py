@@ -140,14 +140,16 @@ def test_the_teacher_follows_and_the_path_is_walked(shapes_student, serve, brows
     page = opened(browser, serve(shapes_student))
     page.wait_for_selector("#teacher img")
     before = source(page, "#teacher")
-    page.locator("#prompt textarea").fill("a red circle on a white background")
+    page.locator("#prompt textarea").fill("an orange star on a navy background")
     changes(page, "#teacher", before)
     page.locator("#number input[type=number]").fill("3")
     page.wait_for_function("() => document.querySelectorAll('#student img').length == 3")
     page.wait_for_function("() => document.querySelectorAll('#teacher img').length == 3")
     assert re.fullmatch(r"Student, 1 step: [\d.]+ s", page.inner_text("#student p"))
     assert re.fullmatch(r"Teacher, 25 steps, guidance 4: [\d.]+ s", page.inner_text("#teacher p"))
-    page.screenshot(path=os.environ.get("DEMO_SCREENSHOT", tmp_path / "demo.png"))
+    screenshots = Path(os.environ.get("DEMO_SCREENSHOTS", tmp_path))
+    page.mouse.click(5, 5)
+    page.screenshot(path=screenshots / "demo.png")
     page.get_by_role("tab", name="Degradation path").click()
     page.wait_for_selector("#path img")
     assert page.inner_text("#path p").startswith("Teacher, 25 steps")
@@ -155,6 +157,7 @@ def test_the_teacher_follows_and_the_path_is_walked(shapes_student, serve, brows
     page.locator("#node input[type=number]").fill("2")
     changes(page, "#path", before)
     assert page.inner_text("#path p").startswith("Node 2, step ")
+    page.screenshot(path=screenshots / "demo_path.png")
 
 
 def test_a_class_is_chosen(tmp_path, serve, browser):
