@@ -77,25 +77,29 @@ def test_a_sharded_run_is_resumed_bit_for_bit(tmp_path, teacher_folder, prompts_
 @pytest.mark.parametrize(
     "environment, told",
     [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
+        (
+            {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"},
+            "parallelism config is not supported",
+        ),
         ({"ACCELERATE_USE_FSDP": "true"}, "--fsdp_version 2"),
+        ({**FSDP, "FSDP_VERSION": "1", "FSDP_SYNC_MODULE_STATES": "true"}, "--fsdp_version 2"),  # as it is launched
         ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "without offloading"),
-        (FSDP, "a single one"),
     ],
 )
-def test_a_launch_that_is_not_supported_is_refused(environment, told, tmp_path, monkeypatch):
-    accelerator_of(training(tmp_path))
+def test_what_is_never_supported_is_refused_before_accelerate_looks(environment, told, tmp_path, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=told):
-        _check_launch(training(tmp_path), "no")
-
-
-@pytest.mark.parametrize("flag, told", [("DEEPSPEED", "DeepSpeed"), ("PARALLELISM_CONFIG", "parallelism config")])
-def test_what_is_never_supported_is_refused_before_accelerate_looks(flag, told, tmp_path, monkeypatch):
-    monkeypatch.setenv(f"ACCELERATE_USE_{flag}", "true")
-    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
-    with pytest.raises(ValueError, match=f"{told} is not supported"):
         accelerator_of(training(tmp_path))
+
+
+def test_a_launch_of_a_single_process_is_refused(tmp_path, monkeypatch):
+    accelerator_of(training(tmp_path))
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="a single one"):
+        _check_launch(training(tmp_path), "no")
 
 
 def test_a_torch_whose_writer_has_other_parameters_is_refused(tmp_path, monkeypatch):

@@ -64,6 +64,11 @@ def _check_launcher() -> None:
     for flag, name in (("DEEPSPEED", "DeepSpeed"), ("PARALLELISM_CONFIG", "accelerate's parallelism config")):
         if parse_flag_from_env(f"ACCELERATE_USE_{flag}"):
             raise ValueError(f"{name} is not supported. Launch with plain data parallelism, or with FSDP2.")
+    if is_sharded() and (os.environ.get("FSDP_VERSION") != "2" or parse_flag_from_env("FSDP_OFFLOAD_PARAMS")):
+        raise ValueError(
+            "Of FSDP version 2 is supported, without offloading: pass --fsdp_version 2 --fsdp_offload_params false to "
+            "`accelerate launch`, or launch with plain data parallelism."
+        )
 
 
 def _check_launch(config: TrainingConfig, mixed_precision: str) -> None:
@@ -71,11 +76,6 @@ def _check_launch(config: TrainingConfig, mixed_precision: str) -> None:
     settings."""
     if not is_sharded():
         return
-    if os.environ.get("FSDP_VERSION") != "2" or parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
-        raise ValueError(
-            "Of FSDP version 2 is supported, without offloading: pass --fsdp_version 2 --fsdp_offload_params false to "
-            "`accelerate launch`, or launch with plain data parallelism."
-        )
     if not torch.distributed.is_initialized():
         raise ValueError("FSDP shards over the processes of a launch, but this is a single one. Launch without FSDP.")
     if not can_save_shards():
@@ -158,8 +158,9 @@ def tuned(network: ModelMixin, config: TrainingConfig, checkpointed: Callable | 
     if config.attention_backend is not None:
         _dispatch_attention(network, config.attention_backend)
     if config.compile:
-        # All blocks share one code object, of which each width, role and batch size is a variant.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # All blocks share one code object, of which each width, role and batch size is a variant. (`recompile_limit` since
+        # torch 2.7, which knows this name, too.)
+        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
         _compile_blocks(network)
     return network
 
