@@ -198,6 +198,10 @@ def test_folders_of_images_can_bring_the_prompts(models, tmp_path, capsys):
         (["{models}/nowhere@2"], "The model '{models}/nowhere' cannot be loaded: it is neither a folder with"),
         (["{models}/student"], "--evaluators drift compare with a teacher: name it, as --reference TEACHER@25"),
         (
+            ["{models}/student", "--output", "{models}/student/model_index.json"],
+            "model_index.json is a file; name a folder",
+        ),
+        (
             ["{models}/student@4"],
             "is a one-step student, which has its steps, its guidance and its scheduler built in",
         ),
@@ -221,8 +225,11 @@ def test_what_cannot_be_compared_is_told_in_a_line(arguments, said, models, prom
     line = [argument.format(models=models) for argument in arguments]
     line += [] if "--prompts_file" in line else ["--prompts_file", str(prompts_file)]
     line += [] if "--evaluators" in line or "compare with" in said else ["--evaluators", "test_compare:Brightness"]
-    assert command(["evaluate", *line, "--output", str(tmp_path / "out")]) == 2
-    told = [one for one in capsys.readouterr().err.splitlines() if one.startswith("diffusers-disback: ")]
+    line += [] if "--output" in line else ["--output", str(tmp_path / "out")]
+    assert command(["evaluate", *line]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    told = [one for one in lines if one.startswith("diffusers-disback: ")]
+    assert "built in" not in said or not any("images (1 of" in one for one in lines), "nothing is sampled before"
     assert len(told) == 1 and said.format(models=models) in told[0]
     assert not (tmp_path / "out").exists()
 

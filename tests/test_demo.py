@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import socket
 import sys
 import threading
 import time
@@ -357,3 +358,10 @@ def test_without_gradio_it_says_what_is_needed(monkeypatch, capsys):
 def test_a_path_alone_has_no_demo(tmp_path, capsys):
     assert main(["push", str(tmp_path), "alice/student", "--push_demo"]) == 2
     assert "--push_demo shows a student" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["demo", "nowhere", "--port", str(port)]) == 2
+    assert f"--port {port} of 127.0.0.1 cannot be had (Address already in use" in capsys.readouterr().err

@@ -66,6 +66,9 @@ def test_a_lora_and_what_is_none(tmp_path, capsys):
         assert (
             said.startswith("A LoRA (") and "  layers: 1\n  rank: 4\n  weights: 5.6e-05 M parameters in F32\n" in said
         )
+    assert "  of: unet\n" in said
+    save_file({"lora_unet_a.lora_down.weight": torch.zeros(4, 8)}, file)
+    assert "  of: unet\n" in told(capsys, str(file))
     file.unlink()
     (tmp_path / "photo.png").write_bytes(b"")
     said = told(capsys, str(tmp_path), code=2)

@@ -295,6 +295,9 @@ def test_the_command_loads_nothing(name, tmp_path, capsys):
     assert "--pretrained_model_name_or_path" in capsys.readouterr().err
     assert main(["plan", "--pretrained_model_name_or_path", str(tmp_path / "nothing")]) == 2
     assert main(["path", "show", "x", "--lora_rank", "2"]) == 2
+    capsys.readouterr()
+    assert main([*line[:-1], "33"]) == 2
+    assert "resolution=33 is not divisible by 2, the autoencoder's stride: take 32 or 34." in capsys.readouterr().err
 
 
 def test_the_table_says_what_is_moved_out():

@@ -2,10 +2,13 @@ import json
 
 import pytest
 import tiny
+from script import TINY, arguments
 from test_export import changed
 
 from diffusers_disback.commands.cli import main as command
+from diffusers_disback.families import load_family
 from diffusers_disback.hub.publish.export import extract_lora, save_lora
+from diffusers_disback.hub.publish.student import save_student
 
 
 def test_the_timestep_sweep_recommends_the_least_drift(tmp_path, teacher_folder, capsys, monkeypatch):
@@ -55,3 +58,19 @@ def test_the_sweep_asks_the_teacher_that_training_would(tmp_path, teacher_folder
         assert command([*line, *flags]) == 0
         drifts.append(json.loads((tmp_path / "timesteps.json").read_text())["timesteps"]["399"]["total"])
     assert len(set(drifts)) == 5
+
+
+@pytest.mark.parametrize("what", ["timestep-sweep", "plan", "training"])
+def test_a_one_step_student_is_no_teacher(what, tmp_path, teacher_folder, prompts_file, capsys):
+    """And its schedule, which ends at its timestep, is not what is told."""
+    import train_disback
+
+    teacher = load_family(str(teacher_folder))
+    save_student(teacher.one_step(tiny.unet(seed=3), 399), teacher.local_model, tmp_path / "student")
+    line = ["--pretrained_model_name_or_path", str(tmp_path / "student")]
+    with pytest.raises(ValueError, match="student is a one-step student, which is no teacher: .*generator_model_name"):
+        if what == "training":
+            train_disback.main(arguments(tmp_path / "run", tmp_path / "student", prompts_file, **TINY))
+        elif command([what, *line]) == 2:
+            raise ValueError(capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()

@@ -478,7 +478,7 @@ def test_pull_and_push_are_inverse(run, repo, hub, tmp_path, capsys, teacher_fol
     assert not list((tmp_path / "copy").rglob(".cache"))
     here = ["--pretrained_model_name_or_path", str(teacher_folder)]
     assert command(["push", str(tmp_path / "copy"), "alice/copy"]) == 2
-    assert "If it is a folder or a file, say where it lies with --pretrained_model" in capsys.readouterr().err
+    assert "say where it lies with --pretrained_model_name_or_path" in capsys.readouterr().err
     assert command(["push", str(tmp_path / "copy"), "alice/copy", *here]) == 0
     assert command(["path", "verify", "alice/copy", *here]) == 0
     assert "2 nodes, complete" in capsys.readouterr().out

@@ -24,6 +24,7 @@ from .hub.publish.results import is_finished, write_results
 from .hub.publish.student import check_teacher_files, save_student
 from .hub.published import without_token
 from .models.casting import inference_copy
+from .models.generator import check_many_steps
 from .models.reference import ModelReference
 from .path.path import DegradationPath
 from .training.checks import check_settings
@@ -202,6 +203,7 @@ class DisBackTrainer:
         evaluation = self._evaluation()
         encoders = PRECISIONS[config.text_encoder_precision]
         self.teacher: ModelFamily = load_family(config.teacher, config.cache_dir, encoders).to(state.device)
+        check_many_steps(self.teacher.pipeline.scheduler, self.teacher.local_model.name_or_path)
         self.teacher.at_resolution(config.resolution)
         check_tuning(self.teacher.network, config)
         self.args = config = with_defaults(config, self.teacher)

@@ -37,6 +37,8 @@ def evaluate(parsed: argparse.Namespace) -> None:
         raise ValueError(
             f"--evaluators {' '.join(needing)} compare with a teacher: name it, as --reference TEACHER@25."
         )
+    if Path(parsed.output).exists() and not Path(parsed.output).is_dir():
+        raise ValueError(f"--output {parsed.output} is a file; name a folder to write into.")
     state = process_state()
     dtype = PRECISIONS[parsed.mixed_precision]
     if dtype == torch.float16 and state.device.type == "cpu":
@@ -60,8 +62,9 @@ def evaluate(parsed: argparse.Namespace) -> None:
         command = shell(["diffusers-disback", *parsed.arguments])
         given = {"evaluators": parsed.evaluators, "evaluator_args": parsed.evaluator_args}
         given |= {"prompts_file": parsed.prompts_file, "num_images_per_prompt": parsed.num_images_per_prompt}
+        print(comparison.table())
         comparison.write(Path(parsed.output), command, **given)
-        print(f"{comparison.table()}\n\nsee {parsed.output}/evaluation.md, evaluation.json and evaluation.png")
+        print(f"\nsee {parsed.output}/evaluation.md, evaluation.json and evaluation.png")
     state.destroy_process_group()
 
 

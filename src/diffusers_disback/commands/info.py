@@ -155,7 +155,7 @@ def describe(place: Place) -> Iterator[Section]:
             known = True
             yield describe_lora(name, place.header(name))
     if not known:
-        held = ", ".join(place.names[:8]) or "nothing"
+        held = ", ".join(place.names[:8]) or "no file that could say what it is"
         raise ValueError(f"{place.name} is no pipeline, path, LoRA or training run of this library. It holds {held}.")
 
 
@@ -306,7 +306,8 @@ def describe_lora(name: str, header: dict[str, tuple[str, list[int]]]) -> Sectio
     """What the header of a LoRA says of it."""
     down = {key: shape for key, (_, shape) in header.items() if re.search(r"lora_(A|down)\b|lora\.down", key)}
     ranks = sorted({shape[0] for shape in down.values() if shape})
-    parts = sorted({re.split(r"[._]", key)[0] for key in header})
+    # `unet.…` of diffusers; `lora_unet_…` of other programs.
+    parts = sorted({re.split(r"[._]", key.removeprefix("lora_"))[0] for key in header})
     return f"A LoRA ({name})", {
         "layers": len(down),
         "rank": ", ".join(map(str, ranks)) or "not known",

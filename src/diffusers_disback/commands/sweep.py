@@ -92,6 +92,7 @@ def timestep_sweep(parsed: argparse.Namespace) -> None:
     from ..evaluation.sweep import timestep_sweep as sweep
     from ..families import load_family
     from ..hub.files import write_json
+    from ..models.generator import check_many_steps
 
     disable_progress_bar()
     if parsed.pretrained_model_name_or_path is None:  # a word, as before 0.2.0
@@ -104,6 +105,7 @@ def timestep_sweep(parsed: argparse.Namespace) -> None:
         null_class_label=parsed.null_class_label,
     )
     family = load_family(teacher, parsed.cache_dir)
+    check_many_steps(family.pipeline.scheduler, teacher.name_or_path)
     for t in parsed.timesteps:
         family.check_timestep(t)
     prompts = (

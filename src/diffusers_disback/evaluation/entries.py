@@ -19,7 +19,7 @@ from ..hub.files import inside, parse_json, read_text
 from ..hub.repository import HubError
 from ..models.casting import inference_copy
 from ..models.generator import is_one_step_scheduler
-from ..models.noise_schedule import ddpm_scheduler
+from ..models.noise_schedule import ddpm_scheduler, scheduler_of
 from ..models.pipeline_folder import INDEX
 from ..models.reference import LocalModel, ModelReference
 from ..models.weights import fingerprint
@@ -113,12 +113,24 @@ class Entry:
             return ImageFolder(self)
         name = self.reference.name_or_path
         try:
-            return PipelineEntry(self, self.reference.resolve(_network_name, cache_dir))
+            found = PipelineEntry(self, self.reference.resolve(_network_name, cache_dir))
         except HubError as error:
             raise ValueError(
                 f"The model {name!r} cannot be loaded: it is neither a folder with a diffusers pipeline in safetensors, nor "
                 f"such a model on the Hub{self.reference.said}, nor a folder of images. {error}"
             ) from error
+        if (config := found.model.scheduler_config()) and _has_family(found.model):
+            self.check_takes(scheduler_of(config, f"The scheduler's config of {name!r}"))
+        return found
+
+    def check_takes(self, scheduler: SchedulerMixin) -> None:
+        """Raises a `ValueError` if the entry says of a one-step student how it is sampled."""
+        said = self.steps not in (None, 1) or self.guidance not in (None, 1.0) or self.scheduler not in (None, "own")
+        if said and is_one_step_scheduler(scheduler):
+            raise ValueError(
+                f"{self.text!r} is a one-step student, which has its steps, its guidance and its scheduler built in: "
+                f"name it without them, as {self.reference.name_or_path}."
+            )
 
 
 @dataclass(frozen=True)
@@ -187,15 +199,6 @@ class PipelineEntry:
         """The scheduler, and the steps and the guidance."""
         entry, own = self.entry, family.pipeline.scheduler
         if is_one_step_scheduler(own):
-            if (
-                entry.steps not in (None, 1)
-                or entry.guidance not in (None, 1.0)
-                or entry.scheduler not in (None, "own")
-            ):
-                raise ValueError(
-                    f"{entry.text!r} is a one-step student, which has its steps, its guidance and its scheduler built in: "
-                    f"name it without them, as {entry.reference.name_or_path}."
-                )
             return own, {"num_inference_steps": 1, "guidance_scale": 1.0}
         scheduler = own
         if entry.scheduler == "lcm":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data.conditions import ConditionSource, NoCondition
 from ..hub.cards import UNCONDITIONAL, Usage
+from ..models.autoencoder import check_divides
 from ..models.batch import Condition
 from ..models.generator import many_step_scheduler, one_step_scheduler
 from ..models.noise_schedule import NoiseSchedule
@@ -319,8 +320,7 @@ class ModelFamily:
             ValueError: If the stride does not divide the resolution.
         """
         stride, resolution = self.stride, self.resolution(resolution)
-        if resolution % stride:
-            raise ValueError(f"resolution={resolution} is not divisible by {stride}, the autoencoder's stride.")
+        check_divides(stride, resolution)
         return self.network.config.in_channels, resolution // stride, resolution // stride
 
     def score_model(self, network: nn.Module | None = None) -> ScoreModel:

@@ -113,3 +113,13 @@ def _converted(file: Path, name: str, config: Path, cache_dir: str | None) -> Pa
 
     content = f"autoencoder {known_sha256(file)} {sha256_of(config / 'config.json')}"
     return made_once(content, name, write, cache_dir)
+
+
+def check_divides(stride: int, resolution: int | None) -> None:
+    """Raises a `ValueError` that names sizes which are possible, unless a stride divides a resolution, both in pixels."""
+    if resolution is not None and resolution % stride:
+        below = resolution // stride * stride
+        near = " or ".join(str(side) for side in (below, below + stride) if side)
+        raise ValueError(
+            f"resolution={resolution} is not divisible by {stride}, the autoencoder's stride: take {near}."
+        )

@@ -78,6 +78,20 @@ def is_one_step_scheduler(scheduler: SchedulerMixin) -> bool:
     return ends and config.get("trained_betas") is not None
 
 
+def check_many_steps(scheduler: SchedulerMixin, name: str) -> None:
+    """Raises a `ValueError` if what is taken as a teacher is a one-step student.
+
+    Args:
+        scheduler (`SchedulerMixin`): Its own.
+        name (`str`): What it is called.
+    """
+    if is_one_step_scheduler(scheduler):
+        raise ValueError(
+            f"{name} is a one-step student, which is no teacher: its schedule ends where it is asked. To go on from it, name "
+            f"its teacher by --pretrained_model_name_or_path, and {name} by --generator_model_name_or_path."
+        )
+
+
 def many_step_scheduler(scheduler: SchedulerMixin) -> DDIMScheduler:
     """A deterministic sampler of many steps. Samples may lie beyond [-1, 1], so it does not clip, whatever the config says.
 

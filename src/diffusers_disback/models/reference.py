@@ -46,8 +46,8 @@ from .weights import fill, owned
 logger = logging.getLogger(__name__)
 _SCHEDULER = "scheduler/scheduler_config.json"
 _OF_NO_ID = (
-    " If it is a folder or a file, say where it lies with --pretrained_model_name_or_path: what is published holds the last "
-    "part of its name only."
+    " If it is a folder or a file, there is none of this name here. (What is published holds the last part of a teacher's name "
+    "only: say where it lies with --pretrained_model_name_or_path.)"
 )
 
 
@@ -178,7 +178,7 @@ class ModelReference:
         place, revision = self._place(cache_dir)
 
         def choose(names: list[str]) -> list[str]:
-            return [name for name in names if name == INDEX or name.endswith("/config.json")]
+            return [name for name in names if name in (INDEX, _SCHEDULER) or name.endswith("/config.json")]
 
         root = self._locate(place, revision, choose, cache_dir)
         index = read_index(root, self.what)

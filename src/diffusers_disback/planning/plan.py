@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from ..data.conditions import CAPACITY
 from ..families import ModelFamily, family_of_index, network_name_of
 from ..models.adapters import SharedNetwork, lora_config
+from ..models.autoencoder import check_divides
 from ..models.batch import Condition
 from ..models.components import has_weights
 from ..models.discriminator import Discriminator, DiscriminatorHead, bottleneck_features
+from ..models.generator import check_many_steps
+from ..models.noise_schedule import scheduler_of
 from ..models.pipeline_folder import UNREADABLE, components_of
 from ..models.reference import LocalModel, model_class, title_of
 from ..models.score_model import UNSCALED, ScoreModel
@@ -72,12 +75,17 @@ class Planner:
         """Plans a run by its settings; of its teacher only configs are read.
 
         Raises:
-            ValueError: If these cannot be read.
+            ValueError: If these cannot be read, are of a student, or do not go with the resolution.
         """
         teacher = training.teacher.resolve_configs(network_name_of, training.cache_dir)
         family = family_of_index(teacher.index)
+        if config := teacher.scheduler_config():
+            name = teacher.name_or_path
+            check_many_steps(scheduler_of(config, f"The scheduler's config of {name!r}"), name)
         others = meta_networks_beside(teacher)
-        return cls(teacher.meta_network, family, training, backtracking, family.stride_of(others), others)
+        stride = family.stride_of(others)
+        check_divides(stride, training.resolution)
+        return cls(teacher.meta_network, family, training, backtracking, stride, others)
 
     @cached_property
     def network(self) -> ModelMixin:
