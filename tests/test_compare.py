@@ -199,7 +199,7 @@ def test_folders_of_images_can_bring_the_prompts(models, tmp_path, capsys):
         (["{models}/student"], "--evaluators drift compare with a teacher: name it, as --reference TEACHER@25"),
         (
             ["{models}/student", "--output", "{models}/student/model_index.json"],
-            "model_index.json is a file; name a folder",
+            "student/model_index.json is no folder and cannot be made: {models}/student/model_index.json is a file.",
         ),
         (
             ["{models}/student@4"],

@@ -331,7 +331,7 @@ def test_the_command_samples_in_the_precision_that_is_asked_for(run_folder, monk
     from diffusers_disback.commands import demo
 
     shown = []
-    page = SimpleNamespace(build=lambda sampler, *_: shown.append(sampler), serve=lambda *_: None)
+    page = SimpleNamespace(build=lambda sampler, *_: shown.append(sampler), serve=lambda *_: None, check_port=None)
     monkeypatch.setitem(sys.modules, "diffusers_disback.commands.demo.app", page)
     monkeypatch.setattr(demo, "find_spec", lambda _: True)
     assert not main(["demo", str(run_folder), "--mixed_precision", "bf16"])

@@ -478,7 +478,9 @@ def test_pull_and_push_are_inverse(run, repo, hub, tmp_path, capsys, teacher_fol
     assert not list((tmp_path / "copy").rglob(".cache"))
     here = ["--pretrained_model_name_or_path", str(teacher_folder)]
     assert command(["push", str(tmp_path / "copy"), "alice/copy"]) == 2
-    assert "say where it lies with --pretrained_model_name_or_path" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "If it is a folder or a file, there is none of this name here. (What is published holds" in told
+    assert "say where it lies with --pretrained_model_name_or_path" in told
     assert command(["push", str(tmp_path / "copy"), "alice/copy", *here]) == 0
     assert command(["path", "verify", "alice/copy", *here]) == 0
     assert "2 nodes, complete" in capsys.readouterr().out

@@ -23,6 +23,7 @@ def evaluate(parsed: argparse.Namespace) -> None:
     from ..evaluation.compare import Comparison, is_main
     from ..evaluation.entries import Entry, HowSampled
     from ..evaluation.named import known_evaluators
+    from ..training.checks import check_folder
     from ..training.networks import PRECISIONS
     from ..training.processes import process_state
 
@@ -37,8 +38,7 @@ def evaluate(parsed: argparse.Namespace) -> None:
         raise ValueError(
             f"--evaluators {' '.join(needing)} compare with a teacher: name it, as --reference TEACHER@25."
         )
-    if Path(parsed.output).exists() and not Path(parsed.output).is_dir():
-        raise ValueError(f"--output {parsed.output} is a file; name a folder to write into.")
+    check_folder("output", parsed.output)
     state = process_state()
     dtype = PRECISIONS[parsed.mixed_precision]
     if dtype == torch.float16 and state.device.type == "cpu":

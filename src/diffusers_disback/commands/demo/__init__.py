@@ -1,7 +1,6 @@
 """`diffusers-disback demo`: a page in the browser that samples a student at each keystroke."""
 
 import argparse
-import socket
 from importlib.util import find_spec
 from typing import Any
 
@@ -46,12 +45,12 @@ def demo(parsed: argparse.Namespace) -> None:
     from diffusers.utils.logging import disable_progress_bar
 
     from ...training.networks import PRECISIONS
-    from .app import build, serve
+    from .app import build, check_port, serve
     from .loading import load
 
     disable_progress_bar()
     if parsed.port is not None:
-        _check_port(parsed.host or "127.0.0.1", parsed.port)
+        check_port(parsed.port)
     dtype = PRECISIONS[parsed.mixed_precision]
     if dtype == torch.float16 and device() == "cpu":
         raise ValueError("--mixed_precision fp16 needs a GPU; leave it out, or take bf16.")
@@ -67,11 +66,3 @@ def demo(parsed: argparse.Namespace) -> None:
     page = build(sampler, published(parsed.student), settings)
     sampler.warm_up()
     serve(page, parsed.host, parsed.port)
-
-
-def _check_port(host: str, port: int) -> None:
-    """Raises a `ValueError` if nothing can listen at an address: before models are loaded, which may take long."""
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise ValueError(f"--port {port} of {host} cannot be had ({error.strerror}): choose another.") from error

@@ -3,9 +3,11 @@
 import base64
 import html
 import io
+import socket
 from typing import Any
 
 import gradio
+from gradio.http_server import LOCALHOST_NAME
 from PIL import Image
 
 from ...evaluation.report import TEACHER_STEPS
@@ -160,6 +162,16 @@ def _condition(sampler: Sampler, prompt: str) -> Any:
     if not choices:
         return gradio.State("")
     return gradio.Dropdown(choices, value=choices[0][1], label="Class", elem_id="prompt")
+
+
+def check_port(port: int) -> None:
+    """Raises a `ValueError` if a port is taken, as gradio will find it: before models are loaded, which may take long."""
+    try:
+        socket.create_server((LOCALHOST_NAME, port)).close()
+    except OSError as error:
+        raise ValueError(
+            f"--port {port} of {LOCALHOST_NAME} cannot be had ({error.strerror}): choose another."
+        ) from error
 
 
 def serve(page: gradio.Blocks, host: str | None, port: int | None) -> None:
